@@ -1,0 +1,42 @@
+"""INT8 training for PyTorch: SwitchBackLinear (arXiv 2304.13013) and the operations it is made of."""
+
+from .autograd import switchback_linear
+from .config import SwitchBackConfig
+from .convert import convert_to_switchback, revert_switchback
+from .integrations.bitsandbytes import install_as_bitsandbytes
+from .nn import (
+    SwitchBackLinear,
+    SwitchBackLinearGlobal,
+    SwitchBackLinearGlobalMemEfficient,
+    SwitchBackLinearVectorwise,
+)
+from .ops import (
+    dequantize_rowwise,
+    int8_matmul_mixed_dequantize,
+    int8_matmul_rowwise_dequantize,
+    quantize_columnwise_and_transpose,
+    quantize_global,
+    quantize_global_transpose,
+    quantize_rowwise,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SwitchBackConfig",
+    "SwitchBackLinear",
+    "SwitchBackLinearGlobal",
+    "SwitchBackLinearGlobalMemEfficient",
+    "SwitchBackLinearVectorwise",
+    "convert_to_switchback",
+    "dequantize_rowwise",
+    "install_as_bitsandbytes",
+    "int8_matmul_mixed_dequantize",
+    "int8_matmul_rowwise_dequantize",
+    "quantize_columnwise_and_transpose",
+    "quantize_global",
+    "quantize_global_transpose",
+    "quantize_rowwise",
+    "revert_switchback",
+    "switchback_linear",
+]

@@ -1,0 +1,173 @@
+"""The three products of a linear layer as equations (arXiv 2304.13013, algorithms 1 to 3).
+
+With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
+
+    Y           = X Wᵀ + b    int8
+    grad_input  = G W         int8
+    grad_weight = Gᵀ X        16 bit: its inner dimension is the tokens, where int8 noise hurts
+    grad_bias   = Σ G         float32 accumulation
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from . import ops
+from .config import SwitchBackConfig
+from .ops._validation import FLOAT_DTYPES, check_float, check_same_device, check_shape
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Scaling(NamedTuple):
+    """What one absmax of the weight covers decides these four; a new scheme is a new row of _SCALINGS."""
+
+    quantize: Callable[[torch.Tensor], Quantized]
+    """W -> its codes [out, in] and absmax."""
+    quantize_transpose: Callable[[torch.Tensor, torch.Tensor], Quantized]
+    """W and the absmax that the forward found -> the codes of Wᵀ [in, out] and their absmax."""
+    transpose_codes: Callable[[torch.Tensor, torch.Tensor], Quantized]
+    """The same from the codes and absmax of a weight that was quantised for good."""
+    matmul: Callable[..., torch.Tensor]
+
+
+def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    return ops.quantize_columnwise_and_transpose(ops.dequantize_rowwise(codes, absmax, torch.float32))
+
+
+_SCALINGS = {
+    "global": _Scaling(
+        quantize=ops.quantize_global,
+        quantize_transpose=lambda weight, absmax: (ops.quantize_transpose_by_absmax(weight, absmax), absmax),
+        transpose_codes=lambda codes, absmax: (codes.t().contiguous(), absmax),
+        matmul=ops.int8_matmul_mixed_dequantize,
+    ),
+    "rowwise": _Scaling(
+        quantize=ops.quantize_rowwise,
+        quantize_transpose=lambda weight, absmax: ops.quantize_columnwise_and_transpose(weight),
+        transpose_codes=_requantize_columnwise,
+        matmul=ops.int8_matmul_rowwise_dequantize,
+    ),
+}
+
+
+def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
+    """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
+    return _SCALINGS[config.weight_scaling].quantize(weight)
+
+
+def switchback_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: SwitchBackConfig | None = None,
+    *,
+    weight_absmax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch.nn.functional.linear with int8 forward and input-gradient products.
+
+    Args:
+        x: (*, in_features), float16, bfloat16 or float32; under autocast it is cast to autocast's dtype.
+        weight: [out_features, in_features], float16, bfloat16 or float32 (not necessarily x's dtype); or int8
+            codes, with weight_absmax.
+        bias: [out_features], float16, bfloat16 or float32, or None.
+        config: how the products are computed; the paper's default if None.
+        weight_absmax: for an int8 weight its absmax, as :func:`quantize_weight` returns it.
+
+    Returns:
+        (*, out_features) in x's dtype, or in autocast's.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: shapes do not match, or the arguments are on different devices.
+    """
+    if config is None:
+        config = SwitchBackConfig()
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    _check(x, weight, bias, weight_absmax)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config)
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_absmax: torch.Tensor | None
+) -> None:
+    op = "switchback_linear"
+    check_float(op, "x", x)
+    if weight_absmax is None:
+        check_float(op, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{op}: x must have shape (*, {in_features}) to match weight, got {tuple(x.shape)}")
+    if bias is not None:
+        check_float(op, "bias", bias)
+        check_shape(op, "bias", bias, out_features)
+    check_same_device(op, x, weight=weight, bias=bias, weight_absmax=weight_absmax)
+
+
+class SwitchBackFunction(torch.autograd.Function):
+    """Y = X Wᵀ + b whose backward runs grad_input in int8 and grad_weight in the input's dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_absmax: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        config: SwitchBackConfig,
+    ) -> torch.Tensor:
+        scaling = _SCALINGS[config.weight_scaling]
+        x_2d = x.reshape(-1, x.shape[-1])
+        x_codes, x_absmax = ops.quantize_rowwise(x_2d)
+        if weight_absmax is None:
+            weight_codes, absmax = scaling.quantize(weight)
+        else:
+            weight_codes, absmax = weight, weight_absmax
+        y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
+
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        saved_x: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if needs_weight:
+            saved_x = (x_codes, x_absmax) if config.mem_efficient else (x_2d, None)
+        saved_weight = (weight, absmax) if needs_input else (None, None)
+        ctx.save_for_backward(*saved_x, *saved_weight)
+        ctx.config = config
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved_x, x_absmax, weight, absmax = ctx.saved_tensors
+        needs_input, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            scaling = _SCALINGS[ctx.config.weight_scaling]
+            transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
+            codes_t, absmax_t = transpose(weight, absmax)
+            grad_codes, grad_absmax = ops.quantize_rowwise(grad)
+            grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, ctx.input_dtype)
+            grad_input = grad_input.view(ctx.input_shape)
+        if needs_weight:
+            if x_absmax is not None:
+                saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
+            grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
+        if needs_bias:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_input, grad_weight, None, grad_bias, None
+
+
+def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in the operands' own dtype, accumulated in float32 and rounded once to out_dtype where PyTorch can."""
+    if a.is_cuda and out_dtype == torch.float32 and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(out_dtype)

@@ -1,0 +1,36 @@
+"""How a SwitchBack layer computes its three products, as data."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+WeightScaling = Literal["global", "rowwise"]
+
+
+@dataclass(frozen=True)
+class SwitchBackConfig:
+    """The choices of arXiv 2304.13013, section 2.2 and appendix A.
+
+    Args:
+        weight_scaling: what one absmax of the weight covers. ``"global"``: the whole weight (algorithm 1).
+            ``"rowwise"``: one output feature in the forward product and one input feature in the
+            input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
+        mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
+            dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
+            sees the quantised input.
+
+    Raises:
+        ValueError: for a ``weight_scaling`` that does not exist.
+    """
+
+    weight_scaling: WeightScaling = "global"
+    mem_efficient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight_scaling not in get_args(WeightScaling):
+            known = ", ".join(repr(name) for name in get_args(WeightScaling))
+            raise ValueError(f"SwitchBackConfig: weight_scaling must be one of {known}, got {self.weight_scaling!r}")
+
+    @property
+    def strategy(self) -> str:
+        """The name a person would call it by, as in the README's table: ``"rowwise, mem_efficient"``."""
+        return self.weight_scaling + (", mem_efficient" if self.mem_efficient else "")

@@ -1,0 +1,59 @@
+"""Turn a model's nn.Linear layers into SwitchBackLinear in place, and back."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from .config import SwitchBackConfig
+from .nn import SwitchBackLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert_to_switchback(
+    model: Model,
+    *,
+    config: SwitchBackConfig | None = None,
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> Model:
+    """Make every exact nn.Linear of a model a SwitchBackLinear, in place.
+
+    Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimisers
+    and checkpoints stay valid. Subclasses of nn.Linear are left alone. Parameters in a dtype that the int8
+    products do not take (float64) are refused when the layer is called.
+
+    Args:
+        model: any module; a bare nn.Linear becomes a SwitchBackLinear itself.
+        config: how the layers compute; the paper's default if None.
+        module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
+            the layer is converted if it returns True.
+
+    Returns:
+        The same model.
+    """
+    config = SwitchBackConfig() if config is None else config
+    for fqn, module in model.named_modules():
+        if type(module) is nn.Linear and (module_filter_fn is None or module_filter_fn(module, fqn)):
+            module.__class__ = SwitchBackLinear
+            module.config = config
+    return model
+
+
+def revert_switchback(model: Model) -> Model:
+    """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
+
+    A layer that was prepared for evaluation gets a new ``weight``, dequantised.
+
+    Args:
+        model: any module, converted or built with SwitchBackLinear.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if type(module) is SwitchBackLinear:
+            module.prepare_for_training()
+            del module.config
+            module.__class__ = nn.Linear
+    return model

@@ -1,0 +1,61 @@
+"""Programs written for bitsandbytes' SwitchBackLinear, which bitsandbytes 0.50 deleted, run unchanged."""
+
+import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_LAYERS = (
+    "SwitchBackLinear",
+    "SwitchBackLinearGlobal",
+    "SwitchBackLinearGlobalMemEfficient",
+    "SwitchBackLinearVectorwise",
+)
+
+# The modules that bitsandbytes had, and what a program imported from each.
+_MODULES = {
+    "bitsandbytes.nn": _LAYERS,
+    "bitsandbytes.nn.triton_based_modules": _LAYERS,
+    "bitsandbytes.triton": (),
+    "bitsandbytes.triton.dequantize_rowwise": ("dequantize_rowwise",),
+    "bitsandbytes.triton.int8_matmul_mixed_dequantize": ("int8_matmul_mixed_dequantize",),
+    "bitsandbytes.triton.int8_matmul_rowwise_dequantize": ("int8_matmul_rowwise_dequantize",),
+    "bitsandbytes.triton.quantize_columnwise_and_transpose": ("quantize_columnwise_and_transpose",),
+    "bitsandbytes.triton.quantize_global": ("quantize_global", "quantize_global_transpose"),
+    "bitsandbytes.triton.quantize_rowwise": ("quantize_rowwise",),
+}
+
+
+def install_as_bitsandbytes() -> None:
+    """Make ``bitsandbytes.nn.SwitchBackLinear`` and its kernels importable, served by this library.
+
+    Afterwards ``from bitsandbytes.nn import SwitchBackLinear``, ``from bitsandbytes.nn.triton_based_modules
+    import …`` and ``from bitsandbytes.triton.quantize_global import …`` (likewise the five other kernel modules)
+    work in this process. If bitsandbytes is installed it is imported and all its other parts stay as they are;
+    if not, modules of those names are made. Call it before the program imports these names. Processes that are
+    started by *spawn* are new processes: call it there as well.
+    """
+    import torch_switchback
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        _make_module("bitsandbytes")
+        _make_module("bitsandbytes.nn")
+    else:
+        importlib.import_module("bitsandbytes.nn")
+    for name, members in _MODULES.items():
+        module = sys.modules["bitsandbytes.nn"] if name == "bitsandbytes.nn" else _make_module(name)
+        for member in members:
+            setattr(module, member, getattr(torch_switchback, member))
+
+
+def _make_module(name: str) -> ModuleType:
+    """An empty package, known to the import system and to its parent."""
+    module = ModuleType(name, f"{name}, provided by torch_switchback")
+    module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
+    module.__path__ = []
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+    return module

@@ -1,0 +1,37 @@
+"""The arithmetic that the kernels share, bit for bit that of ops/_numerics.py.
+
+It holds only if a product and a sum are not contracted to one fma: every kernel is compiled with
+``enable_fp_fusion=False``.
+"""
+
+import triton
+import triton.language as tl
+
+SMALLEST_ABSMAX = tl.constexpr(2.0**-121)
+ONE_OVER_127 = tl.constexpr(1.0 / 127.0)
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: for |v| < 2**22, (v + it) - it is v rounded half to even
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as the bits of a float32. As integers they order like |x| with NaN on top, which a float max may drop."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def bits_to_float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_scale(absmax):
+    """127 / absmax, or 0 where the codes are 0: absmax tiny, Inf or NaN. One IEEE division an absmax."""
+    usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
+    return tl.where(usable, tl.div_rn(127.0, tl.where(usable, absmax, 1.0)), 0.0)
+
+
+@triton.jit
+def quantize(x, inverse):
+    """int8 codes rint(x * inverse), half to even; 0 where inverse is 0, whatever x is."""
+    scaled = tl.where(inverse > 0.0, x.to(tl.float32), 0.0) * inverse
+    return ((scaled + ROUNDER) - ROUNDER).to(tl.int8)

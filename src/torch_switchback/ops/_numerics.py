@@ -1,0 +1,38 @@
+"""The numbers that every operation shares: ``x ≈ x_int8 * absmax / 127``, in float32."""
+
+import torch
+
+# 127 / absmax is finite from here on: 127 / 2**-121 = 127/128 * 2**128. What an absmax below it covers
+# quantises to 0.
+SMALLEST_ABSMAX = 2.0**-121
+ONE_OVER_127 = 1.0 / 127.0
+
+
+def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """127 / absmax in float32 (one IEEE division), or 0 where the codes are 0: absmax tiny, Inf or NaN."""
+    usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
+    # Not ``127.0 / absmax``: torch computes that as absmax.reciprocal() * 127, which rounds twice.
+    inverse = torch.full_like(absmax, 127.0).div_(absmax)
+    return inverse.masked_fill_(~usable, 0.0)
+
+
+def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """int8 codes of x, shaped as x, for absmax values (float32) that broadcast against it.
+
+    ``rint(x * (127 / absmax))``, half to even. Where the absmax is Inf or NaN the codes are 0: the absmax
+    alone carries the news, as 0 * Inf and 0 * NaN are NaN.
+    """
+    inverse = inverse_scale(absmax)
+    scaled = (x.float() * inverse).round_()
+    if not bool((absmax < float("inf")).all()):  # 0 * Inf and 0 * NaN
+        scaled.masked_fill_(inverse == 0, 0.0)
+    return scaled.to(torch.int8)
+
+
+def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """The largest |x| in float32, over all of x as shape (1,) or along dim; 0 over nothing; NaN stays NaN."""
+    if dim is None:
+        x, dim = x.reshape(1, -1), 1
+    if x.shape[dim] == 0:
+        return x.new_zeros(x.shape[1 - dim], dtype=torch.float32)
+    return torch.linalg.vector_norm(x, float("inf"), dim=dim, dtype=torch.float32)

@@ -1,0 +1,36 @@
+"""Checks of what a user passes. Each error names the operation, the argument and its value."""
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_float(op: str, name: str, x: torch.Tensor) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16 or float32, got {x.dtype}")
+
+
+def check_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {str(dtype).removeprefix('torch.')}, got {x.dtype}")
+
+
+def check_out_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {dtype}")
+
+
+def check_2d(op: str, name: str, x: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{op}: {name} must be 2-D, got {tuple(x.shape)}")
+
+
+def check_shape(op: str, name: str, x: torch.Tensor, *shape: int) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_same_device(op: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != reference.device:
+            raise ValueError(f"{op}: {name} is on {other.device}, the input on {reference.device}")

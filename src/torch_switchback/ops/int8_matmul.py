@@ -1,0 +1,162 @@
+"""INT8 products with fused dequantisation: int8 × int8 → int32 → × scales, + bias → float."""
+
+import functools
+
+import torch
+
+from ._library import define
+from ._numerics import ONE_OVER_127
+from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
+
+# 127² * 133,144 < 2**31 <= 127² * 133,145: up to here int32 holds every sum of products of codes.
+MAX_INT32_INNER = 133_144
+
+
+def int8_matmul_mixed_dequantize(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    state_x: torch.Tensor,
+    state_w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax for all of b.
+
+    arXiv 2304.13013, algorithm 1 (equation 3). The sum is exact in integers; then, in float32, one product with
+    the two scales' product, one sum with the bias, one rounding to out_dtype. NaN and Inf in an absmax carry.
+
+    Args:
+        a: int8 codes [M, K], any strides.
+        b: int8 codes [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
+        state_x: float32 [M], the absmax of each row of a.
+        state_w: float32 (1,), the absmax of b.
+        bias: [N], float16, bfloat16 or float32, or None.
+        out_dtype: float16 (bitsandbytes' choice), bfloat16 or float32.
+
+    Returns:
+        [M, N] in out_dtype, contiguous.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: shapes do not match, or the arguments are on different devices.
+    """
+    _check("int8_matmul_mixed_dequantize", a, b, state_x, state_w, 1, bias, out_dtype)
+    return _int8_matmul_mixed_dequantize(a, b, state_x, state_w, bias, out_dtype)
+
+
+def int8_matmul_rowwise_dequantize(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    state_x: torch.Tensor,
+    state_w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax a column of b.
+
+    arXiv 2304.13013, algorithm 3. As :func:`int8_matmul_mixed_dequantize` but for state_w: float32 [N], the
+    absmax of each column of b (each row of the weight).
+    """
+    _check("int8_matmul_rowwise_dequantize", a, b, state_x, state_w, b.shape[-1], bias, out_dtype)
+    return _int8_matmul_rowwise_dequantize(a, b, state_x, state_w, bias, out_dtype)
+
+
+def _check(
+    op: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    state_x: torch.Tensor,
+    state_w: torch.Tensor,
+    scales_of_b: int,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    for name, codes in (("a", a), ("b", b)):
+        check_dtype(op, name, codes, torch.int8)
+        check_2d(op, name, codes)
+    for name, absmax in (("state_x", state_x), ("state_w", state_w)):
+        check_dtype(op, name, absmax, torch.float32)
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"{op}: b must have {a.shape[1]} rows, as many as a has columns, got {tuple(b.shape)}")
+    check_shape(op, "state_x", state_x, a.shape[0])
+    check_shape(op, "state_w", state_w, scales_of_b)
+    if bias is not None:
+        check_float(op, "bias", bias)
+        check_shape(op, "bias", bias, b.shape[1])
+    check_out_dtype(op, out_dtype)
+    check_same_device(op, a, b=b, state_x=state_x, state_w=state_w, bias=bias)
+
+
+def _allocate(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    state_x: torch.Tensor,
+    state_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+def _dequantize_product_cpu(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    state_x: torch.Tensor,
+    state_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    scales = (state_x * ONE_OVER_127)[:, None] * (state_w * ONE_OVER_127)
+    out = _exact_product(a, b).to(torch.float32).mul_(scales)
+    if bias is not None:
+        out.add_(bias.float())
+    return out.to(out_dtype)
+
+
+def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of int8 matrices on the CPU, exact: int32, or int64 where int32 could overflow."""
+    inner = a.shape[1]
+    if inner > MAX_INT32_INNER:
+        halves = (slice(0, inner // 2), slice(inner // 2, inner))
+        return sum((_exact_product(a[:, half], b[half]).long() for half in halves), start=torch.zeros((), dtype=torch.long))
+    # torch._int_mm leaves the output unwritten at inner dimension 1 (seen with torch 2.13).
+    if inner > 1 and _int_mm_is_exact():
+        return torch._int_mm(a.contiguous(), b)
+    return _exact_product_in_float(a, b)
+
+
+def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b through float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
+    total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+    for start in range(0, a.shape[1], 1024):
+        chunk = slice(start, start + 1024)
+        total += (a[:, chunk].float() @ b[chunk].float()).to(torch.int32)
+    return total
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether this CPU's torch._int_mm can be trusted: without VNNI instructions it saturates or worse."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-127, 128, (32, 192), generator=generator, dtype=torch.int8)
+    b = torch.randint(-127, 128, (48, 192), generator=generator, dtype=torch.int8).t()
+    a[0], b[:, 0] = 127, 127
+    a[1], b[:, 1] = -127, 127
+    return torch.equal(torch._int_mm(a, b), _exact_product_in_float(a, b))
+
+
+_int8_matmul_mixed_dequantize = define(
+    "int8_matmul_mixed_dequantize("
+    "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    allocate=_allocate,
+    cpu=_dequantize_product_cpu,
+    kernels="int8_matmul",
+)
+
+_int8_matmul_rowwise_dequantize = define(
+    "int8_matmul_rowwise_dequantize("
+    "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    allocate=_allocate,
+    cpu=_dequantize_product_cpu,
+    kernels="int8_matmul",
+)

@@ -1,0 +1,44 @@
+"""Column-wise quantisation, stored transposed: one absmax an input feature, for the row-wise strategy's Wᵀ."""
+
+import torch
+
+from ._library import define
+from ._numerics import absmax_of, quantize
+from ._validation import check_2d, check_float
+
+
+def quantize_columnwise_and_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each column of x by its own absmax and store the codes transposed.
+
+    Args:
+        x: [rows, cols], float16, bfloat16 or float32, any strides.
+
+    Returns:
+        int8 codes [cols, rows], contiguous, and the float32 absmax [cols]; both equal
+        ``quantize_rowwise(x.t())``.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x is not 2-D.
+    """
+    check_float("quantize_columnwise_and_transpose", "x", x)
+    check_2d("quantize_columnwise_and_transpose", "x", x)
+    return _quantize_columnwise_and_transpose(x)
+
+
+def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, cols = x.shape
+    return x.new_empty((cols, rows), dtype=torch.int8), x.new_empty((cols,), dtype=torch.float32)
+
+
+def _quantize_columnwise_and_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = absmax_of(x, dim=0)
+    return quantize(x, absmax).t().contiguous(), absmax
+
+
+_quantize_columnwise_and_transpose = define(
+    "quantize_columnwise_and_transpose(Tensor x) -> (Tensor, Tensor)",
+    allocate=_allocate,
+    cpu=_quantize_columnwise_and_transpose_cpu,
+    kernels="quantize_columnwise",
+)

@@ -1,0 +1,118 @@
+"""Global quantisation: one absmax for the whole tensor, as for weights; plain and transposed.
+
+The INT8 tensor cores want the inner dimension of both operands contiguous. The input gradient's inner dimension
+is the weight's rows, so its codes are stored transposed.
+"""
+
+import torch
+
+from ._library import define
+from ._numerics import absmax_of, quantize
+from ._validation import check_2d, check_dtype, check_float, check_same_device, check_shape
+
+
+def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise x by the absmax of all its elements (arXiv 2304.13013, equation 2).
+
+    Args:
+        x: any shape, float16, bfloat16 or float32, any strides.
+
+    Returns:
+        The int8 codes, contiguous, of x's shape, and the float32 absmax (1,): ``x ≈ codes * absmax / 127``.
+        One NaN or Inf in x makes the absmax NaN or Inf and all codes 0; so does an absmax below 2**-121.
+
+    Raises:
+        TypeError: x has another dtype.
+    """
+    check_float("quantize_global", "x", x)
+    return _quantize_global(x)
+
+
+def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((1,), dtype=torch.float32)
+
+
+def _quantize_global_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.contiguous()
+    absmax = absmax_of(x)
+    return quantize(x, absmax), absmax
+
+
+_quantize_global = define(
+    "quantize_global(Tensor x) -> (Tensor, Tensor)",
+    allocate=_allocate,
+    cpu=_quantize_global_cpu,
+    kernels="quantize_global",
+)
+
+
+def quantize_global_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_global` with the codes stored transposed, in the same pass.
+
+    Args:
+        input: [rows, cols], float16, bfloat16 or float32, any strides.
+
+    Returns:
+        int8 codes [cols, rows], contiguous, equal to ``quantize_global(input)[0].t()``, and the absmax (1,).
+
+    Raises:
+        TypeError: input has another dtype.
+        ValueError: input is not 2-D.
+    """
+    check_float("quantize_global_transpose", "input", input)
+    check_2d("quantize_global_transpose", "input", input)
+    return _quantize_global_transpose(input)
+
+
+def _allocate_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, cols = input.shape
+    return input.new_empty((cols, rows), dtype=torch.int8), input.new_empty((1,), dtype=torch.float32)
+
+
+def _quantize_global_transpose_cpu(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = absmax_of(input)
+    return quantize(input, absmax).t().contiguous(), absmax
+
+
+_quantize_global_transpose = define(
+    "quantize_global_transpose(Tensor input) -> (Tensor, Tensor)",
+    allocate=_allocate_transpose,
+    cpu=_quantize_global_transpose_cpu,
+    kernels="quantize_global",
+)
+
+
+def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """The codes of :func:`quantize_global_transpose` when x's global absmax is known already.
+
+    The backward pass uses it with the absmax that the forward pass found.
+
+    Args:
+        x: [rows, cols], float16, bfloat16 or float32, any strides.
+        absmax: float32 (1,), no smaller than any |x|.
+
+    Returns:
+        int8 codes [cols, rows], contiguous.
+
+    Raises:
+        TypeError: x or absmax has another dtype.
+        ValueError: x is not 2-D, absmax is not of shape (1,), or is on another device.
+    """
+    check_float("quantize_transpose_by_absmax", "x", x)
+    check_2d("quantize_transpose_by_absmax", "x", x)
+    check_dtype("quantize_transpose_by_absmax", "absmax", absmax, torch.float32)
+    check_shape("quantize_transpose_by_absmax", "absmax", absmax, 1)
+    check_same_device("quantize_transpose_by_absmax", x, absmax=absmax)
+    return _quantize_transpose_by_absmax(x, absmax)
+
+
+def _quantize_transpose_by_absmax_cpu(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    return quantize(x, absmax).t().contiguous()
+
+
+_quantize_transpose_by_absmax = define(
+    "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
+    allocate=lambda x, absmax: _allocate_transpose(x)[0],
+    cpu=_quantize_transpose_by_absmax_cpu,
+    kernels="quantize_global",
+)

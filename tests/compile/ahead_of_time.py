@@ -1,0 +1,93 @@
+"""Compile kernels for a GPU that is not there, with the very arguments that a launcher passes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities; CDNA 3
+# ISA guide).
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+_TYPES = {
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+}
+_OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+
+
+@dataclass
+class Launch:
+    """A launch as recorded: the kernel and what was passed to it."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(repr=False)
+
+    def compile(self, target: GPUTarget) -> Any:
+        bound = dict(zip(self.kernel.arg_names, self.args, strict=False))
+        options = {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
+        bound |= {name: value for name, value in self.kwargs.items() if name in self.kernel.arg_names}
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = bound[parameter.name]
+            kind, divisible = _specialise(value, parameter)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[(index,)] = value
+            elif divisible:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=options)
+
+
+def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
+    """The type that Triton gives an argument, and whether it may count on 16 dividing it."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>", False
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        return "constexpr", False
+    assert type(value) is int
+    return "i32" if value < 2**31 else "i64", value % 16 == 0 and not parameter.do_not_specialize
+
+
+def record(launcher: Callable[..., None], *args: Any, **kwargs: Any) -> list[Launch]:
+    """The launches that a launcher makes for CPU tensors, none of them run."""
+    launches = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        launcher(*args, **kwargs)
+    return launches
