@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from . import ops
 from .config import SwitchBackConfig
@@ -86,7 +86,7 @@ def switchback_linear(
     if config is None:
         config = SwitchBackConfig()
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax)
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config)

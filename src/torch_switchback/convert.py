@@ -36,7 +36,7 @@ def convert_to_switchback(
     for fqn, module in model.named_modules():
         if type(module) is nn.Linear and (module_filter_fn is None or module_filter_fn(module, fqn)):
             module.__class__ = SwitchBackLinear
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     return model
 
 
@@ -55,5 +55,5 @@ def revert_switchback(model: Model) -> Model:
         if type(module) is SwitchBackLinear:
             module.prepare_for_training()
             del module.config
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     return model

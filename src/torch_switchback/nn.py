@@ -33,6 +33,10 @@ class SwitchBackLinear(nn.Linear):
     """
 
     config: SwitchBackConfig
+    weight_int8: torch.Tensor  # while prepared, as are the next three
+    weight_absmax: torch.Tensor
+    _weight_dtype: torch.dtype
+    _weight_requires_grad: bool
 
     def __init__(
         self,
@@ -57,9 +61,7 @@ class SwitchBackLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         if self.is_prepared:
-            return switchback_linear(
-                x, self.weight_int8, self.bias, self.config, weight_absmax=self.weight_absmax
-            )
+            return switchback_linear(x, self.weight_int8, self.bias, self.config, weight_absmax=self.weight_absmax)
         return switchback_linear(x, self.weight, self.bias, self.config)
 
     def prepare_for_eval(self) -> None:
@@ -84,26 +86,27 @@ class SwitchBackLinear(nn.Linear):
         if not self.is_prepared:
             return
         absmax = self.weight_absmax.expand(self.out_features).contiguous()
-        weight = dequantize_rowwise(self.weight_int8, absmax, self._unprepared["dtype"])
+        weight = dequantize_rowwise(self.weight_int8, absmax, self._weight_dtype)
         self._become_unprepared(weight)
 
     def _become_prepared(self, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-        self._unprepared = {"dtype": self.weight.dtype, "requires_grad": self.weight.requires_grad}
+        self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
         self.weight = None  # type: ignore[assignment]
         self.register_buffer("weight_int8", codes)
         self.register_buffer("weight_absmax", absmax)
 
     def _become_unprepared(self, weight: torch.Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=self._unprepared["requires_grad"])
-        del self.weight_int8, self.weight_absmax, self._unprepared
+        self.weight = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
+        del self.weight_int8, self.weight_absmax, self._weight_dtype, self._weight_requires_grad
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SwitchBackLinear":
         """Move buffers between devices, but keep the absmax in float32 through ``.half()`` and ``.bfloat16()``."""
         absmax = self._buffers.get("weight_absmax")
         super()._apply(fn, recurse)
-        if absmax is not None and self.weight_absmax.dtype != torch.float32:
-            self._unprepared["dtype"] = self.weight_absmax.dtype
-            self.weight_absmax = absmax.to(self.weight_absmax.device)
+        if absmax is not None:
+            self._weight_dtype = fn(absmax.new_empty(0, dtype=self._weight_dtype)).dtype
+            if self.weight_absmax.dtype != torch.float32:
+                self.weight_absmax = absmax.to(self.weight_absmax.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -116,7 +119,7 @@ class SwitchBackLinear(nn.Linear):
                 torch.empty(scales, dtype=torch.float32, device=self.weight.device),
             )
         elif f"{prefix}weight" in state_dict and self.is_prepared:
-            self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._unprepared["dtype"]))
+            self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

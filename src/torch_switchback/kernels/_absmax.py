@@ -69,7 +69,9 @@ def partial_columnwise_absmax(x: torch.Tensor) -> torch.Tensor:
     rows, cols = x.shape
     block_rows, block_cols = 64, min(next_power_of_2(cols), 128)
     column_blocks = triton.cdiv(cols, block_cols)
-    parts = max(1, min(triton.cdiv(rows, block_rows), triton.cdiv(8 * multiprocessors(x.device), max(column_blocks, 1))))
+    parts = max(
+        1, min(triton.cdiv(rows, block_rows), triton.cdiv(8 * multiprocessors(x.device), max(column_blocks, 1)))
+    )
     partial = x.new_empty((parts, cols), dtype=torch.int32)
     launch(
         partial_columnwise_absmax_kernel,

@@ -118,7 +118,9 @@ def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     inner = a.shape[1]
     if inner > MAX_INT32_INNER:
         halves = (slice(0, inner // 2), slice(inner // 2, inner))
-        return sum((_exact_product(a[:, half], b[half]).long() for half in halves), start=torch.zeros((), dtype=torch.long))
+        return sum(
+            (_exact_product(a[:, half], b[half]).long() for half in halves), start=torch.zeros((), dtype=torch.long)
+        )
     # torch._int_mm leaves the output unwritten at inner dimension 1 (seen with torch 2.13).
     if inner > 1 and _int_mm_is_exact():
         return torch._int_mm(a.contiguous(), b)

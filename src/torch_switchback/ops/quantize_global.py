@@ -35,7 +35,7 @@ def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantize_global_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     absmax = absmax_of(x)
-    return quantize(x, absmax), absmax
+    return quantize(x, absmax).view(x.shape), absmax  # a 0-d x broadcasts to (1,)
 
 
 _quantize_global = define(

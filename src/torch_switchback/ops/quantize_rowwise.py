@@ -46,9 +46,7 @@ _quantize_rowwise = define(
 )
 
 
-def dequantize_rowwise(
-    x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype = torch.float16
-) -> torch.Tensor:
+def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """``x * absmax / 127`` row by row: the inverse of :func:`quantize_rowwise`.
 
     Args:

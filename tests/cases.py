@@ -1,0 +1,64 @@
+"""Inputs and comparisons that the tests of every device share."""
+
+import torch
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+# Ones, primes, a ragged tail on each side of a block, no rows, no columns, a row longer than any block.
+SHAPES = [(1, 1), (3, 5), (17, 83), (131, 257), (0, 4), (4, 0), (2, 20_011)]
+
+
+def contiguous(rows, cols, dtype, device="cpu"):
+    return torch.randn(rows, cols, device=device).to(dtype)
+
+
+def transposed(rows, cols, dtype, device="cpu"):
+    return contiguous(cols, rows, dtype, device).t()
+
+
+def sliced(rows, cols, dtype, device="cpu"):
+    """Every other column of the middle of a larger tensor: an offset and no unit stride."""
+    return contiguous(rows + 2, 2 * cols + 3, dtype, device)[1 : rows + 1, 3 : 2 * cols + 3 : 2]
+
+
+def expanded(rows, cols, dtype, device="cpu"):
+    """Strides 0, as y.sum().backward() sends them."""
+    return contiguous(1, 1, dtype, device).expand(rows, cols)
+
+
+def hostile(rows, cols, dtype, device="cpu"):
+    """A row of zeros, a NaN, an Inf, a row too small to quantise, a row near the top of the range."""
+    x = contiguous(rows, cols, dtype, device)
+    for row, value in ((0, 0.0), (-1, torch.finfo(dtype).tiny), (1, torch.finfo(dtype).max)):
+        if -rows <= row < rows:
+            x[row] = value
+    if rows > 4 and cols:
+        x[2, cols // 2] = float("nan")
+        x[3, 0] = -float("inf")
+    return x
+
+
+LAYOUTS = [contiguous, transposed, sliced, expanded, hostile]
+
+
+def assert_same(actual, expected):
+    """Equal bit for bit, save that any NaN equals any other."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.is_contiguous()
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    if actual.is_floating_point():
+        assert torch.equal(actual.isnan(), expected.isnan())
+        actual, expected = actual.nan_to_num(0.0), expected.nan_to_num(0.0)
+    assert torch.equal(actual, expected)
+
+
+def codes(rows, cols, device="cpu"):
+    return torch.randint(-127, 128, (rows, cols), device=device, dtype=torch.int8)
+
+
+def signal_to_noise(actual, reference):
+    """In dB over the whole tensor."""
+    reference = reference.double()
+    noise = (actual.double() - reference).norm()
+    return (20 * torch.log10(reference.norm() / noise)).item()

@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the tests' tensors live")
+
+
+@pytest.fixture
+def device(request) -> str:
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness_every_run():
+    torch.manual_seed(0)
+    torch._dynamo.reset()

@@ -1,0 +1,118 @@
+"""The same bits on the GPU as on the CPU: codes, products, and a layer's output and input gradient."""
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, codes
+from test_nn import STRATEGIES, make_layer
+
+import torch_switchback as ts
+from torch_switchback.kernels import _launch, int8_matmul
+from torch_switchback.tuning import MatmulConfig, matmul_table
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
+
+QUANTISERS = [
+    ts.quantize_rowwise,
+    ts.quantize_columnwise_and_transpose,
+    ts.quantize_global,
+    ts.quantize_global_transpose,
+]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24)], ids=str)
+@layouts
+@dtypes
+@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: f.__name__)
+def test_quantisers(quantiser, dtype, layout, shape):
+    x = layout(*shape, dtype)
+    gpu = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="cuda")
+    (gpu[:1, :1] if layout.__name__ == "expanded" else gpu).copy_(x[:1, :1] if layout.__name__ == "expanded" else x)
+    for actual, expected in zip(quantiser(gpu), quantiser(x), strict=True):
+        assert_same(actual, expected)
+
+
+@dtypes
+def test_dequantize_rowwise(dtype):
+    x, absmax = codes(1000, 777), torch.rand(1000)
+    absmax[3] = float("nan")
+    assert_same(ts.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.dequantize_rowwise(x, absmax, dtype))
+
+
+CONFIGS = {
+    f"{architecture} {'tma' if config.tma else 'pointer'} {config.block_m}x{config.block_n}x{config.block_k}": config
+    for architecture in ("sm_80", "sm_90")
+    for _, config in matmul_table(architecture)
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (640, 384, 1024), (300, 1000, 528), (129, 257, 1000), (1000, 1000, 83), (17, 83, 1)], ids=str
+)
+@pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
+@dtypes
+def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulConfig):
+    m, n, k = shape
+    a, b = codes(m, k), codes(n, k).t()
+    absmax_a, absmax_b, bias = torch.rand(m), torch.rand(n if rowwise else 1), torch.randn(n)
+    op = ts.int8_matmul_rowwise_dequantize if rowwise else ts.int8_matmul_mixed_dequantize
+    for bias_ in (bias, None):
+        expected = op(a, b, absmax_a, absmax_b, bias_, dtype)
+        out = torch.full((m, n), 99, dtype=dtype, device="cuda")
+        int8_matmul.dequantized_product(
+            a.cuda(),
+            b.cuda(),
+            absmax_a.cuda(),
+            absmax_b.cuda(),
+            None if bias_ is None else bias_.cuda(),
+            out,
+            absmax_per_col=rowwise,
+            config=config,
+        )
+        assert_same(out, expected)
+
+
+@strategies
+@dtypes
+@pytest.mark.parametrize("shape", [(64, 96, 128), (1024, 512, 768), (333, 131, 257)], ids=str)
+def test_layer(shape, dtype, config):
+    tokens, in_features, out_features = shape
+    layer = make_layer(config, in_features, out_features, dtype=dtype)
+    x, grad = torch.randn(tokens, in_features).to(dtype), torch.randn(tokens, out_features).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer.to(device)
+        x_ = x.to(device).requires_grad_()
+        y = layer(x_)
+        results.append((y, *torch.autograd.grad(y, (x_, layer.weight, layer.bias), grad.to(device))))
+    (y, grad_input, grad_weight, grad_bias), on_gpu = results
+    assert_same(on_gpu[0], y)
+    assert_same(on_gpu[1], grad_input)
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]  # cuBLAS's own rounding
+    torch.testing.assert_close(on_gpu[2].cpu(), grad_weight, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(on_gpu[3].cpu(), grad_bias, rtol=tolerance, atol=tolerance)
+
+
+def test_run_to_run():
+    layer = ts.SwitchBackLinear(1024, 768, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
+    first = layer(x)
+    for _ in range(20):
+        assert torch.equal(layer(x), first)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="only Hopper runs the TMA kernel")
+def test_hopper_products_take_the_tma_kernel_where_they_can(monkeypatch):
+    kernels = []
+
+    def spy(kernel, *args, **kwargs):
+        kernels.append(kernel.__name__)
+        return _launch.launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(int8_matmul, "launch", spy)
+    for inner in (1024, 1000):
+        a, absmax = codes(256, inner, "cuda"), torch.rand(256, device="cuda")
+        ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
+    assert kernels == ["int8_matmul_tma_kernel", "int8_matmul_kernel"]

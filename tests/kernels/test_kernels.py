@@ -1,0 +1,164 @@
+"""Every kernel, interpreted, against its operation's meaning in plain torch: the same bits."""
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, assert_same, codes
+
+from torch_switchback import ops
+from torch_switchback.kernels import int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
+from torch_switchback.ops import int8_matmul as int8_matmul_op
+from torch_switchback.tuning import MatmulConfig
+
+# NumPy, which interprets the kernels, warns of the NaN that the tests put in.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
+
+SHAPES = [(1, 1), (3, 5), (17, 83), (130, 67), (0, 4), (4, 0)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def poisoned(*shape, dtype=torch.int8):
+    """An output in which anything unwritten shows."""
+    return torch.full(shape, 99, dtype=dtype)
+
+
+def truncate_to_bfloat16(x):
+    """What the interpreter makes of a conversion from float32 to bfloat16, which a GPU rounds half to even."""
+    return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
+    out, absmax = poisoned(*codes_shape), poisoned(*absmax_shape, dtype=torch.float32)
+    launcher(x, out, absmax)
+    expected_codes, expected_absmax = op(x)
+    assert_same(absmax, expected_absmax)
+    assert_same(out, expected_codes)
+
+
+@shapes
+@layouts
+@dtypes
+def test_quantize_rowwise(dtype, layout, shape):
+    x = layout(*shape, dtype)
+    check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, shape, shape[:1])
+
+
+@pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
+def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
+    x = torch.randn(2, cols)
+    check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (2, cols), (2,))
+
+
+@shapes
+@layouts
+@dtypes
+def test_quantize_columnwise_and_transpose(dtype, layout, shape):
+    rows, cols = shape
+    check_quantiser(
+        quantize_columnwise.quantize_columnwise_and_transpose,
+        ops.quantize_columnwise_and_transpose,
+        layout(*shape, dtype),
+        (cols, rows),
+        (cols,),
+    )
+
+
+@shapes
+@layouts
+@dtypes
+def test_quantize_global(dtype, layout, shape):
+    check_quantiser(quantize_global.quantize_global, ops.quantize_global, layout(*shape, dtype), shape, (1,))
+
+
+@shapes
+@layouts
+@dtypes
+def test_quantize_global_transpose(dtype, layout, shape):
+    x = layout(*shape, dtype)
+    check_quantiser(quantize_global.quantize_global_transpose, ops.quantize_global_transpose, x, shape[::-1], (1,))
+    expected, absmax = ops.quantize_global_transpose(x)
+    out = poisoned(*shape[::-1])
+    quantize_global.quantize_transpose_by_absmax(x, absmax, out)
+    assert_same(out, expected)
+
+
+def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
+    negative_nan = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
+    out = poisoned(5, 3)
+    quantize_global.quantize_transpose_by_absmax(torch.randn(3, 5), negative_nan, out)
+    assert not out.any()
+
+
+@shapes
+@dtypes
+def test_dequantize_rowwise(dtype, shape):
+    rows, cols = shape
+    absmax = torch.rand(rows)
+    absmax[1:2] = float("nan")
+    for x in (codes(rows, cols), codes(cols, rows).t()):
+        out = poisoned(rows, cols, dtype=dtype)
+        quantize_rowwise.dequantize_rowwise(x, absmax, dtype, out)
+        if dtype == torch.bfloat16:
+            x = x.clone()
+            finite = truncate_to_bfloat16(ops.dequantize_rowwise(x, absmax.nan_to_num(0), torch.float32))
+            assert torch.equal(out.isnan(), absmax.isnan()[:, None].expand(rows, cols))
+            assert_same(out.nan_to_num(0), finite)
+        else:
+            assert_same(out, ops.dequantize_rowwise(x, absmax, dtype))
+
+
+CONFIGS = {
+    "tma": MatmulConfig(True, 32, 32, 32, group_m=2, num_stages=2, num_warps=4, programs_per_multiprocessor=2),
+    "tma wide": MatmulConfig(True, 16, 64, 64, group_m=3, num_stages=2, num_warps=4),
+    "pointer": MatmulConfig(False, 32, 32, 32, group_m=2, num_stages=2, num_warps=4),
+    "pointer tall": MatmulConfig(False, 64, 16, 64, group_m=3, num_stages=2, num_warps=4),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+# The first three fit TMA; the others are what it cannot take.
+PRODUCTS = [(64, 96, 64), (33, 48, 80), (150, 64, 112), (1, 1, 1), (17, 83, 5), (70, 65, 129), (0, 4, 4), (4, 4, 0)]
+
+
+@configs
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@dtypes
+def test_products(dtype, has_bias, rowwise, shape, config):
+    m, n, k = shape
+    a, b = codes(m, k), codes(n, k).t()
+    absmax_a, absmax_b = torch.rand(m), torch.rand(n if rowwise else 1)
+    bias = torch.randn(n) if has_bias else None
+    out = poisoned(m, n, dtype=dtype)
+    int8_matmul.dequantized_product(a, b, absmax_a, absmax_b, bias, out, absmax_per_col=rowwise, config=config)
+    op = ops.int8_matmul_rowwise_dequantize if rowwise else ops.int8_matmul_mixed_dequantize
+    if dtype == torch.bfloat16:
+        assert_same(out, truncate_to_bfloat16(op(a, b, absmax_a, absmax_b, bias, torch.float32)))
+    else:
+        assert_same(out, op(a, b, absmax_a, absmax_b, bias, dtype))
+
+
+@pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
+def test_products_that_int32_cannot_hold(inner):
+    config = MatmulConfig(True, 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
+    a = torch.full((2, inner), 127, dtype=torch.int8)
+    a[1] = -127
+    ones = torch.full((3,), 127.0)
+    out = poisoned(2, 3, dtype=torch.float32)
+    b = torch.full((3, inner), 127, dtype=torch.int8).t()
+    int8_matmul.dequantized_product(a, b, ones[:2], ones[:1], None, out, absmax_per_col=False, config=config)
+    assert_same(out, (a.long() @ b.long()).float())
+
+
+def test_the_launchers_of_both_products_pass_their_arguments_on():
+    a, b, out = codes(5, 64), codes(7, 64).t(), poisoned(5, 7, dtype=torch.float32)
+    absmax_a, absmax_b = torch.rand(5), torch.rand(7)
+    int8_matmul.int8_matmul_rowwise_dequantize(a, b, absmax_a, absmax_b, None, torch.float32, out)
+    assert_same(out, ops.int8_matmul_rowwise_dequantize(a, b, absmax_a, absmax_b, None, torch.float32))
+    int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax_a, absmax_b[:1], None, torch.float32, out)
+    assert_same(out, ops.int8_matmul_mixed_dequantize(a, b, absmax_a, absmax_b[:1], None, torch.float32))
+
+
+def test_the_kernel_folds_no_later_than_the_cpu():
+    assert int8_matmul.FOLD <= int8_matmul_op.MAX_INT32_INNER

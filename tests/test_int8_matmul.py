@@ -1,0 +1,122 @@
+"""The INT8 products against int64 sums and a float32 epilogue written out."""
+
+import pytest
+import torch
+from cases import DTYPES, assert_same, codes
+
+import torch_switchback as ts
+from torch_switchback.ops import int8_matmul
+
+SHAPES = [(1, 1, 1), (17, 83, 257), (64, 96, 128), (130, 260, 1000), (5, 7, 1), (0, 4, 8), (4, 0, 8), (4, 8, 0)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def exact(a, b):
+    return (a.cpu().long() @ b.cpu().long()).to(a.device)
+
+
+def expected(a, b, state_x, state_w, bias, dtype):
+    third = torch.tensor(1.0 / 127.0, dtype=torch.float32, device=a.device)
+    scale = (state_x * third)[:, None] * (state_w * third)
+    out = exact(a, b).to(torch.float32) * scale
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("bias", [None, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
+def test_product(rowwise, bias, dtype, shape, device):
+    m, n, k = shape
+    a, b = codes(m, k, device), codes(n, k, device).t()
+    state_x, state_w = torch.rand(m, device=device), torch.rand(n if rowwise else 1, device=device)
+    bias = None if bias is None else torch.randn(n, device=device).to(bias)
+    product = ts.int8_matmul_rowwise_dequantize if rowwise else ts.int8_matmul_mixed_dequantize
+    assert_same(product(a, b, state_x, state_w, bias, dtype), expected(a, b, state_x, state_w, bias, dtype))
+
+
+def test_any_strides(device):
+    m, n, k = 33, 65, 130
+    a, b = codes(m, 2 * k, device)[:, ::2], codes(k, n, device)
+    state_x, state_w = torch.rand(2 * m, device=device)[::2], torch.rand(1, device=device)
+    out = ts.int8_matmul_mixed_dequantize(a, b, state_x, state_w, None, torch.float32)
+    assert_same(out, expected(a, b, state_x, state_w, None, torch.float32))
+    row = codes(1, k, device).expand(m, k)
+    out = ts.int8_matmul_mixed_dequantize(row, b, state_x, state_w, None, torch.float32)
+    assert_same(out, expected(row, b, state_x, state_w, None, torch.float32))
+
+
+@pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
+def test_sums_that_int32_cannot_hold(inner, device):
+    a = torch.full((2, inner), 127, dtype=torch.int8, device=device)
+    a[1] = -127
+    b = torch.full((inner, 3), 127, dtype=torch.int8, device=device)
+    ones = torch.full((2,), 127.0, device=device)
+    out = ts.int8_matmul_mixed_dequantize(a, b, ones, ones[:1], None, torch.float32)
+    assert_same(out, expected(a, b, ones, ones[:1], None, torch.float32))
+    assert out[0, 0].item() == pytest.approx(127.0**2 * inner, rel=1e-6)
+
+
+def test_float16_result_overflows_to_inf_and_others_do_not(device):
+    a = torch.full((1, 64), 127, dtype=torch.int8, device=device)
+    absmax = torch.tensor([127.0], device=device)
+    for dtype, finite in ((torch.float16, False), (torch.bfloat16, True), (torch.float32, True)):
+        out = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax, None, dtype)
+        assert out.isfinite().item() == finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_absmax_that_is_not_finite_carries(value, device):
+    a, b = codes(4, 32, device), codes(8, 32, device).t()
+    a[1] = 0  # what the quantisers give such a row
+    state_x, state_w = torch.rand(4, device=device), torch.rand(8, device=device)
+    state_x[1] = value
+    state_w[5] = value
+    b.t()[5] = 0
+    finite = ts.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, None, torch.float32).isfinite()
+    assert not finite[1].any()
+    assert not finite[:, 5].any()
+    assert finite.sum() == 3 * 7
+
+
+def test_float16_unless_told(device):
+    a, absmax = codes(2, 16, device), torch.rand(2, device=device)
+    assert ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None).dtype == torch.float16
+    assert ts.int8_matmul_rowwise_dequantize(a, a.t(), absmax, absmax).dtype == torch.float16
+
+
+def test_refuses_what_does_not_fit(device):
+    a, b = codes(2, 16, device), codes(16, 3, device)
+    state_x, state_w, bias = torch.rand(2, device=device), torch.rand(1, device=device), torch.rand(3, device=device)
+    product = ts.int8_matmul_mixed_dequantize
+    for error, message, arguments in [
+        (TypeError, "a must be int8", (a.float(), b, state_x, state_w, bias)),
+        (TypeError, "b must be int8", (a, b.int(), state_x, state_w, bias)),
+        (ValueError, "a must be 2-D", (a[0], b, state_x, state_w, bias)),
+        (ValueError, r"b must have 16 rows, .*got \(3, 16\)", (a, b.t(), state_x, state_w, bias)),
+        (TypeError, "state_x must be float32", (a, b, state_x.half(), state_w, bias)),
+        (ValueError, r"state_x must have shape \(2,\)", (a, b, state_w, state_w, bias)),
+        (ValueError, r"state_w must have shape \(1,\)", (a, b, state_x, bias, bias)),
+        (TypeError, "bias must be float16, bfloat16 or float32", (a, b, state_x, state_w, bias.double())),
+        (ValueError, r"bias must have shape \(3,\)", (a, b, state_x, state_w, state_x)),
+        (TypeError, "out_dtype", (a, b, state_x, state_w, bias, torch.int8)),
+        (ValueError, "b is on meta", (a, b.to("meta"), state_x, state_w, bias)),
+    ]:
+        with pytest.raises(error, match=f"int8_matmul_mixed_dequantize: {message}"):
+            product(*arguments)
+    with pytest.raises(ValueError, match=r"int8_matmul_rowwise_dequantize: state_w must have shape \(3,\)"):
+        ts.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, bias)
+
+
+@shapes
+def test_both_ways_to_an_exact_product_on_the_cpu(shape):
+    m, n, k = shape
+    for a, b in ((codes(m, k), codes(k, n)), (torch.full((m, k), -127, dtype=torch.int8), codes(k, n))):
+        assert torch.equal(int8_matmul._exact_product(a, b).long(), exact(a, b))
+        assert torch.equal(int8_matmul._exact_product_in_float(a, b).long(), exact(a, b))
+
+
+def test_int_mm_is_not_trusted_where_it_saturates(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.float() @ b.float()).clamp(-32768, 32767).int())
+    assert not int8_matmul._int_mm_is_exact.__wrapped__()

@@ -1,0 +1,648 @@
+"""SwitchBackLinear as an nn.Linear: signature, shapes, dtypes, gradients, state, and what it keeps in memory."""
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+
+import pytest
+import torch
+from cases import DTYPES, assert_same, signal_to_noise
+from torch import nn
+
+import torch_switchback as ts
+from torch_switchback import SwitchBackConfig, SwitchBackLinear
+
+STRATEGIES = {
+    "global": SwitchBackConfig(),
+    "global mem_efficient": SwitchBackConfig(mem_efficient=True),
+    "rowwise": SwitchBackConfig("rowwise"),
+    "rowwise mem_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
+}
+strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def make_layer(config, in_features=64, out_features=48, device="cpu", dtype=None, bias=True):
+    return SwitchBackLinear(
+        in_features,
+        out_features,
+        bias,
+        device,
+        dtype,
+        vector_wise_quantization=config.weight_scaling == "rowwise",
+        mem_efficient=config.mem_efficient,
+    )
+
+
+def gradients(layer, x, grad):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return (y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad))
+
+
+# What it is
+
+
+def test_signature_is_the_one_it_replaces():
+    parameters = list(inspect.signature(SwitchBackLinear).parameters.values())
+    assert [(p.name, p.default) for p in parameters] == [
+        ("in_features", inspect.Parameter.empty),
+        ("out_features", inspect.Parameter.empty),
+        ("bias", True),
+        ("device", None),
+        ("dtype", None),
+        ("vector_wise_quantization", False),
+        ("mem_efficient", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (SwitchBackLinear, SwitchBackConfig()),
+        (ts.SwitchBackLinearGlobal, SwitchBackConfig()),
+        (ts.SwitchBackLinearGlobalMemEfficient, SwitchBackConfig(mem_efficient=True)),
+        (ts.SwitchBackLinearVectorwise, SwitchBackConfig("rowwise")),
+    ],
+)
+def test_variants_take_three_positionals_as_open_clip_calls_them(make, config):
+    layer = make(6, 4, False)
+    assert isinstance(layer, nn.Linear)
+    assert layer.config == config
+    assert layer.bias is None
+    assert make(6, 4, True).bias.shape == (4,)
+
+
+def test_starts_from_the_weights_of_nn_linear():
+    torch.manual_seed(3)
+    ours = SwitchBackLinear(6, 4)
+    torch.manual_seed(3)
+    assert torch.equal(ours.weight, nn.Linear(6, 4).weight)
+
+
+@strategies
+def test_repr_says_the_strategy(config):
+    assert f"in_features=64, out_features=48, bias=True, strategy={config.strategy}" in repr(make_layer(config))
+
+
+def test_config_refuses_an_unknown_scaling():
+    with pytest.raises(ValueError, match="weight_scaling must be one of 'global', 'rowwise', got 'columnwise'"):
+        SwitchBackConfig("columnwise")
+
+
+# Shapes, dtypes and values
+
+
+@strategies
+@pytest.mark.parametrize("leading", [(), (7,), (2, 5), (2, 3, 5), (0,), (2, 0)], ids=str)
+def test_shapes(config, leading, device):
+    layer = make_layer(config, 6, 4, device)
+    x = torch.randn(*leading, 6, device=device, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*leading, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.weight.grad.shape == layer.weight.shape
+    if x.numel() == 0:
+        assert not layer.weight.grad.any()
+        assert not layer.bias.grad.any()
+
+
+@strategies
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (1, 7), (7, 1), (83, 17), (257, 131)])
+def test_odd_sizes(config, in_features, out_features, device):
+    layer = make_layer(config, in_features, out_features, device)
+    x, grad = torch.randn(13, in_features, device=device), torch.randn(13, out_features, device=device)
+    reference = gradients(revert_copy(layer), x, grad)
+    for actual, expected in zip(gradients(layer, x, grad), reference, strict=True):
+        assert signal_to_noise(actual, expected) > 30
+
+
+def revert_copy(layer):
+    return ts.revert_switchback(copy.deepcopy(layer))
+
+
+@strategies
+@dtypes
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=lambda dtype: "weight " + str(dtype)[6:])
+def test_weight_may_have_another_dtype(config, dtype, weight_dtype, device):
+    layer = make_layer(config, device=device, dtype=weight_dtype)
+    x = torch.randn(5, 64, device=device, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+    assert layer.weight.grad.dtype == weight_dtype
+    assert layer.bias.grad.dtype == weight_dtype
+
+
+@strategies
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_autocast(config, autocast_dtype, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    with torch.autocast(device, autocast_dtype):
+        y = layer(x)
+    assert y.dtype == autocast_dtype
+    assert torch.equal(y, layer(x.to(autocast_dtype)))
+    y.float().sum().backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
+
+
+@strategies
+@pytest.mark.parametrize("what", ["input", "weight", "bias"])
+def test_computes_only_the_gradients_asked_for(config, what, device):
+    layer = make_layer(config, device=device).requires_grad_(False)
+    x = torch.randn(5, 64, device=device)
+    wanted = {"input": x, "weight": layer.weight, "bias": layer.bias}[what].requires_grad_()
+    layer(x).sum().backward()
+    assert [t.grad is not None for t in (x, layer.weight, layer.bias)] == [
+        t is wanted for t in (x, layer.weight, layer.bias)
+    ]
+
+
+@strategies
+def test_functional_form(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(5, 64, device=device)
+    assert torch.equal(ts.switchback_linear(x, layer.weight, layer.bias, config), layer(x))
+
+
+def test_functional_form_defaults_to_the_paper(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    x = torch.randn(5, 64, device=device)
+    assert torch.equal(ts.switchback_linear(x, layer.weight, layer.bias), layer(x))
+
+
+@strategies
+def test_weight_gradient_is_nn_linears(config, device):
+    """Without mem_efficient it is the very same product; with it, X carries int8 noise."""
+    layer = make_layer(config, device=device, dtype=torch.float32)
+    x, grad = torch.randn(300, 64, device=device), torch.randn(300, 48, device=device)
+    _, _, ours, bias = gradients(layer, x, grad)
+    _, _, theirs, their_bias = gradients(revert_copy(layer), x, grad)
+    torch.testing.assert_close(bias, their_bias)
+    if config.mem_efficient:
+        assert signal_to_noise(ours, theirs) > 38
+    else:
+        torch.testing.assert_close(ours, theirs)
+
+
+@strategies
+def test_any_layout_of_input_and_gradient(config, device):
+    layer = make_layer(config, device=device)
+    wide = torch.randn(10, 2 * 64 + 2, device=device)
+    views = [wide[:, ::2][:, :64], torch.randn(64, 10, device=device).t(), wide[:1, :64].expand(10, 64)]
+    for x in views:
+        grad = torch.randn(48, 10, device=device).t()
+        for actual, expected in zip(
+            gradients(layer, x, grad), gradients(layer, x.contiguous(), grad.contiguous()), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        y, grad_input, *_ = gradients(layer, x, grad)
+        y2, grad_input2, *_ = gradients(layer, x.contiguous(), grad.contiguous())
+        assert torch.equal(y, y2)
+        assert torch.equal(grad_input, grad_input2)
+
+
+@strategies
+def test_a_stride_0_gradient(config, device):
+    """y.sum().backward() sends an expanded scalar."""
+    layer = make_layer(config, device=device)
+    x = torch.randn(10, 64, device=device, requires_grad=True)
+    (from_sum,) = torch.autograd.grad(layer(x).sum(), x)
+    (from_ones,) = torch.autograd.grad(layer(x), x, torch.ones(10, 48, device=device))
+    assert torch.equal(from_sum, from_ones)
+
+
+@strategies
+def test_rows_do_not_depend_on_their_batch(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(40, 64, device=device)
+    assert torch.equal(layer(x)[7:19], layer(x[7:19]))
+    order = torch.randperm(40, device=device)
+    assert torch.equal(layer(x)[order], layer(x[order]))
+
+
+# Hostile values
+
+
+@strategies
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen weight"])
+def test_nan_and_inf_reach_their_row_and_no_other(config, value, frozen, device):
+    layer = make_layer(config, device=device)
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(6, 64, device=device)
+    x[2, 5] = value
+    assert layer(x).isfinite().all(1).tolist() == [True, True, False, True, True, True]
+    assert not layer(x)[2].isfinite().any()
+
+    x = torch.randn(6, 64, device=device, requires_grad=True)
+    grad = torch.randn(6, 48, device=device)
+    grad[4, 0] = value
+    (grad_input,) = torch.autograd.grad(layer(x), x, grad)
+    assert not grad_input[4].isfinite().any()
+    assert grad_input.isfinite().all(1).sum() == 5
+
+
+@strategies
+def test_nan_in_the_input_reaches_the_weight_gradient(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(6, 64, device=device)
+    x[2, 5] = float("nan")
+    layer(x).sum().backward()
+    assert not layer.weight.grad[:, 5].isfinite().any()
+
+
+@strategies
+def test_nan_in_the_weight(config, device):
+    layer = make_layer(config, device=device)
+    with torch.no_grad():
+        layer.weight[3, 4] = float("nan")
+    finite = layer(torch.randn(6, 64, device=device)).isfinite()
+    if config.weight_scaling == "global":
+        assert not finite.any()
+    else:
+        assert not finite[:, 3].any()
+        assert finite.sum() == 6 * 47
+
+
+@strategies
+def test_zeros_stay_zeros(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(6, 64, device=device)
+    x[1] = 0
+    assert torch.equal(layer(x)[1], layer.bias)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(layer(x), layer.bias.expand(6, 48))
+    x.requires_grad_()
+    (grad_input,) = torch.autograd.grad(layer(x).sum(), x)
+    assert not grad_input.any()
+
+
+@strategies
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_tiny_and_huge_rows_keep_their_accuracy(config, factor, device):
+    layer = make_layer(config, device=device, bias=False)
+    x = torch.randn(16, 64, device=device)
+    plain = signal_to_noise(layer(x), x @ layer.weight.t())
+    scaled = signal_to_noise(layer(x * factor).double() / factor, x @ layer.weight.t())
+    assert abs(plain - scaled) < 0.1
+
+
+@strategies
+def test_grad_scaler_skips_a_step_with_nan(config, device):
+    layer = make_layer(config, device=device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler(device)
+    before = layer.weight.detach().clone()
+    x = torch.randn(4, 64, device=device)
+    x[0, 0] = float("inf")
+    scaler.scale(layer(x).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before)
+    assert scaler.get_scale() < 65536
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64], ids=lambda dtype: str(dtype)[6:])
+def test_refuses_other_dtypes(dtype, device):
+    layer = SwitchBackLinear(6, 4, device=device)
+    with pytest.raises(TypeError, match=f"switchback_linear: x must be float16, bfloat16 or float32, got {dtype}"):
+        layer(torch.zeros(2, 6, device=device, dtype=dtype))
+    with pytest.raises(TypeError, match="switchback_linear: weight must be"):
+        ts.switchback_linear(torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device, dtype=dtype))
+
+
+def test_refuses_other_shapes_and_devices(device):
+    layer = SwitchBackLinear(6, 4, device=device)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    x = torch.zeros(2, 6, device=device)
+    with pytest.raises(ValueError, match=r"x must have shape \(\*, 6\) to match weight, got \(2, 5\)"):
+        layer(torch.zeros(2, 5, device=device))
+    with pytest.raises(ValueError, match=r"x must have shape \(\*, 6\) to match weight, got \(\)"):
+        layer(torch.zeros((), device=device))
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), got \(3,\)"):
+        ts.switchback_linear(x, weight, bias[:3])
+    with pytest.raises(ValueError, match="weight must be 2-D"):
+        ts.switchback_linear(x, weight[0])
+    with pytest.raises(ValueError, match="weight is on meta"):
+        ts.switchback_linear(x, weight.to("meta"), bias)
+
+
+# Autograd's rules
+
+
+@strategies
+def test_weight_edited_between_forward_and_backward(config, device):
+    layer = make_layer(config, device=device)
+    y = layer(torch.randn(4, 64, device=device, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@strategies
+def test_backward_twice(config, device):
+    layer = make_layer(config, device=device)
+    y = layer(torch.randn(4, 64, device=device, requires_grad=True)).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+@strategies
+def test_double_backward(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@strategies
+def test_bytes_kept_for_the_backward(config, device):
+    """Beside the parameter: X in 16 bit, or X in int8 and a float32 a row."""
+    layer = make_layer(config, 1024, 64, device, torch.bfloat16)
+    x = torch.randn(256, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+    parameters = {parameter.data_ptr() for parameter in layer.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    expected = 256 * 1024 + 256 * 4 if config.mem_efficient else 256 * 1024 * 2
+    absmax_of_weight = 4 if config.weight_scaling == "global" else 64 * 4
+    kept_beside_parameters = sum(nbytes for pointer, nbytes in kept.items() if pointer not in parameters)
+    assert kept_beside_parameters == expected + absmax_of_weight
+
+
+@strategies
+def test_mem_efficient_frees_the_input(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(4, 64, device=device, requires_grad=True) * 1.0  # not a leaf: no one else holds it
+    freed = weakref.ref(x)
+    y = layer(x)
+    del x
+    gc.collect()
+    assert (freed() is None) == config.mem_efficient
+    y.sum().backward()
+    gc.collect()
+    assert freed() is None
+
+
+def test_the_input_is_not_kept_for_a_frozen_weight(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 64, device=device, requires_grad=True) * 1.0
+    freed = weakref.ref(x)
+    y = layer(x)
+    del x
+    gc.collect()
+    assert freed() is None
+    y.sum().backward()
+
+
+def test_absmax_of_the_weight_is_found_once_a_step(device, monkeypatch):
+    from torch_switchback.autograd import _SCALINGS
+
+    calls = []
+    scaling = _SCALINGS["global"]
+    counted = scaling._replace(quantize=lambda weight: calls.append(1) or scaling.quantize(weight))
+    monkeypatch.setitem(_SCALINGS, "global", counted)
+    monkeypatch.setattr(ts.ops, "quantize_global_transpose", None)  # would find it again
+    SwitchBackLinear(64, 48, device=device)(torch.randn(4, 64, device=device, requires_grad=True)).sum().backward()
+    assert calls == [1]
+
+
+@strategies
+def test_checkpointing_and_offloading(config, device):
+    layer = make_layer(config, device=device)
+    x, grad = torch.randn(6, 64, device=device), torch.randn(6, 48, device=device)
+    plain = gradients(layer, x, grad)
+    for reentrant in (False, True):
+        x_ = x.clone().requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(layer, x_, use_reentrant=reentrant)
+        layer.zero_grad()
+        y.backward(grad)
+        for actual, expected in zip((y, x_.grad, layer.weight.grad, layer.bias.grad), plain, strict=True):
+            assert torch.equal(actual, expected)
+    with torch.autograd.graph.save_on_cpu():
+        offloaded = gradients(layer, x, grad)
+    for actual, expected in zip(offloaded, plain, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_inference_mode(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    x = torch.randn(4, 64, device=device)
+    expected = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+        layer.prepare_for_eval()
+        assert torch.equal(layer(x), expected)
+
+
+# State
+
+
+def test_state_dict_is_nn_linears_both_ways():
+    linear, ours = nn.Linear(6, 4), SwitchBackLinear(6, 4)
+    ours.load_state_dict(linear.state_dict(), strict=True)
+    assert torch.equal(ours.weight, linear.weight)
+    linear.load_state_dict(ours.state_dict(), strict=True)
+    assert list(ours.state_dict()) == list(linear.state_dict())
+
+
+@strategies
+def test_copy_and_pickle(config):
+    layer = make_layer(config)
+    x = torch.randn(3, 64)
+    for prepare in (False, True):
+        if prepare:
+            layer.prepare_for_eval()
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other.config == config
+            assert torch.equal(other(x), layer(x))
+
+
+@strategies
+def test_meta_initialisation(config, device):
+    layer = make_layer(config, device="meta")
+    assert layer(torch.empty(2, 64, device="meta")).shape == (2, 48)
+    layer = layer.to_empty(device=device)
+    layer.reset_parameters()
+    assert layer(torch.randn(2, 64, device=device)).isfinite().all()
+
+
+@strategies
+@dtypes
+def test_prepare_for_eval_changes_no_output(config, dtype, device):
+    layer = make_layer(config, device=device, dtype=dtype)
+    x = torch.randn(5, 64, device=device, dtype=dtype)
+    before = layer(x)
+    layer.eval()
+    layer.prepare_for_eval()
+    assert layer.is_prepared
+    assert layer.weight is None
+    assert layer.weight_int8.dtype == torch.int8
+    assert_same(layer(x), before)
+    layer.prepare_for_eval()  # idempotent
+    assert_same(layer(x), before)
+    assert "prepared" in repr(layer)
+
+
+@strategies
+def test_prepared_layer_still_has_an_input_gradient(config, device):
+    layer = make_layer(config, device=device)
+    x, grad = torch.randn(5, 64, device=device), torch.randn(5, 48, device=device)
+    _, exact, *_ = gradients(revert_copy(layer), x, grad)
+    _, unprepared, _, bias = gradients(layer, x, grad)
+    layer.prepare_for_eval()
+    _, prepared, prepared_bias = gradients(layer, x, grad)
+    assert torch.equal(bias, prepared_bias)
+    assert signal_to_noise(prepared, exact) > 33
+    if config.weight_scaling == "global":
+        assert torch.equal(prepared, unprepared)
+
+
+@strategies
+@dtypes
+def test_preparing_is_reversible(config, dtype, device):
+    layer = make_layer(config, device=device, dtype=dtype)
+    layer.weight.requires_grad_(False)
+    before = layer.weight.detach().clone()
+    layer.prepare_for_eval()
+    codes = layer.weight_int8
+    layer.train()
+    assert layer.is_prepared, "train() is called by every trainer on frozen layers too: it must not undo anything"
+    layer.prepare_for_training()
+    layer.prepare_for_training()
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer.weight.dtype == dtype
+    assert not layer.weight.requires_grad
+    step = before.float().abs().max() / 127
+    assert ((layer.weight - before).abs() <= step * (0.5 + 127 * torch.finfo(dtype).eps)).all()
+    layer.prepare_for_eval()
+    assert torch.equal(layer.weight_int8, codes)
+
+
+@strategies
+def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
+    layer = make_layer(config, device=device)
+    layer.prepare_for_eval()
+    x = torch.randn(5, 64, device=device)
+    for prepare in (False, True):
+        fresh = make_layer(config, device=device)
+        if prepare:
+            fresh.prepare_for_eval()
+        fresh.load_state_dict(layer.state_dict(), strict=True)
+        assert fresh.is_prepared
+        assert torch.equal(fresh(x), layer(x))
+
+
+@strategies
+def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
+    layer, other = make_layer(config, device=device), make_layer(config, device=device)
+    other.prepare_for_eval()
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert not other.is_prepared
+    assert torch.equal(other.weight, layer.weight)
+    assert other.weight.requires_grad
+
+
+def test_prepared_state_of_another_strategy_is_refused(device):
+    layer = ts.SwitchBackLinearVectorwise(64, 48, device=device)
+    layer.prepare_for_eval()
+    with pytest.raises(RuntimeError, match="size mismatch for weight_absmax"):
+        SwitchBackLinear(64, 48, device=device).load_state_dict(layer.state_dict())
+
+
+@strategies
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
+    layer = make_layer(config, device=device)
+    layer.prepare_for_eval()
+    absmax = layer.weight_absmax.clone()
+    layer.half()
+    getattr(layer, cast)()
+    assert_same(layer.weight_absmax, absmax)
+    assert layer.weight_int8.dtype == torch.int8
+    layer.prepare_for_training()
+    assert layer.weight.dtype == layer.bias.dtype
+
+
+# Conversion
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Linear(8, 2))
+
+
+def test_convert_swaps_the_class_and_nothing_else():
+    model = make_model()
+    before = {name: (id(parameter), parameter.clone()) for name, parameter in model.named_parameters()}
+    keys = list(model.state_dict())
+    assert ts.convert_to_switchback(model, config=SwitchBackConfig("rowwise")) is model
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [SwitchBackLinear] * 3
+    assert model[0].config == SwitchBackConfig("rowwise")
+    assert list(model.state_dict()) == keys
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert ts.revert_switchback(model) is model
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [nn.Linear] * 3
+    assert vars(model[0]).keys() == vars(nn.Linear(8, 8)).keys()
+
+
+def test_convert_takes_a_filter():
+    model = make_model()
+    seen = []
+    ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: seen.append(fqn) or fqn != "2")
+    assert seen == ["0", "1.0", "2"]
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [SwitchBackLinear] * 2 + [nn.Linear]
+
+
+def test_convert_leaves_subclasses_and_converted_layers_alone():
+    attention = nn.MultiheadAttention(8, 2)
+    ts.convert_to_switchback(attention)
+    assert type(attention.out_proj) is not SwitchBackLinear
+    layer = ts.SwitchBackLinearVectorwise(8, 8)
+    ts.convert_to_switchback(layer)
+    assert layer.config == SwitchBackConfig("rowwise")
+
+
+def test_convert_a_bare_linear():
+    linear = nn.Linear(8, 8)
+    assert type(ts.convert_to_switchback(linear)) is SwitchBackLinear
+
+
+def test_optimiser_and_hooks_survive_conversion():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    ts.convert_to_switchback(model)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert calls == [1]
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_revert_gives_a_prepared_layer_a_weight_again():
+    model = ts.convert_to_switchback(make_model())
+    model[0].prepare_for_eval()
+    ts.revert_switchback(model)
+    assert list(model[0].state_dict()) == ["weight", "bias"]
+    model(torch.randn(4, 8)).sum().backward()

@@ -1,0 +1,49 @@
+"""What torch.library asks of every operation, on every dtype and layout."""
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, codes
+
+import torch_switchback  # noqa: F401  (registers the operations)
+
+OPS = torch.ops.torch_switchback
+# opcheck compares outputs and has NaN unequal to itself, so not the layout "hostile".
+layouts = pytest.mark.parametrize("layout", LAYOUTS[:-1], ids=lambda layout: layout.__name__)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize(
+    "op",
+    ["quantize_rowwise", "quantize_columnwise_and_transpose", "quantize_global", "quantize_global_transpose"],
+)
+def test_quantisers(op, dtype, layout, device):
+    torch.library.opcheck(getattr(OPS, op).default, (layout(17, 83, dtype, device),))
+
+
+@layouts
+@dtypes
+def test_quantize_transpose_by_absmax(dtype, layout, device):
+    absmax = torch.full((1,), 1e5, device=device)
+    torch.library.opcheck(OPS.quantize_transpose_by_absmax.default, (layout(17, 83, dtype, device), absmax))
+
+
+@dtypes
+def test_dequantize_rowwise(dtype, device):
+    for x in (codes(17, 83, device), codes(83, 17, device).t()):
+        torch.library.opcheck(OPS.dequantize_rowwise.default, (x, torch.rand(17, device=device), dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+def test_products(has_bias, rowwise, dtype, device):
+    op = OPS.int8_matmul_rowwise_dequantize if rowwise else OPS.int8_matmul_mixed_dequantize
+    state_x, state_w = torch.rand(17, device=device), torch.rand(32 if rowwise else 1, device=device)
+    bias = torch.randn(32, device=device) if has_bias else None
+    for a, b in (
+        (codes(17, 64, device), codes(32, 64, device).t()),
+        (codes(64, 17, device).t(), codes(64, 32, device)),
+    ):
+        torch.library.opcheck(op.default, (a, b, state_x, state_w, bias, dtype))

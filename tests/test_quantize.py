@@ -1,0 +1,143 @@
+"""The meaning of the quantisers, against formulas written another way, in float64 and integers."""
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, contiguous
+
+import torch_switchback as ts
+from torch_switchback import ops
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def expected_codes(x, absmax):
+    """rint(x * (127 / absmax)) with each float32 rounding done by rounding an exact float64 result."""
+    absmax = absmax.double()
+    usable = (absmax >= 2.0**-121) & (absmax < float("inf"))
+    inverse = torch.where(usable, (127.0 / torch.where(usable, absmax, 1.0)).float().double(), 0.0)
+    scaled = (x.double() * inverse).float()  # 24-bit factors: exact in float64 before the one rounding
+    return torch.where(usable, scaled, 0.0).round().to(torch.int8)
+
+
+def absmax_over(x, dim):
+    if x.shape[dim] == 0:
+        return torch.zeros(x.shape[1 - dim], device=x.device)
+    return x.float().abs().amax(dim)
+
+
+@shapes
+@layouts
+@dtypes
+def test_rowwise(dtype, layout, shape, device):
+    x = layout(*shape, dtype, device)
+    codes, absmax = ts.quantize_rowwise(x)
+    assert_same(absmax, absmax_over(x, 1))
+    assert_same(codes, expected_codes(x, absmax[:, None]))
+
+
+@shapes
+@layouts
+@dtypes
+def test_columnwise_and_transpose(dtype, layout, shape, device):
+    x = layout(*shape, dtype, device)
+    codes, absmax = ts.quantize_columnwise_and_transpose(x)
+    assert_same(absmax, absmax_over(x, 0))
+    assert_same(codes, expected_codes(x, absmax).t().contiguous())
+
+
+@shapes
+@layouts
+@dtypes
+def test_global_plain_and_transposed(dtype, layout, shape, device):
+    x = layout(*shape, dtype, device)
+    codes, absmax = ts.quantize_global(x)
+    assert_same(absmax, absmax_over(x.reshape(1, -1), 1))
+    assert_same(codes, expected_codes(x, absmax))
+    codes_t, absmax_t = ts.quantize_global_transpose(x)
+    assert_same(absmax_t, absmax)
+    assert_same(codes_t, codes.t().contiguous())
+    assert_same(ops.quantize_transpose_by_absmax(x, absmax), codes_t)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 5), (2, 0, 5)])
+def test_global_takes_any_shape(shape, device):
+    x = torch.randn(shape, device=device)
+    codes, absmax = ts.quantize_global(x)
+    assert codes.shape == x.shape
+    assert absmax.shape == (1,)
+
+
+@dtypes
+def test_dequantise_is_the_inverse_to_half_a_step(dtype, device):
+    x = torch.randn(64, 300, device=device)
+    codes, absmax = ts.quantize_rowwise(x)
+    back = ts.dequantize_rowwise(codes, absmax, dtype)
+    assert back.dtype == dtype
+    rounding = torch.finfo(dtype).eps * x.abs()
+    assert ((back.float() - x).abs() <= absmax[:, None] / 254 * (1 + 1e-6) + rounding).all()
+
+
+def test_dequantise_gives_float16_unless_told(device):
+    codes, absmax = ts.quantize_rowwise(torch.randn(2, 3, device=device))
+    assert ts.dequantize_rowwise(codes, absmax).dtype == torch.float16
+
+
+def test_dequantise_carries_nan_and_inf(device):
+    codes, absmax = ts.quantize_rowwise(torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]], device=device))
+    assert not ts.dequantize_rowwise(codes, absmax, torch.float32).isfinite().any()
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, 0, 20, 100])
+def test_a_power_of_two_leaves_the_codes(exponent, device):
+    x = torch.randn(8, 100, device=device)
+    codes, _ = ts.quantize_rowwise(x)
+    assert torch.equal(ts.quantize_rowwise(x * 2.0**exponent)[0], codes)
+
+
+def test_the_flush_limit_is_where_127_over_absmax_overflows(device):
+    limit = 2.0**-121
+    below = torch.nextafter(torch.tensor(limit), torch.tensor(0.0)).item()
+    codes, absmax = ts.quantize_rowwise(torch.tensor([[limit, limit / 2], [below, below / 2]], device=device))
+    assert codes.tolist() == [[127, 64], [0, 0]]
+    assert absmax.tolist() == [limit, below]
+
+
+@pytest.mark.parametrize("row", [1_048_577])
+def test_a_row_of_a_million(row, device):
+    x = contiguous(2, row, torch.bfloat16, device)
+    codes, absmax = ts.quantize_rowwise(x)
+    assert_same(codes, expected_codes(x, absmax[:, None]))
+
+
+MATRIX_QUANTISERS = [ts.quantize_rowwise, ts.quantize_columnwise_and_transpose, ts.quantize_global_transpose]
+
+
+@pytest.mark.parametrize("quantiser", MATRIX_QUANTISERS, ids=lambda f: f.__name__)
+def test_only_matrices(quantiser, device):
+    with pytest.raises(ValueError, match=rf"{quantiser.__name__}: \w+ must be 2-D, got \(3, 4, 5\)"):
+        quantiser(torch.randn(3, 4, 5, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int8, torch.bool], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("quantiser", [ts.quantize_global, *MATRIX_QUANTISERS], ids=lambda f: f.__name__)
+def test_only_floats(quantiser, dtype, device):
+    with pytest.raises(
+        TypeError, match=rf"{quantiser.__name__}: \w+ must be float16, bfloat16 or float32, got {dtype}"
+    ):
+        quantiser(torch.zeros(3, 4, device=device, dtype=dtype))
+
+
+def test_dequantise_refuses_what_does_not_fit(device):
+    codes, absmax = ts.quantize_rowwise(torch.randn(2, 3, device=device))
+    with pytest.raises(TypeError, match=r"x must be int8, got torch\.float32"):
+        ts.dequantize_rowwise(codes.float(), absmax)
+    with pytest.raises(TypeError, match=r"absmax must be float32, got torch\.float16"):
+        ts.dequantize_rowwise(codes, absmax.half())
+    with pytest.raises(ValueError, match=r"absmax must have shape \(2,\), got \(1,\)"):
+        ts.dequantize_rowwise(codes, absmax[:1])
+    with pytest.raises(TypeError, match=r"out_dtype must be float16, bfloat16 or float32, got torch\.float64"):
+        ts.dequantize_rowwise(codes, absmax, torch.float64)
+    with pytest.raises(ValueError, match="absmax is on meta"):
+        ts.dequantize_rowwise(codes, absmax.to("meta"))

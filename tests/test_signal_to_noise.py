@@ -1,0 +1,90 @@
+"""How accurate the three products are, in dB, at 2048³ with bf16 inputs, against float64."""
+
+import functools
+
+import pytest
+import torch
+from cases import signal_to_noise
+
+import torch_switchback as ts
+from torch_switchback import SwitchBackConfig
+
+SIZE = 2048
+
+
+def generator(seed, device):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def gaussian(device):
+    return torch.randn(SIZE, SIZE, generator=generator(1, device), device=device)
+
+
+def layer_norm(device):
+    """Normalised rows times a gain a channel, log-normal with sigma 0.4."""
+    gain = (0.4 * torch.randn(SIZE, generator=generator(2, device), device=device)).exp()
+    return torch.nn.functional.layer_norm(gaussian(device), (SIZE,)) * gain
+
+
+def post_gelu(device):
+    return torch.nn.functional.gelu(gaussian(device))
+
+
+def log_normal_tokens(device):
+    """Gradients whose tokens differ in size: log-normal with sigma 2."""
+    return gaussian(device) * (2 * torch.randn(SIZE, 1, generator=generator(4, device), device=device)).exp()
+
+
+# (what, input, gate with one absmax for the weight, gate with one a row): the simulated values minus 0.5 dB.
+GATES = [
+    ("output", gaussian, 36.9 - 0.5, 38.6 - 0.5),
+    ("output", layer_norm, 34.9 - 0.5, 35.9 - 0.5),
+    ("output", post_gelu, 35.5 - 0.5, 36.7 - 0.5),
+    ("grad_input", log_normal_tokens, 37.0 - 0.5, 38.7 - 0.5),
+]
+
+
+@functools.cache
+def weight(device):
+    return torch.randn(SIZE, SIZE, generator=generator(5, device), device=device).bfloat16()
+
+
+def worst_rows(actual, reference):
+    """The signal to noise that 99 % of the rows are above, in dB."""
+    reference = reference.double()
+    ratio = reference.norm(dim=1) / (actual.double() - reference).norm(dim=1)
+    return (20 * torch.log10(ratio)).kthvalue(max(1, reference.shape[0] // 100)).values.item()
+
+
+@pytest.mark.parametrize("scaling", ["global", "rowwise"])
+@pytest.mark.parametrize(
+    ("what", "data", "gate_global", "gate_rowwise"), GATES, ids=lambda v: getattr(v, "__name__", v)
+)
+def test_gates(what, data, gate_global, gate_rowwise, scaling, device):
+    x, w = data(device).bfloat16(), weight(device)
+    config = SwitchBackConfig(scaling)
+    if what == "output":
+        actual = ts.switchback_linear(x, w, config=config)
+        reference = x.double() @ w.double().t()
+    else:
+        inputs = torch.zeros_like(x).requires_grad_()
+        (actual,) = torch.autograd.grad(ts.switchback_linear(inputs, w, config=config), inputs, x)
+        reference = x.double() @ w.double()
+    assert signal_to_noise(actual, reference) >= (gate_global if scaling == "global" else gate_rowwise)
+    # A ratio over the whole tensor can hide rows that are all noise.
+    assert worst_rows(actual, reference) >= gate_global - 5
+
+
+@pytest.mark.parametrize("mem_efficient", [False, True], ids=["16 bit", "mem_efficient"])
+def test_weight_gradient(mem_efficient, device):
+    x, grad = layer_norm(device).bfloat16(), log_normal_tokens(device).bfloat16()
+    w = weight(device).clone().requires_grad_()
+    y = ts.switchback_linear(x, w, config=SwitchBackConfig(mem_efficient=mem_efficient))
+    (actual,) = torch.autograd.grad(y, w, grad)
+    reference = grad.double().t() @ x.double()
+    if mem_efficient:  # X as int8 with one absmax a row, all else exact
+        step = x.double().abs().amax(1, keepdim=True) / 127
+        expected = grad.double().t() @ ((x.double() / step).round() * step)
+    else:  # what PyTorch makes of the same 16-bit product
+        expected = grad.t() @ x
+    assert signal_to_noise(actual, reference) >= signal_to_noise(expected, reference) - 0.5

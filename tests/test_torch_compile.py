@@ -1,0 +1,90 @@
+"""torch.compile(fullgraph=True) and torch.export give what eager gives."""
+
+import pytest
+import torch
+from test_nn import STRATEGIES
+from torch import nn
+
+import torch_switchback as ts
+
+strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
+backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+
+
+def make_model(config, device):
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
+    return ts.convert_to_switchback(model, config=config).to(device)
+
+
+def step(model, compiled, x):
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = compiled(x)
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@strategies
+@backends
+def test_small_model(backend, config, device):
+    model = make_model(config, device)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(5, 7, 64, device=device)
+    for actual, expected in zip(step(model, compiled, x), step(model, model, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
+
+
+@strategies
+@backends
+def test_one_layer_is_the_same_bit_for_bit(backend, config, device):
+    layer = ts.convert_to_switchback(nn.Linear(64, 96), config=config).to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(33, 64, device=device)
+    for actual, expected in zip(step(layer, compiled, x)[:2], step(layer, layer, x)[:2], strict=True):
+        assert torch.equal(actual, expected)
+
+
+@backends
+def test_autocast(backend, device):
+    model = make_model(ts.SwitchBackConfig(), device)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(33, 64, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        actual, expected = compiled(x), model(x)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@backends
+def test_prepared(backend, device):
+    model = make_model(ts.SwitchBackConfig("rowwise"), device)
+    for module in (model[1], model[3]):
+        module.prepare_for_eval()
+    x = torch.randn(33, 64, device=device)
+    with torch.no_grad():
+        actual = torch.compile(model, fullgraph=True, backend=backend)(x)
+        torch.testing.assert_close(actual, model(x), rtol=1e-3, atol=1e-6)
+
+
+def test_a_changing_batch_recompiles_at_most_twice(device):
+    model = make_model(ts.SwitchBackConfig(), device)
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for batch in range(3, 23):
+        compiled(torch.randn(batch, 64, device=device))
+    assert len(compiles) <= 3
+
+
+def test_export_with_a_dynamic_batch(device):
+    model = make_model(ts.SwitchBackConfig(), device).eval()
+    batch = torch.export.Dim("batch", min=2)
+    x = torch.randn(8, 64, device=device)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    for size in (2, 8, 31):
+        x = torch.randn(size, 64, device=device)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-6)
