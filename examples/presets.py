@@ -1,0 +1,75 @@
+"""What the demo can train: the linear layers to compare, and a model, data and schedule for each kind of machine."""
+
+from dataclasses import dataclass
+
+from gpt import GPTConfig
+
+from torch_switchback import SwitchBackConfig
+
+# None leaves the model's nn.Linear layers as they are.
+RECIPES: dict[str, SwitchBackConfig | None] = {
+    "linear": None,
+    "switchback": SwitchBackConfig(),
+    "switchback-mem-efficient": SwitchBackConfig(mem_efficient=True),
+    "rowwise": SwitchBackConfig(weight_scaling="rowwise"),
+    "rowwise-mem-efficient": SwitchBackConfig(weight_scaling="rowwise", mem_efficient=True),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    device: str
+    bf16: bool  # autocast over fp32 weights
+    compile: bool  # the default of --compile
+    model: GPTConfig
+    batch_size: int  # sequences a step
+    steps: int  # the default of --steps
+    learning_rate: float  # the default of --learning-rate: the peak of the schedule
+    steps_per_sync: int  # reading a loss waits for the GPU, so do that once in this many steps
+    validation_interval: int  # steps, a multiple of steps_per_sync
+    validation_batches: int
+    final_validation_batches: int
+
+
+PRESETS = {
+    "cpu": Preset(
+        device="cpu",
+        bf16=False,
+        compile=False,
+        model=GPTConfig(context=128, width=256, depth=2, heads=4),
+        batch_size=8,
+        steps=240,
+        learning_rate=2e-3,
+        steps_per_sync=1,
+        validation_interval=40,
+        validation_batches=16,
+        final_validation_batches=64,
+    ),
+    "gpu": Preset(
+        device="cuda",
+        bf16=True,
+        compile=True,
+        model=GPTConfig(context=1024, width=1024, depth=8, heads=16),
+        batch_size=32,
+        steps=1000,
+        learning_rate=6e-4,
+        steps_per_sync=10,
+        validation_interval=100,
+        validation_batches=4,
+        final_validation_batches=32,
+    ),
+    # Says only whether everything runs.
+    "tiny": Preset(
+        device="cpu",
+        bf16=False,
+        compile=False,
+        model=GPTConfig(context=32, width=64, depth=1, heads=2),
+        batch_size=4,
+        steps=10,
+        learning_rate=3e-3,
+        steps_per_sync=1,
+        validation_interval=5,
+        validation_batches=1,
+        final_validation_batches=2,
+    ),
+}

@@ -1,0 +1,166 @@
+"""What the demo leaves behind: a table, a picture of the loss curves and results.json."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import Corpus
+from matplotlib.figure import Figure
+from presets import PRESETS
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from training import Curve, Settings
+
+import torch_switchback
+
+
+@dataclass
+class Result:
+    """One finished recipe."""
+
+    recipe: str
+    parameters: int
+    final_validation_loss: float  # nats a byte
+    tokens_per_second: float | None  # of the median step; None if every step was warm-up
+    peak_memory_bytes: int | None
+    linear_share: float  # of a step's time
+    curve: dict[str, Any]  # training.Curve
+    environment: dict[str, Any]  # here, since a checkpoint may move to another machine between two recipes
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """CUDA: the most that PyTorch had allocated since the last reset. CPU: the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and with what a number was measured."""
+    is_cuda = device.type == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if is_cuda else _cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_cuda else None,
+        "cpu_threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "torch_switchback": torch_switchback.__version__,
+        **_git(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _git() -> dict[str, Any]:
+    commit, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
+    return {"git_commit": commit, "git_dirty": None if commit is None else bool(changes)}
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, run beside this file; None if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def table(results: list[Result], settings: Settings) -> Table:
+    """One row a recipe; the difference to nn.Linear is of the validation losses."""
+    title = f"{settings.preset} preset, {settings.steps} steps, {results[0].environment['device']}"
+    # Without inner padding the longest recipe name fits a terminal of 80 columns.
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    for header in ("validation\nloss", "to\nnn.Linear", "tokens/s", "peak\nmemory", "time in\nlinear"):
+        table.add_column(header, justify="right", no_wrap=True)
+    baseline = next((result.final_validation_loss for result in results if result.recipe == "linear"), None)
+    for result in results:
+        compared = None if result.recipe == "linear" else baseline
+        table.add_row(
+            result.recipe,
+            f"{result.final_validation_loss:.4f}",
+            "-" if compared is None else f"{result.final_validation_loss / compared - 1:+.2%}",
+            "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}",
+            "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB",
+            f"{result.linear_share:.0%}",
+        )
+    if PRESETS[settings.preset].device == "cpu":
+        # A resident set's peak cannot be reset, so a recipe also shows what those before it took.
+        table.caption = "peak memory: resident set of the process so far"
+    return table
+
+
+def write_picture(results: list[Result], settings: Settings, path: Path) -> None:
+    """Training loss of every step, smoothed, and the validation losses on the way and, as a star, at the end."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a byte", title=f"{settings.preset} preset")
+    for result in results:
+        curve = Curve(**result.curve)
+        validation = curve.validation_losses
+        steps = range(1, len(curve.train_losses) + 1)
+        (line,) = axes.plot(steps, smoothed(curve.train_losses), linewidth=1, label=result.recipe)
+        validated_after, validation_losses = [step for step, _ in validation], [loss for _, loss in validation]
+        axes.plot(validated_after, validation_losses, "o", markersize=4, color=line.get_color())
+        axes.plot(settings.steps, result.final_validation_loss, "*", markersize=10, color=line.get_color())
+    axes.plot([], [], "o", markersize=4, color="grey", label="validation")
+    axes.plot([], [], "*", markersize=10, color="grey", label="validation at the end, more text")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the run, without the bias of its start."""
+    decay = 1 - 1 / max(1, len(losses) / 50)
+    total = weight = 0.0
+    averages = []
+    for loss in losses:
+        total, weight = decay * total + loss, decay * weight + 1
+        averages.append(total / weight)
+    return averages
+
+
+def write_json(results: list[Result], settings: Settings, corpus: Corpus, path: Path) -> None:
+    preset = PRESETS[settings.preset]
+    document = {
+        "settings": asdict(settings),
+        "preset": asdict(preset),
+        "corpus": {
+            "files": corpus.files,
+            "train_bytes": len(corpus.train),
+            "validation_bytes": len(corpus.validation),
+            "sha256": corpus.sha256,
+        },
+        "results": [asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,147 @@
+"""Training one recipe: everything but the linear layers is the same for all of them."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from corpus import Corpus
+from gpt import GPT
+from presets import PRESETS, RECIPES
+from torch import Tensor
+
+from torch_switchback import convert_to_switchback
+
+# Steps after a start or a resume whose time is not counted: compilation and first allocations.
+UNTIMED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run's numbers on one machine; a checkpoint carries them."""
+
+    preset: str
+    recipes: list[str]
+    steps: int
+    seed: int
+    learning_rate: float
+    compile: bool
+
+
+@dataclass
+class Curve:
+    """What a run has recorded so far."""
+
+    train_losses: list[float] = field(default_factory=list)  # one a step, nats a byte
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats a byte)
+    step_seconds: list[float] = field(default_factory=list)  # without UNTIMED_STEPS, validation and checkpoints
+
+
+class DivergedError(Exception):
+    """The training loss is no longer finite."""
+
+
+def learning_rate_at(step: int, settings: Settings) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine to zero: runs that end at rest scatter little."""
+    warmup = max(1, settings.steps // 10)
+    progress = max(0, step - warmup) / max(1, settings.steps - warmup)
+    return settings.learning_rate * min((step + 1) / warmup, (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Run:
+    """One recipe's model, optimizer, position and curve."""
+
+    def __init__(self, recipe: str, settings: Settings, corpus: Corpus) -> None:
+        self.recipe, self.settings, self.corpus = recipe, settings, corpus
+        self.preset = PRESETS[settings.preset]
+        self.device = torch.device(self.preset.device)
+        self.step = 0
+        self.curve = Curve()
+
+        torch.manual_seed(settings.seed)
+        self.model = GPT(self.preset.model)
+        config = RECIPES[recipe]
+        if config is not None:
+            # The logits need more than eight bits, and 256 outputs are too few to gain speed.
+            convert_to_switchback(self.model, config=config, module_filter_fn=lambda module, fqn: fqn != "head")
+        self.model.to(self.device)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        if settings.compile:
+            self.model.compile()
+
+    def train(self, should_stop: Callable[[], bool], on_progress: Callable[["Run"], None]) -> bool:
+        """Train to the last step. Returns False if `should_stop` ended it before. Raises DivergedError."""
+        preset, curve, first_step = self.preset, self.curve, self.step
+        while self.step < self.settings.steps:
+            if should_stop():
+                return False
+            until_sync = preset.steps_per_sync - self.step % preset.steps_per_sync
+            steps = min(until_sync, self.settings.steps - self.step)
+            is_timed = self.step - first_step >= UNTIMED_STEPS
+            start = time.perf_counter()
+            losses = torch.stack([self.train_step() for _ in range(steps)]).tolist()
+            if is_timed:
+                curve.step_seconds.append((time.perf_counter() - start) / steps)
+            curve.train_losses += losses
+            if not math.isfinite(losses[-1]):
+                raise DivergedError(f"{self.recipe}: the training loss is {losses[-1]} after {self.step} steps")
+            if self.step % preset.validation_interval == 0:
+                curve.validation_losses.append((self.step, self.validation_loss(preset.validation_batches)))
+            on_progress(self)
+        return True
+
+    def train_step(self) -> Tensor:
+        """One optimizer step on the batch that belongs to it. Returns the loss, a scalar on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.settings)
+        batch = self.corpus.train_batch(
+            self.preset.batch_size, self.preset.model.context, seed=self.settings.seed, step=self.step
+        )
+        loss = self._loss(*batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def validation_loss(self, batches: int) -> float:
+        """Mean loss in nats a byte over held-out text, the same for every recipe."""
+        data = self.corpus.validation_batches(batches, self.preset.batch_size, self.preset.model.context)
+        return torch.stack([self._loss(*batch) for batch in data]).double().mean().item()
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs = inputs.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.preset.bf16):
+            return F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "step": self.step,
+            "curve": asdict(self.curve),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.curve = Curve(**state["curve"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
