@@ -49,7 +49,7 @@ PRESETS = {
         device="cuda",
         bf16=True,
         compile=True,
-        model=GPTConfig(context=1024, width=1024, depth=8, heads=16),
+        model=GPTConfig(context=1024, width=1024, depth=4, heads=16),
         batch_size=32,
         steps=1000,
         learning_rate=6e-4,

@@ -1,6 +1,7 @@
 """What the demo leaves behind: a table, a picture of the loss curves and results.json."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -75,8 +76,11 @@ def _cpu_name() -> str:
 
 
 def _git() -> dict[str, Any]:
+    """The commit of this checkout; of a copy without its history, what the variable GIT_COMMIT says."""
     commit, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
-    return {"git_commit": commit, "git_dirty": None if commit is None else bool(changes)}
+    if commit is None:
+        return {"git_commit": os.environ.get("GIT_COMMIT"), "git_dirty": None}
+    return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
 def _output(*command: str) -> str | None:

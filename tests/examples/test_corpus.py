@@ -15,7 +15,7 @@ def library(tmp_path: Path) -> Path:
 
 
 def read(root: Path) -> Corpus:
-    return load_corpus(root, minimum_bytes=100)
+    return load_corpus(root, minimum_bytes=100, block_bytes=256)
 
 
 def test_standard_library_is_split_into_training_and_validation_text() -> None:
@@ -25,12 +25,16 @@ def test_standard_library_is_split_into_training_and_validation_text() -> None:
     assert corpus.sha256 == load_corpus().sha256
 
 
-def test_split_depends_on_paths_alone(library: Path) -> None:
-    before = read(library)
-    (library / "package_0" / "module_0.py").write_text("changed = True\n" * 20)
-    after = read(library)
-    assert (len(before.train) == len(after.train)) != (len(before.validation) == len(after.validation))
-    assert before.sha256 != after.sha256
+def test_held_out_text_is_spread_over_the_corpus(tmp_path: Path) -> None:
+    text = "".join(f"line_{number:04d}\n" for number in range(4096))
+    (tmp_path / "module.py").write_text(text)
+    corpus = read(tmp_path)
+    validation = bytes(corpus.validation)
+    assert len(corpus.train) + len(validation) == len(text)
+    blocks = [validation[start : start + 256] for start in range(0, len(validation), 256)]
+    positions = [text.encode().index(block) for block in blocks]
+    assert positions == list(range(8 * 256, len(text), 16 * 256))
+    assert not any(block in bytes(corpus.train) for block in blocks)
 
 
 def test_third_party_and_other_files_are_left_out(library: Path) -> None:
