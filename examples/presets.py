@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from gpt import GPTConfig
-
 from torch_switchback import SwitchBackConfig
 
 # None leaves the model's nn.Linear layers as they are.

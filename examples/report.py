@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus
 from matplotlib.figure import Figure
-from presets import PRESETS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from training import Curve, Settings
 
 import torch_switchback
+from corpus import Corpus
+from presets import PRESETS
+from training import Curve, Settings
 
 
 @dataclass

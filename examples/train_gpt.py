@@ -20,11 +20,12 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from corpus import Corpus, CorpusError, load_corpus
 from presets import PRESETS, RECIPES
 from report import Result, environment, peak_memory_bytes, table, write_json, write_picture
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from step_profile import linear_share
 from training import DivergedError, Run, Settings
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from corpus import Corpus
 from gpt import GPT
 from presets import PRESETS, RECIPES
-from torch import Tensor
-
 from torch_switchback import convert_to_switchback
 
 # Steps after a start or a resume whose time is not counted: compilation and first allocations.

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import DTYPES, assert_same, codes
 
 import torch_switchback as ts
+from cases import DTYPES, assert_same, codes
 from torch_switchback.ops import int8_matmul
 
 SHAPES = [(1, 1, 1), (17, 83, 257), (64, 96, 128), (130, 260, 1000), (5, 7, 1), (0, 4, 8), (4, 0, 8), (4, 8, 0)]

@@ -8,10 +8,10 @@ import weakref
 
 import pytest
 import torch
-from cases import DTYPES, assert_same, signal_to_noise
 from torch import nn
 
 import torch_switchback as ts
+from cases import DTYPES, assert_same, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
 
 STRATEGIES = {

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, codes
 
 import torch_switchback  # noqa: F401  (registers the operations)
+from cases import DTYPES, LAYOUTS, codes
 
 OPS = torch.ops.torch_switchback
 # opcheck compares outputs and has NaN unequal to itself, so not the layout "hostile".

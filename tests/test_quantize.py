@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, contiguous
 
 import torch_switchback as ts
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, contiguous
 from torch_switchback import ops
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

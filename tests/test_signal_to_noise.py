@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from cases import signal_to_noise
 
 import torch_switchback as ts
+from cases import signal_to_noise
 from torch_switchback import SwitchBackConfig
 
 SIZE = 2048

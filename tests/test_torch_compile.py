@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_nn import STRATEGIES
 from torch import nn
 
 import torch_switchback as ts
+from test_nn import STRATEGIES
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

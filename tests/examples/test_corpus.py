@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from corpus import Corpus, CorpusError, load_corpus
 
 

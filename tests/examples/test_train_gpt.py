@@ -16,12 +16,12 @@ import torch
 pytest.importorskip("matplotlib", reason="the demo needs torch-switchback[demo]")
 pytest.importorskip("typer", reason="the demo needs torch-switchback[demo]")
 
-import train_gpt
-from corpus import load_corpus
-from training import Settings, learning_rate_at
 from typer.testing import CliRunner
 
 import torch_switchback
+import train_gpt
+from corpus import load_corpus
+from training import Settings, learning_rate_at
 
 SCRIPT = Path(train_gpt.__file__)
 FLAGS = ("--preset", "tiny", "--steps", "60", "--recipe", "linear", "--recipe", "switchback", "--seed", "7")

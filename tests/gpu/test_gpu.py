@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_nn import STRATEGIES, make_layer
 from torch import nn
 
 import torch_switchback as ts
+from test_nn import STRATEGIES, make_layer
 from torch_switchback import SwitchBackConfig
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)

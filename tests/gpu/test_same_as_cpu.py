@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, codes
-from test_nn import STRATEGIES, make_layer
 
 import torch_switchback as ts
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, codes
+from test_nn import STRATEGIES, make_layer
 from torch_switchback.kernels import _launch, int8_matmul
 from torch_switchback.tuning import MatmulConfig, matmul_table
 

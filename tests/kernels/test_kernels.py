@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, assert_same, codes
 
+from cases import DTYPES, LAYOUTS, assert_same, codes
 from torch_switchback import ops
 from torch_switchback.kernels import int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
 from torch_switchback.ops import int8_matmul as int8_matmul_op
