@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import ops
 from .config import SwitchBackConfig
+from .ops import direct as ops
 from .ops._validation import FLOAT_DTYPES, check_float, check_same_device, check_shape
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -123,7 +123,7 @@ class SwitchBackFunction(torch.autograd.Function):
         config: SwitchBackConfig,
     ) -> torch.Tensor:
         scaling = _SCALINGS[config.weight_scaling]
-        x_2d = x.reshape(-1, x.shape[-1])
+        x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         x_codes, x_absmax = ops.quantize_rowwise(x_2d)
         if weight_absmax is None:
             weight_codes, absmax = scaling.quantize(weight)
@@ -141,14 +141,14 @@ class SwitchBackFunction(torch.autograd.Function):
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved_x, x_absmax, weight, absmax = ctx.saved_tensors
         needs_input, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             scaling = _SCALINGS[ctx.config.weight_scaling]
@@ -156,13 +156,16 @@ class SwitchBackFunction(torch.autograd.Function):
             codes_t, absmax_t = transpose(weight, absmax)
             grad_codes, grad_absmax = ops.quantize_rowwise(grad)
             grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, ctx.input_dtype)
-            grad_input = grad_input.view(ctx.input_shape)
+            if len(ctx.input_shape) != 2:
+                grad_input = grad_input.view(ctx.input_shape)
         if needs_weight:
             if x_absmax is not None:
                 saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
             grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
         if needs_bias:
-            grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            # PyTorch accumulates a 16-bit sum in float32 and rounds once: no need to cast if the dtype stays.
+            dtype = grad.dtype if grad.dtype == ctx.bias_dtype else torch.float32
+            grad_bias = grad.sum(0, dtype=dtype).to(ctx.bias_dtype)
         return grad_input, grad_weight, None, grad_bias, None
 
 

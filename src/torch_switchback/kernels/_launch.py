@@ -1,4 +1,4 @@
-"""The one place that launches kernels."""
+"""The one place that launches kernels, and what it must know of a device."""
 
 import functools
 from collections.abc import Sequence
@@ -6,12 +6,44 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Compiled kernels by all that Triton specialises on and more: integers count with their values, so that looking one
+# up takes no analysis. A few launches a layer shape and batch size; emptied before it could grow without bound.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_MOST_COMPILED = 10_000
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
-    """Run ``kernel[grid](*args, **options)`` with the arithmetic of _numerics.py; an empty grid runs nothing."""
-    if 0 not in grid:
-        kernel[tuple(grid)](*args, enable_fp_fusion=False, **options)
+    """Run ``kernel[grid](*args, **options)`` with the arithmetic of _numerics.py; an empty grid runs nothing.
+
+    args are all of the kernel's parameters that are not constexpr, in order; options its constexprs, num_warps and
+    num_stages. From its second call on, a launch skips Triton's own analysis of the arguments, which takes
+    longer than the launch.
+    """
+    if 0 in grid:
+        return
+    grid = (*grid, 1, 1)[:3]
+    key = (id(kernel), *map(_signature, args), *options.values())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        compiled[grid](*args, *constants)
+        return
+    compiled = kernel[grid](*args, enable_fp_fusion=False, **options)
+    if compiled is not None:  # the interpreter compiles nothing
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+
+
+def _signature(arg: Any) -> Any:
+    """What of an argument decides how its kernel is compiled, and where it is loaded: of an integer its value."""
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.get_device(), arg.data_ptr() % 16
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, *arg.block_shape
+    return arg
 
 
 @functools.cache

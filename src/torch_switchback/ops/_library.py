@@ -2,11 +2,21 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 LIBRARY = torch.library.Library("torch_switchback", "DEF")
+
+
+class Operation(NamedTuple):
+    """An operation, twice."""
+
+    dispatched: Callable[..., Any]
+    """Through PyTorch's dispatcher: what tracing, subclasses and modes need."""
+    direct: Callable[..., Any]
+    """The same without the dispatcher where no one could tell: it takes longer than a kernel's launch."""
 
 
 def define(
@@ -15,11 +25,11 @@ def define(
     allocate: Callable[..., Any],
     cpu: Callable[..., Any],
     kernels: str,
-) -> Any:
-    """Register an operation and return its callable overload.
+) -> Operation:
+    """Register an operation.
 
     Args:
-        schema: the operation's signature in torch.library's language.
+        schema: the operation's signature in torch.library's language; its first argument is a tensor.
         allocate: from the operation's arguments to its empty outputs. It serves as the fake and hands the
             launcher its outputs, so the two cannot differ in shape, dtype or layout.
         cpu: the operation's meaning in plain torch. The kernels must equal it bit for bit.
@@ -33,8 +43,8 @@ def define(
         nonlocal launcher
         if launcher is None:
             launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
-        device: torch.device = args[0].device
-        if device.index != torch.cuda.current_device():
+        device: int = args[0].get_device()
+        if device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return _fill(launcher, allocate, args)
         return _fill(launcher, allocate, args)
@@ -44,7 +54,15 @@ def define(
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"torch_switchback::{name}", allocate, lib=LIBRARY)
-    return getattr(torch.ops.torch_switchback, name).default
+    dispatched = getattr(torch.ops.torch_switchback, name).default
+
+    def direct(*args: Any) -> Any:
+        plain = type(args[0]) in (torch.Tensor, nn.Parameter) and args[0].is_cuda
+        if plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+            return cuda(*args)
+        return dispatched(*args)
+
+    return Operation(dispatched, direct)
 
 
 def _fill(launcher: Callable[..., None], allocate: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -17,22 +17,44 @@ def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """int8 codes of x, shaped as x, for absmax values (float32) that broadcast against it.
+    """int8 codes of x, contiguous and shaped as x, for absmax values (float32) that broadcast against it.
 
     ``rint(x * (127 / absmax))``, half to even. Where the absmax is Inf or NaN the codes are 0: the absmax
     alone carries the news, as 0 * Inf and 0 * NaN are NaN.
     """
     inverse = inverse_scale(absmax)
-    scaled = (x.float() * inverse).round_()
+    scaled = x.float().mul(inverse).round_()
     if not bool((absmax < float("inf")).all()):  # 0 * Inf and 0 * NaN
         scaled.masked_fill_(inverse == 0, 0.0)
     return scaled.to(torch.int8)
 
 
+def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """int8 codes [cols, rows], contiguous, of x [rows, cols] for absmax values (1,) or (cols,)."""
+    rows, cols = x.shape
+    codes = torch.empty((cols, rows), dtype=torch.int8)
+    for block in row_blocks(x):
+        codes[:, block] = quantize(x[block], absmax).t()
+    return codes
+
+
 def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """The largest |x| in float32, over all of x as shape (1,) or along dim; 0 over nothing; NaN stays NaN."""
     if dim is None:
-        x, dim = x.reshape(1, -1), 1
+        if x.numel() == 0:
+            return torch.zeros(1)
+        low, high = torch.aminmax(x)
+        return torch.maximum(low.abs(), high.abs()).float().view(1)
     if x.shape[dim] == 0:
-        return x.new_zeros(x.shape[1 - dim], dtype=torch.float32)
+        return torch.zeros(x.shape[1 - dim])
     return x.abs().amax(dim).float()
+
+
+def row_blocks(x: torch.Tensor) -> list[slice]:
+    """Slices of the first dimension of x, each of about 2**18 elements.
+
+    Several operations on one block after the other are one pass over memory: what lies between them stays in the
+    cache, and no large temporary has to be mapped in, which takes longer than the arithmetic.
+    """
+    rows = max(1, 2**18 * x.shape[0] // max(x.numel(), 1))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]

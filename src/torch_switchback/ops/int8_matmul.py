@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ._library import define
-from ._numerics import ONE_OVER_127
+from ._numerics import ONE_OVER_127, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
 
 # 127² * 133,144 < 2**31 <= 127² * 133,145: up to here int32 holds every sum of products of codes.
@@ -41,7 +41,7 @@ def int8_matmul_mixed_dequantize(
         ValueError: shapes do not match, or the arguments are on different devices.
     """
     _check("int8_matmul_mixed_dequantize", a, b, state_x, state_w, 1, bias, out_dtype)
-    return _int8_matmul_mixed_dequantize(a, b, state_x, state_w, bias, out_dtype)
+    return int8_matmul_mixed_dequantize_op.dispatched(a, b, state_x, state_w, bias, out_dtype)
 
 
 def int8_matmul_rowwise_dequantize(
@@ -58,7 +58,7 @@ def int8_matmul_rowwise_dequantize(
     absmax of each column of b (each row of the weight).
     """
     _check("int8_matmul_rowwise_dequantize", a, b, state_x, state_w, b.shape[-1], bias, out_dtype)
-    return _int8_matmul_rowwise_dequantize(a, b, state_x, state_w, bias, out_dtype)
+    return int8_matmul_rowwise_dequantize_op.dispatched(a, b, state_x, state_w, bias, out_dtype)
 
 
 def _check(
@@ -106,11 +106,15 @@ def _dequantize_product_cpu(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    scales = (state_x * ONE_OVER_127)[:, None] * (state_w * ONE_OVER_127)
-    out = _exact_product(a, b).to(torch.float32).mul_(scales)
-    if bias is not None:
-        out.add_(bias.float())
-    return out.to(out_dtype)
+    product = _exact_product(a, b)
+    scale_x, scale_w = (state_x * ONE_OVER_127)[:, None], state_w * ONE_OVER_127
+    # float32 results take the place of the sums: a new buffer of that size costs more than the arithmetic.
+    in_place = out_dtype == torch.float32 and product.dtype == torch.int32
+    out = product.view(torch.float32) if in_place else torch.empty(product.shape, dtype=out_dtype)
+    for block in row_blocks(product):
+        scaled = product[block].to(torch.float32).mul_(scale_x[block] * scale_w)
+        out[block] = scaled if bias is None else scaled.add_(bias.float())
+    return out
 
 
 def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -147,7 +151,7 @@ def _int_mm_is_exact() -> bool:
     return torch.equal(torch._int_mm(a, b), _exact_product_in_float(a, b))
 
 
-_int8_matmul_mixed_dequantize = define(
+int8_matmul_mixed_dequantize_op = define(
     "int8_matmul_mixed_dequantize("
     "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
     allocate=_allocate,
@@ -155,7 +159,7 @@ _int8_matmul_mixed_dequantize = define(
     kernels="int8_matmul",
 )
 
-_int8_matmul_rowwise_dequantize = define(
+int8_matmul_rowwise_dequantize_op = define(
     "int8_matmul_rowwise_dequantize("
     "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
     allocate=_allocate,

@@ -3,7 +3,7 @@
 import torch
 
 from ._library import define
-from ._numerics import absmax_of, quantize
+from ._numerics import absmax_of, quantize_transposed, row_blocks
 from ._validation import check_2d, check_float
 
 
@@ -23,7 +23,7 @@ def quantize_columnwise_and_transpose(x: torch.Tensor) -> tuple[torch.Tensor, to
     """
     check_float("quantize_columnwise_and_transpose", "x", x)
     check_2d("quantize_columnwise_and_transpose", "x", x)
-    return _quantize_columnwise_and_transpose(x)
+    return quantize_columnwise_and_transpose_op.dispatched(x)
 
 
 def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,11 +32,13 @@ def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantize_columnwise_and_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = absmax_of(x, dim=0)
-    return quantize(x, absmax).t().contiguous(), absmax
+    absmax = torch.zeros(x.shape[1])
+    for block in row_blocks(x):
+        absmax = torch.maximum(absmax, absmax_of(x[block], dim=0))
+    return quantize_transposed(x, absmax), absmax
 
 
-_quantize_columnwise_and_transpose = define(
+quantize_columnwise_and_transpose_op = define(
     "quantize_columnwise_and_transpose(Tensor x) -> (Tensor, Tensor)",
     allocate=_allocate,
     cpu=_quantize_columnwise_and_transpose_cpu,

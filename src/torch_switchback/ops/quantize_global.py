@@ -7,7 +7,7 @@ is the weight's rows, so its codes are stored transposed.
 import torch
 
 from ._library import define
-from ._numerics import absmax_of, quantize
+from ._numerics import absmax_of, quantize, quantize_transposed, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_same_device, check_shape
 
 
@@ -25,7 +25,7 @@ def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         TypeError: x has another dtype.
     """
     check_float("quantize_global", "x", x)
-    return _quantize_global(x)
+    return quantize_global_op.dispatched(x)
 
 
 def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,12 +33,15 @@ def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantize_global_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = x.contiguous()
     absmax = absmax_of(x)
-    return quantize(x, absmax).view(x.shape), absmax  # a 0-d x broadcasts to (1,)
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.flatten()
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    for block in row_blocks(rows):
+        codes[block] = quantize(rows[block], absmax)
+    return codes.view(x.shape), absmax
 
 
-_quantize_global = define(
+quantize_global_op = define(
     "quantize_global(Tensor x) -> (Tensor, Tensor)",
     allocate=_allocate,
     cpu=_quantize_global_cpu,
@@ -61,7 +64,7 @@ def quantize_global_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.
     """
     check_float("quantize_global_transpose", "input", input)
     check_2d("quantize_global_transpose", "input", input)
-    return _quantize_global_transpose(input)
+    return quantize_global_transpose_op.dispatched(input)
 
 
 def _allocate_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,10 +74,10 @@ def _allocate_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def _quantize_global_transpose_cpu(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = absmax_of(input)
-    return quantize(input, absmax).t().contiguous(), absmax
+    return quantize_transposed(input, absmax), absmax
 
 
-_quantize_global_transpose = define(
+quantize_global_transpose_op = define(
     "quantize_global_transpose(Tensor input) -> (Tensor, Tensor)",
     allocate=_allocate_transpose,
     cpu=_quantize_global_transpose_cpu,
@@ -103,16 +106,12 @@ def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch
     check_dtype("quantize_transpose_by_absmax", "absmax", absmax, torch.float32)
     check_shape("quantize_transpose_by_absmax", "absmax", absmax, 1)
     check_same_device("quantize_transpose_by_absmax", x, absmax=absmax)
-    return _quantize_transpose_by_absmax(x, absmax)
+    return quantize_transpose_by_absmax_op.dispatched(x, absmax)
 
 
-def _quantize_transpose_by_absmax_cpu(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    return quantize(x, absmax).t().contiguous()
-
-
-_quantize_transpose_by_absmax = define(
+quantize_transpose_by_absmax_op = define(
     "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
     allocate=lambda x, absmax: _allocate_transpose(x)[0],
-    cpu=_quantize_transpose_by_absmax_cpu,
+    cpu=quantize_transposed,
     kernels="quantize_global",
 )

@@ -3,7 +3,7 @@
 import torch
 
 from ._library import define
-from ._numerics import ONE_OVER_127, absmax_of, quantize
+from ._numerics import ONE_OVER_127, absmax_of, quantize, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
 
 
@@ -24,7 +24,7 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     check_float("quantize_rowwise", "x", x)
     check_2d("quantize_rowwise", "x", x)
-    return _quantize_rowwise(x)
+    return quantize_rowwise_op.dispatched(x)
 
 
 def _allocate_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,12 +33,14 @@ def _allocate_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantize_rowwise_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = x.contiguous()
-    absmax = absmax_of(x, dim=1)
-    return quantize(x, absmax[:, None]), absmax
+    codes, absmax = _allocate_quantize(x)
+    for block in row_blocks(x):
+        absmax[block] = absmax_of(x[block], dim=1)
+        codes[block] = quantize(x[block], absmax[block, None])
+    return codes, absmax
 
 
-_quantize_rowwise = define(
+quantize_rowwise_op = define(
     "quantize_rowwise(Tensor x) -> (Tensor, Tensor)",
     allocate=_allocate_quantize,
     cpu=_quantize_rowwise_cpu,
@@ -67,7 +69,7 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
     check_shape("dequantize_rowwise", "absmax", absmax, x.shape[0])
     check_out_dtype("dequantize_rowwise", out_dtype)
     check_same_device("dequantize_rowwise", x, absmax=absmax)
-    return _dequantize_rowwise(x, absmax, out_dtype)
+    return dequantize_rowwise_op.dispatched(x, absmax, out_dtype)
 
 
 def _allocate_dequantize(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -79,7 +81,7 @@ def _dequantize_rowwise_cpu(x: torch.Tensor, absmax: torch.Tensor, out_dtype: to
     return (x.contiguous().float() * (absmax * ONE_OVER_127)[:, None]).to(out_dtype)
 
 
-_dequantize_rowwise = define(
+dequantize_rowwise_op = define(
     "dequantize_rowwise(Tensor x, Tensor absmax, ScalarType out_dtype) -> Tensor",
     allocate=_allocate_dequantize,
     cpu=_dequantize_rowwise_cpu,
