@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, multiprocessors, next_power_of_2
+from ._launch import ceil_div, launch, multiprocessors, next_power_of_2
 from ._numerics import magnitude_bits
 
 BLOCK = 8192
@@ -34,7 +34,7 @@ def partial_absmax_kernel(
 
 def partial_absmax(x: torch.Tensor) -> torch.Tensor:
     """int32 bits of the absmax of up to MAX_PARTS parts of x (contiguous), which no one has reduced yet."""
-    programs = max(1, min(triton.cdiv(x.numel(), BLOCK), 8 * multiprocessors(x.device), MAX_PARTS))
+    programs = max(1, min(ceil_div(x.numel(), BLOCK), 8 * multiprocessors(x.device), MAX_PARTS))
     partial = x.new_empty((programs,), dtype=torch.int32)
     launch(partial_absmax_kernel, (programs,), x, partial, x.numel(), BLOCK=BLOCK, num_warps=8)
     return partial
@@ -68,10 +68,8 @@ def partial_columnwise_absmax(x: torch.Tensor) -> torch.Tensor:
     """int32 bits [parts, cols] of the absmax of each column of x [rows, cols] over parts of its rows."""
     rows, cols = x.shape
     block_rows, block_cols = 64, min(next_power_of_2(cols), 128)
-    column_blocks = triton.cdiv(cols, block_cols)
-    parts = max(
-        1, min(triton.cdiv(rows, block_rows), triton.cdiv(8 * multiprocessors(x.device), max(column_blocks, 1)))
-    )
+    column_blocks = ceil_div(cols, block_cols)
+    parts = max(1, min(ceil_div(rows, block_rows), ceil_div(2 * multiprocessors(x.device), max(column_blocks, 1))))
     partial = x.new_empty((parts, cols), dtype=torch.int32)
     launch(
         partial_columnwise_absmax_kernel,

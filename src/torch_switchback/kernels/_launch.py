@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Compiled kernels by all that Triton specialises on and more: integers count with their values, so that looking one
@@ -65,5 +64,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+# triton.cdiv and triton.next_power_of_2 serve kernels too and take some microseconds a call on the host.
+
+
+def ceil_div(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
 def next_power_of_2(n: int) -> int:
-    return triton.next_power_of_2(max(n, 1))
+    return 1 << max(n - 1, 0).bit_length()

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from ._absmax import MAX_PARTS
-from ._launch import launch
+from ._launch import ceil_div, launch
 from ._numerics import bits_to_float, inverse_scale, quantize
 
-BLOCK_ROWS, BLOCK_COLS = 128, 64
+BLOCK_ROWS, BLOCK_COLS = 64, 128
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def quantize_transpose(
     launch(
         quantize_transpose_kernel,
         # At least one program a block of columns: without rows there is still an absmax to store.
-        (max(1, triton.cdiv(rows, BLOCK_ROWS)) * max(1, triton.cdiv(cols, BLOCK_COLS)),),
+        (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, BLOCK_COLS)),),
         x,
         partial,
         codes,

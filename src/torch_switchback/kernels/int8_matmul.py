@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig, matmul_config
-from ._launch import architecture, launch, multiprocessors
+from ._launch import architecture, ceil_div, launch, multiprocessors
 from ._numerics import ONE_OVER_127
 
 # Partial sums over this many products of codes fit int32: 131072 * 127² < 2**31 (the limit is 133,144).
@@ -210,14 +210,14 @@ def dequantized_product(
         "num_stages": config.num_stages,
     }
     vectors = (absmax_a.contiguous(), absmax_b.contiguous(), absmax_b if bias is None else bias.contiguous())
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
     if config.tma and K <= FOLD and _fits_tma(a) and _fits_tma(b) and _fits_tma(out):
         launch(
             int8_matmul_tma_kernel,
             (min(tiles, config.programs_per_multiprocessor * multiprocessors(a.device)),),
-            TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
-            TensorDescriptor.from_tensor(b, [config.block_n, config.block_k]),
-            TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // 2]),
+            _descriptor(a, config.block_m, config.block_k),
+            _descriptor(b, config.block_n, config.block_k),
+            _descriptor(out, config.block_m, config.block_n // 2),
             *vectors,
             M,
             N,
@@ -257,3 +257,11 @@ def _fits_tma(x: torch.Tensor) -> bool:
         and (pitch * x.element_size()) % 16 == 0
         and x.data_ptr() % 16 == 0
     )
+
+
+def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
+    """TensorDescriptor.from_tensor without its checks, which repeat _fits_tma's and take longer than the launch."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = x, x.shape, x.stride()
+    descriptor.block_shape, descriptor.padding = list(block), "zero"
+    return descriptor

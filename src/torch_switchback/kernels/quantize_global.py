@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from ._absmax import MAX_PARTS, partial_absmax
-from ._launch import launch
+from ._launch import ceil_div, launch
 from ._numerics import bits_to_float, inverse_scale, quantize
 from ._transpose import quantize_transpose
 
-BLOCK = 8192
+BLOCK = 4096
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) 
     partial = partial_absmax(x)
     launch(
         quantize_global_kernel,
-        (max(1, triton.cdiv(x.numel(), BLOCK)),),
+        (max(1, ceil_div(x.numel(), BLOCK)),),
         x,
         partial,
         codes,

@@ -4,11 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, next_power_of_2
+from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
 
-TILE = 8192  # elements of x that a program holds
+# Measured on an H200 (docs/performance.md): one row a program is fastest, however long, and few warps.
+SMALLEST_TILE = 2048  # elements of x that a program holds; shorter rows share one
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in chunks of this
+DEQUANTIZE_TILE = 8192
 
 
 @triton.jit
@@ -53,10 +55,11 @@ def quantize_rowwise_kernel(
 
 def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     rows, cols = x.shape
-    block_rows, block_cols = _block(cols)
+    block_cols = min(next_power_of_2(cols), MAX_BLOCK_COLS)
+    block_rows = max(1, SMALLEST_TILE // block_cols)
     launch(
         quantize_rowwise_kernel,
-        (triton.cdiv(rows, block_rows),),
+        (ceil_div(rows, block_rows),),
         x,
         codes,
         absmax,
@@ -67,7 +70,7 @@ def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor)
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         ROW_IN_BLOCK=cols <= block_cols,
-        num_warps=4 if block_rows * block_cols <= TILE else 8,
+        num_warps=2 if block_rows * block_cols <= SMALLEST_TILE else 4,
     )
 
 
@@ -96,10 +99,10 @@ def dequantize_rowwise_kernel(
 def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
     rows, cols = x.shape
     block_cols = min(next_power_of_2(cols), 4096)
-    block_rows = max(1, TILE // block_cols)
+    block_rows = max(1, DEQUANTIZE_TILE // block_cols)
     launch(
         dequantize_rowwise_kernel,
-        (triton.cdiv(rows, block_rows), triton.cdiv(cols, block_cols)),
+        (ceil_div(rows, block_rows), ceil_div(cols, block_cols)),
         x,
         absmax,
         out,
@@ -112,8 +115,3 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
         BLOCK_COLS=block_cols,
         num_warps=4,
     )
-
-
-def _block(cols: int) -> tuple[int, int]:
-    block_cols = min(next_power_of_2(cols), MAX_BLOCK_COLS)
-    return max(1, TILE // block_cols), block_cols
