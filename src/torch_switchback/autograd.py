@@ -53,6 +53,25 @@ _SCALINGS = {
 }
 
 
+class WeightCache:
+    """The codes of one weight, plain and transposed, until the weight changes."""
+
+    def __init__(self) -> None:
+        self._state: tuple[Any, ...] | None = None
+        self._quantized: dict[str, Quantized] = {}
+
+    def get(
+        self, which: str, weight: torch.Tensor, config: SwitchBackConfig, quantize: Callable[[], Quantized]
+    ) -> Quantized:
+        """What quantize() returned when it was last called for this state of the weight; else call it."""
+        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device, config)
+        if state != self._state:
+            self._state, self._quantized = state, {}
+        if which not in self._quantized:
+            self._quantized[which] = quantize()
+        return self._quantized[which]
+
+
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
     return _SCALINGS[config.weight_scaling].quantize(weight)
@@ -65,6 +84,7 @@ def switchback_linear(
     config: SwitchBackConfig | None = None,
     *,
     weight_absmax: torch.Tensor | None = None,
+    weight_cache: WeightCache | None = None,
 ) -> torch.Tensor:
     """torch.nn.functional.linear with int8 forward and input-gradient products.
 
@@ -75,6 +95,7 @@ def switchback_linear(
         bias: [out_features], float16, bfloat16 or float32, or None.
         config: how the products are computed; the paper's default if None.
         weight_absmax: for an int8 weight its absmax, as :func:`quantize_weight` returns it.
+        weight_cache: where to look for the weight's codes, and to leave them; of this weight alone.
 
     Returns:
         (*, out_features) in x's dtype, or in autocast's.
@@ -89,7 +110,7 @@ def switchback_linear(
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax)
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache)
 
 
 def _check(
@@ -121,14 +142,17 @@ class SwitchBackFunction(torch.autograd.Function):
         weight_absmax: torch.Tensor | None,
         bias: torch.Tensor | None,
         config: SwitchBackConfig,
+        weight_cache: WeightCache | None,
     ) -> torch.Tensor:
         scaling = _SCALINGS[config.weight_scaling]
         x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         x_codes, x_absmax = ops.quantize_rowwise(x_2d)
-        if weight_absmax is None:
-            weight_codes, absmax = scaling.quantize(weight)
-        else:
+        if weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
+        elif weight_cache is not None:
+            weight_codes, absmax = weight_cache.get("plain", weight, config, lambda: scaling.quantize(weight))
+        else:
+            weight_codes, absmax = scaling.quantize(weight)
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
@@ -137,7 +161,7 @@ class SwitchBackFunction(torch.autograd.Function):
             saved_x = (x_codes, x_absmax) if config.mem_efficient else (x_2d, None)
         saved_weight = (weight, absmax) if needs_input else (None, None)
         ctx.save_for_backward(*saved_x, *saved_weight)
-        ctx.config = config
+        ctx.config, ctx.weight_cache = config, weight_cache
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -147,13 +171,18 @@ class SwitchBackFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved_x, x_absmax, weight, absmax = ctx.saved_tensors
-        needs_input, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
+        needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             scaling = _SCALINGS[ctx.config.weight_scaling]
             transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
-            codes_t, absmax_t = transpose(weight, absmax)
+            if ctx.weight_cache is not None:
+                codes_t, absmax_t = ctx.weight_cache.get(
+                    "transposed", weight, ctx.config, lambda: transpose(weight, absmax)
+                )
+            else:
+                codes_t, absmax_t = transpose(weight, absmax)
             grad_codes, grad_absmax = ops.quantize_rowwise(grad)
             grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
@@ -166,7 +195,7 @@ class SwitchBackFunction(torch.autograd.Function):
             # PyTorch accumulates a 16-bit sum in float32 and rounds once: no need to cast if the dtype stays.
             dtype = grad.dtype if grad.dtype == ctx.bias_dtype else torch.float32
             grad_bias = grad.sum(0, dtype=dtype).to(ctx.bias_dtype)
-        return grad_input, grad_weight, None, grad_bias, None
+        return grad_input, grad_weight, None, grad_bias, None, None
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

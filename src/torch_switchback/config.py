@@ -17,6 +17,11 @@ class SwitchBackConfig:
         mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
             dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
             sees the quantised input.
+        cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
+            accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
+            element of the weight from the first forward and backward on. The layer keeps it, so the functional
+            form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
+            shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` does not.
 
     Raises:
         ValueError: for a ``weight_scaling`` that does not exist.
@@ -24,6 +29,7 @@ class SwitchBackConfig:
 
     weight_scaling: WeightScaling = "global"
     mem_efficient: bool = False
+    cache_quantized_weight: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_scaling not in get_args(WeightScaling):

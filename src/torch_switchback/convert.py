@@ -55,5 +55,6 @@ def revert_switchback(model: Model) -> Model:
         if type(module) is SwitchBackLinear:
             module.prepare_for_training()
             del module.config
+            module.__dict__.pop("_weight_cache", None)
             module.__class__ = nn.Linear  # type: ignore[assignment]
     return model

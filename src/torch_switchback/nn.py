@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .autograd import quantize_weight, switchback_linear
+from .autograd import WeightCache, quantize_weight, switchback_linear
 from .config import SwitchBackConfig
 from .ops import dequantize_rowwise
 
@@ -62,7 +62,10 @@ class SwitchBackLinear(nn.Linear):
         """x: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         if self.is_prepared:
             return switchback_linear(x, self.weight_int8, self.bias, self.config, weight_absmax=self.weight_absmax)
-        return switchback_linear(x, self.weight, self.bias, self.config)
+        cache = None
+        if self.config.cache_quantized_weight and not torch.compiler.is_compiling():
+            cache = self.__dict__.setdefault("_weight_cache", WeightCache())
+        return switchback_linear(x, self.weight, self.bias, self.config, weight_cache=cache)
 
     def prepare_for_eval(self) -> None:
         """Quantise the weight for good and free it: the same output bit for bit, less time and memory.
@@ -92,6 +95,7 @@ class SwitchBackLinear(nn.Linear):
     def _become_prepared(self, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
         self.weight = None  # type: ignore[assignment]
+        self.__dict__.pop("_weight_cache", None)
         self.register_buffer("weight_int8", codes)
         self.register_buffer("weight_absmax", absmax)
 

@@ -1,0 +1,121 @@
+"""cache_quantized_weight: the weight is quantised once until it changes, and never used after it has."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from cases import assert_same
+from torch_switchback.autograd import _SCALINGS
+
+
+@pytest.fixture(params=["global", "rowwise"])
+def layers(request, device, monkeypatch):
+    """A caching layer, its twin that does not, and the list of quantisations that the caching one makes."""
+    calls = []
+    scaling = _SCALINGS[request.param]
+
+    def counted(name):
+        def quantize(weight, *rest):
+            if weight is caching.weight or weight.data_ptr() == caching.weight.data_ptr():
+                calls.append(name)
+            return getattr(scaling, name)(weight, *rest)
+
+        return quantize
+
+    counting = scaling._replace(quantize=counted("quantize"), quantize_transpose=counted("quantize_transpose"))
+    monkeypatch.setitem(_SCALINGS, request.param, counting)
+    linear = nn.Linear(64, 48, device=device)
+    config = ts.SwitchBackConfig(request.param, cache_quantized_weight=True)
+    caching = ts.convert_to_switchback(copy.deepcopy(linear), config=config)
+    plain = ts.convert_to_switchback(copy.deepcopy(linear), config=ts.SwitchBackConfig(request.param))
+    return caching, plain, calls
+
+
+def step(layer, x):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return y, *torch.autograd.grad(y, (x, layer.weight), torch.ones_like(y))
+
+
+def check_same(caching, plain, x):
+    for actual, expected in zip(step(caching, x), step(plain, x), strict=True):
+        assert_same(actual, expected)
+
+
+def test_microbatches_quantise_once(layers, device):
+    caching, plain, calls = layers
+    for _ in range(4):
+        check_same(caching, plain, torch.randn(5, 64, device=device))
+    assert calls == ["quantize", "quantize_transpose"]
+
+
+def with_optimizer(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 64, device=layer.weight.device)).sum().backward()
+    optimizer.step()
+
+
+def with_load_state_dict(layer):
+    layer.load_state_dict({"weight": torch.full((48, 64), 0.5), "bias": torch.zeros(48)})
+
+
+def with_edit(layer):
+    with torch.no_grad():
+        layer.weight[3, 4] = 7.0
+
+
+def with_new_parameter(layer):
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+def with_cast(layer):
+    layer.bfloat16()
+
+
+@pytest.mark.parametrize("change", [with_optimizer, with_load_state_dict, with_edit, with_new_parameter, with_cast])
+def test_a_change_is_seen(layers, change, device):
+    caching, plain, _ = layers
+    x = torch.randn(5, 64, device=device)
+    check_same(caching, plain, x)
+    for layer in (caching, plain):
+        change(layer)
+    check_same(caching, plain, x)
+
+
+def test_a_change_of_config_is_seen(layers, device):
+    caching, _, _ = layers
+    x = torch.randn(5, 64, device=device)
+    for scaling in ("global", "rowwise", "global"):
+        caching.config = ts.SwitchBackConfig(scaling, cache_quantized_weight=True)
+        expected = ts.switchback_linear(x, caching.weight, caching.bias, ts.SwitchBackConfig(scaling))
+        assert_same(caching(x), expected)
+
+
+def test_an_edit_between_forward_and_backward_still_raises(layers, device):
+    caching, _, _ = layers
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    y = caching(x)
+    with_edit(caching)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_it_is_no_state(layers, device):
+    caching, _, _ = layers
+    x = torch.randn(5, 64, device=device)
+    expected = caching(x)
+    assert list(caching.state_dict()) == ["weight", "bias"]
+    assert torch.equal(copy.deepcopy(caching)(x), expected)
+    assert torch.equal(torch.compile(caching, fullgraph=True, backend="aot_eager")(x), expected)
+    ts.revert_switchback(caching)
+    assert "_weight_cache" not in vars(caching)
+
+
+def test_preparing_frees_it(layers, device):
+    caching, _, _ = layers
+    caching(torch.randn(5, 64, device=device))
+    caching.prepare_for_eval()
+    assert "_weight_cache" not in vars(caching)
