@@ -1,5 +1,11 @@
+import os
+import tempfile
+
 import pytest
 import torch
+
+# The tests mean the shipped tuning tables, not those of whoever runs them.
+os.environ["TORCH_SWITCHBACK_CACHE"] = tempfile.mkdtemp(prefix="torch_switchback_test")
 
 
 def pytest_addoption(parser):

@@ -1,35 +1,12 @@
 """Which tiles a product runs with: measured data, a table an architecture, each row with what measured it."""
 
 import functools
-import json
 import math
-from dataclasses import dataclass
-from importlib import resources
+import warnings
 
+from ._tables import MatmulConfig, Row, read, served, shipped_table, user_table_path
 
-@dataclass(frozen=True)
-class MatmulConfig:
-    """How an INT8 product is cut up. Results do not depend on it, only the time does."""
-
-    tma: bool  # the persistent kernel on TMA descriptors, where the operands allow it; else one tile a program
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int  # block rows that run side by side, to reuse their operands in L2
-    num_stages: int
-    num_warps: int
-    programs_per_multiprocessor: int = 1  # of the persistent kernel
-
-
-@functools.cache
-def matmul_table(architecture: str) -> tuple[tuple[tuple[int, int, int], MatmulConfig], ...]:
-    """The rows ((M, N, K), config) of an architecture's table; of a conservative one if it has none."""
-    folder = resources.files(__package__)
-    table = folder / f"{architecture}.json"
-    if not table.is_file():
-        table = folder / ("sm_80.json" if architecture.startswith("sm_") else "gfx942.json")
-    rows = json.loads(table.read_text())["int8_matmul"]
-    return tuple(((row["m"], row["n"], row["k"]), MatmulConfig(**row["config"])) for row in rows)
+__all__ = ["MatmulConfig", "matmul_config", "matmul_table", "user_table_path"]
 
 
 def matmul_config(architecture: str, m: int, n: int, k: int) -> MatmulConfig:
@@ -40,15 +17,66 @@ def matmul_config(architecture: str, m: int, n: int, k: int) -> MatmulConfig:
         m: rows (tokens), taken up to the next power of two so that a changing batch changes little.
         n: columns.
         k: inner dimension.
+
+    Raises:
+        ValueError: architecture is no name of that form.
     """
-    return _nearest(architecture, (max(m, 1) - 1).bit_length(), n, k)
+    return _nearest(architecture, _octave(m), n, k)
 
 
 @functools.cache
-def _nearest(architecture: str, log2_m: int, n: int, k: int) -> MatmulConfig:
-    shape = (float(log2_m), math.log2(max(n, 1)), math.log2(max(k, 1)))
+def matmul_table(architecture: str) -> tuple[tuple[tuple[int, int, int], MatmulConfig], ...]:
+    """The rows ((M, N, K), config) in force for an architecture: the user's, then the shipped ones.
 
+    A user's row replaces the shipped row of its bucket of M, N and K alone: tuning one shape must not decide them all.
+
+    Warns (once an architecture and process) of a user's table that cannot be used, and of an architecture that no
+    shipped table lists while the user has none either.
+
+    Raises:
+        ValueError: architecture is neither like ``"sm_90"`` nor like ``"gfx942"``.
+    """
+    name, shipped = shipped_table(architecture)
+    user = _user_rows(architecture, tma=served(shipped, architecture).tma)
+    if not user and architecture not in {name, *shipped.serves}:
+        warnings.warn(
+            f"torch_switchback has no tuning table for {architecture} and uses {name}'s; "
+            "`torch-switchback tune` measures this GPU",
+            stacklevel=2,
+        )
+    rows: dict[tuple[int, int, int], Row] = {}
+    for row in (*user, *shipped.rows):
+        rows.setdefault((_octave(row.m), row.n, row.k), row)
+    return tuple(((row.m, row.n, row.k), row.config) for row in rows.values())
+
+
+def _user_rows(architecture: str, *, tma: bool) -> tuple[Row, ...]:
+    path = user_table_path(architecture)
+    try:
+        rows = read(path).rows
+        if not tma and any(row.config.tma for row in rows):
+            raise ValueError(f"{architecture} runs no rows with tma")
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except (OSError, ValueError) as error:
+        warnings.warn(f"torch_switchback does not use the tuning table {path}: {error}", stacklevel=3)
+        return ()
+    return rows
+
+
+def _octave(m: int) -> int:
+    """log2 of the power of two that m is counted as."""
+    return (max(m, 1) - 1).bit_length()
+
+
+@functools.cache
+def _nearest(architecture: str, octave: int, n: int, k: int) -> MatmulConfig:
     def distance(row: tuple[tuple[int, int, int], MatmulConfig]) -> float:
-        return sum(abs(math.log2(size) - ours) for size, ours in zip(row[0], shape, strict=True))
+        (row_m, row_n, row_k), _ = row
+        return abs(_octave(row_m) - octave) + _octaves_between(row_n, n) + _octaves_between(row_k, k)
 
     return min(matmul_table(architecture), key=distance)[1]
+
+
+def _octaves_between(a: int, b: int) -> float:
+    return abs(math.log2(a) - math.log2(max(b, 1)))

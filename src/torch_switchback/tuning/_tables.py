@@ -1,0 +1,202 @@
+"""The tables' files: what is in one, where the user's lies, and which shipped one serves an architecture."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """How an INT8 product is cut up. Results do not depend on it, only the time does.
+
+    Raises:
+        ValueError: a field is no bool or positive int, or a block or num_warps is no power of two.
+    """
+
+    tma: bool  # the persistent kernel on TMA descriptors, where the operands allow it; else one tile a program
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int  # block rows that run side by side, to reuse their operands in L2
+    num_stages: int
+    num_warps: int
+    programs_per_multiprocessor: int = 1  # of the persistent kernel
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "tma":
+                if type(value) is not bool:
+                    raise ValueError(f"MatmulConfig: tma must be a bool, got {value!r}")
+            elif type(value) is not int or value < 1:
+                raise ValueError(f"MatmulConfig: {name} must be a positive int, got {value!r}")
+            elif (name.startswith("block_") or name == "num_warps") and value & (value - 1):
+                raise ValueError(f"MatmulConfig: {name} must be a power of two, got {value}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The configuration for a product [m, k] × [k, n]."""
+
+    m: int
+    n: int
+    k: int
+    config: MatmulConfig
+    provenance: str | Mapping[str, Any]  # measured: gpu, driver, torch, triton, script, date, tflops; else the reason
+
+    def __post_init__(self) -> None:
+        for name, value in (("m", self.m), ("n", self.n), ("k", self.k)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if not isinstance(self.provenance, str | dict):
+            raise ValueError(f"provenance must be a text or an object, got {self.provenance!r}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.m, self.n, self.k
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the tiles of an architecture may count on."""
+
+    shared_memory_kib: int  # for one program
+    tma: bool  # whether rows with tma run there; they rely on Hopper's wgmma and its shared memory
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table file."""
+
+    serves: Mapping[str, Served]  # the architectures that the rows are meant for
+    serves_unlisted: bool  # whether newer architectures that no table lists may use it
+    rows: tuple[Row, ...]
+
+
+def read(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no table.
+    """
+    return parse(path.read_text(encoding="utf-8"))
+
+
+def parse(text: str) -> Table:
+    """The table in a file's text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    content = json.loads(text)
+    try:
+        return Table(
+            serves={name: Served(**limits) for name, limits in content.get("serves", {}).items()},
+            serves_unlisted=content.get("serves_unlisted", False),
+            rows=tuple(row_from_json(row) for row in content["int8_matmul"]),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"it holds no table ({type(error).__name__}: {error})") from error
+
+
+def row_from_json(row: Mapping[str, Any]) -> Row:
+    return Row(row["m"], row["n"], row["k"], MatmulConfig(**row["config"]), row["provenance"])
+
+
+def write(path: Path, table: Table) -> None:
+    """Write a table, three lines a row, so that a changed row is a short diff.
+
+    Raises:
+        OSError: the file or its folder cannot be written.
+    """
+    serves = {name: dataclasses.asdict(limits) for name, limits in table.serves.items()}
+    rows = ",\n".join(
+        f'    {{\n      "m": {row.m}, "n": {row.n}, "k": {row.k},\n'
+        f'      "config": {json.dumps(dataclasses.asdict(row.config))},\n'
+        f'      "provenance": {json.dumps(row.provenance)}\n    }}'
+        for row in table.rows
+    )
+    replace(
+        path,
+        f'{{\n  "serves": {json.dumps(serves)},\n  "serves_unlisted": {json.dumps(table.serves_unlisted)},\n'
+        f'  "int8_matmul": [\n{rows}\n  ]\n}}\n',
+    )
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file at once: a reader finds the old text or the new, also if the writer is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def user_table_path(architecture: str) -> Path:
+    """Where the user's table lies: in ``TORCH_SWITCHBACK_CACHE``, or ``torch_switchback`` in the cache directory."""
+    folder = os.environ.get("TORCH_SWITCHBACK_CACHE")
+    if not folder:
+        if sys.platform == "win32":
+            cache = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
+        else:
+            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(cache, "torch_switchback")
+    return Path(folder, f"{architecture}.json")
+
+
+@functools.cache
+def shipped_tables() -> Mapping[str, Table]:
+    """Every shipped table by its file's name."""
+    return {
+        file.name.removesuffix(".json"): parse(file.read_text(encoding="utf-8"))
+        for file in resources.files(__package__).iterdir()
+        if file.name.endswith(".json")
+    }
+
+
+def shipped_table(architecture: str) -> tuple[str, Table]:
+    """The name and the table for an architecture.
+
+    It is the table of that name, or the one that lists it, or of those that serve unlisted architectures the nearest
+    lower one (the lowest, if all are higher).
+
+    Raises:
+        ValueError: architecture is neither like ``"sm_90"`` nor like ``"gfx942"``.
+    """
+    tables = shipped_tables()
+    if architecture in tables:
+        return architecture, tables[architecture]
+    for name, table in tables.items():
+        if architecture in table.serves:
+            return name, table
+    family, generation = _generation(architecture)
+    open_to_all = {
+        _generation(name)[1]: name
+        for name, table in tables.items()
+        if table.serves_unlisted and _generation(name)[0] == family
+    }
+    lower = [candidate for candidate in open_to_all if candidate <= generation]
+    name = open_to_all[max(lower) if lower else min(open_to_all)]
+    return name, tables[name]
+
+
+def served(table: Table, architecture: str) -> Served:
+    """What an architecture offers; one that the table does not list is taken for the least of those listed."""
+    if architecture in table.serves:
+        return table.serves[architecture]
+    return Served(min(listed.shared_memory_kib for listed in table.serves.values()), tma=False)
+
+
+def _generation(architecture: str) -> tuple[str, int]:
+    """``"sm_90"`` → ("sm_", 0x90), ``"gfx90a"`` → ("gfx", 0x90a): read as hexadecimal, both families sort by age."""
+    match = re.fullmatch(r"(sm_|gfx)([0-9a-f]+)", architecture)
+    if not match:
+        raise ValueError(f"architecture must be like 'sm_90' or 'gfx942', got {architecture!r}")
+    return match[1], int(match[2], 16)
