@@ -289,3 +289,14 @@ def test_looking_up_imports_neither_triton_nor_the_command_line():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_operands_that_tma_cannot_take_get_a_row_without_it(architecture: str) -> None:
+    for m in (1, 64, 4096, 65536):
+        assert not matmul_config(architecture, m, 4096, 4096, tma=False).tma
+
+
+def test_a_row_without_the_choice_of_tma_serves_no_operands_that_have_it() -> None:
+    assert matmul_config("sm_90", 16384, 4096, 4080).tma
+    assert not matmul_config("sm_90", 16384, 4096, 4081, tma=False).tma

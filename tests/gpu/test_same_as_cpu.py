@@ -1,5 +1,7 @@
 """The same bits on the GPU as on the CPU: codes, products, and a layer's output and input gradient."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_dequantize_rowwise(dtype):
 
 
 CONFIGS = {
-    f"{architecture} {'tma' if config.tma else 'pointer'} {config.block_m}x{config.block_n}x{config.block_k}": config
+    "-".join(str(value) for value in dataclasses.astuple(config)): config
     for architecture in ("sm_80", "sm_90")
     for _, config in matmul_table(architecture)
 }

@@ -197,8 +197,9 @@ def dequantized_product(
     M, K = a.shape
     N = b.shape[1]
     a, b = _inner_contiguous(a), _inner_contiguous(b.t())  # b: [N, K] from here
+    fits_tma = K <= FOLD and _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
     if config is None:
-        config = matmul_config(architecture(a.device), M, N, K)
+        config = matmul_config(architecture(a.device), M, N, K, tma=fits_tma)
     constants = {
         "ABSMAX_PER_COL": absmax_per_col,
         "HAS_BIAS": bias is not None,
@@ -211,7 +212,7 @@ def dequantized_product(
     }
     vectors = (absmax_a.contiguous(), absmax_b.contiguous(), absmax_b if bias is None else bias.contiguous())
     tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
-    if config.tma and K <= FOLD and _fits_tma(a) and _fits_tma(b) and _fits_tma(out):
+    if config.tma and fits_tma:
         launch(
             int8_matmul_tma_kernel,
             (min(tiles, config.programs_per_multiprocessor * multiprocessors(a.device)),),

@@ -9,7 +9,7 @@ from ._tables import MatmulConfig, Row, read, served, shipped_table, user_table_
 __all__ = ["MatmulConfig", "matmul_config", "matmul_table", "user_table_path"]
 
 
-def matmul_config(architecture: str, m: int, n: int, k: int) -> MatmulConfig:
+def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True) -> MatmulConfig:
     """The configuration measured nearest to a product [m, k] × [k, n], distances taken in octaves.
 
     Args:
@@ -17,11 +17,13 @@ def matmul_config(architecture: str, m: int, n: int, k: int) -> MatmulConfig:
         m: rows (tokens), taken up to the next power of two so that a changing batch changes little.
         n: columns.
         k: inner dimension.
+        tma: whether the operands' alignment allows TMA. If not, only rows without it count; if so, only those whose
+            own operands allowed it (K a multiple of 16), for the others never had the choice.
 
     Raises:
         ValueError: architecture is no name of that form.
     """
-    return _nearest(architecture, _octave(m), n, k)
+    return _nearest(architecture, _octave(m), n, k, tma)
 
 
 @functools.cache
@@ -70,12 +72,13 @@ def _octave(m: int) -> int:
 
 
 @functools.cache
-def _nearest(architecture: str, octave: int, n: int, k: int) -> MatmulConfig:
+def _nearest(architecture: str, octave: int, n: int, k: int, tma: bool) -> MatmulConfig:
     def distance(row: tuple[tuple[int, int, int], MatmulConfig]) -> float:
         (row_m, row_n, row_k), _ = row
         return abs(_octave(row_m) - octave) + _octaves_between(row_n, n) + _octaves_between(row_k, k)
 
-    return min(matmul_table(architecture), key=distance)[1]
+    rows = (row for row in matmul_table(architecture) if (row[0][2] % 16 == 0 if tma else not row[1].tma))
+    return min(rows, key=distance)[1]
 
 
 def _octaves_between(a: int, b: int) -> float:

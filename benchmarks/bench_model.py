@@ -1,0 +1,177 @@
+"""Whole blocks in training: Llama-8B and ViT-H in bfloat16, and a GPT of width 768 with its optimizer step.
+
+    python benchmarks/bench_model.py
+
+Blocks are compiled one by one, as large models are trained: all blocks of a model share one graph, and a competitor
+takes seconds to compile instead of minutes. --whole compiles models as one graph.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from blocks import LlamaBlock, Stack, ViTBlock, new_on
+from demo import GPT, GPTConfig
+from measure import (
+    Bench,
+    Contestant,
+    Cycle,
+    DeviceFlag,
+    Mode,
+    OutputFlag,
+    QuickFlag,
+    SecondsFlag,
+    TinyFlag,
+    median_ms,
+    new_app,
+    new_table,
+    ratio,
+    text,
+)
+from peers import TORCHAO_FLOAT8, compile_in_place, convert, gradients
+
+app = new_app()
+EAGER = ("linear", "switchback", "switchback-mem-efficient", "rowwise")
+COMPILED = (*EAGER, *TORCHAO_FLOAT8)
+Step = Callable[[], object]
+
+
+class Model(NamedTuple):
+    """A model, what it is fed, and what a step of it is."""
+
+    name: str
+    batch: int
+    context: int
+    dtype: torch.dtype  # of the parameters
+    new: Callable[[], nn.Module]
+    new_step: Callable[["Model", torch.device], Callable[[nn.Module], Step]]  # makes the inputs, shared by all
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+
+def blocks_step(model: Model, width: int, device: torch.device) -> Callable[[nn.Module], Step]:
+    """Forward and backward in bfloat16: the gradients of the input and of all parameters."""
+    shape = (model.batch, model.context, width)
+    x = torch.randn(shape, device=device, dtype=model.dtype, requires_grad=True)
+    grad_output = torch.randn(shape, device=device, dtype=model.dtype)
+    return lambda module: partial(gradients, module, x, grad_output)
+
+
+def gpt_step(model: Model, device: torch.device) -> Callable[[nn.Module], Step]:
+    """A training step: loss, backward, AdamW. fp32 weights under bfloat16 autocast."""
+    inputs = torch.randint(256, (model.batch, model.context), device=device)
+    targets = torch.randint(256, (model.batch, model.context), device=device)
+
+    def new(module: nn.Module) -> Step:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
+        def step() -> Tensor:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = F.cross_entropy(module(inputs).flatten(0, 1), targets.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return step
+
+    return new
+
+
+def llama(depth: int, batch: int, context: int, width: int = 4096, **sizes: int) -> Model:
+    return Model(
+        f"{depth} Llama-8B blocks",
+        batch,
+        context,
+        torch.bfloat16,
+        lambda: Stack(depth, lambda: LlamaBlock(context, width, **sizes)),
+        lambda model, device: blocks_step(model, width, device),
+    )
+
+
+def vit(depth: int, batch: int, context: int, width: int = 1280, **sizes: int) -> Model:
+    return Model(
+        f"{depth} ViT-H blocks",
+        batch,
+        context,
+        torch.bfloat16,
+        lambda: Stack(depth, lambda: ViTBlock(width, **sizes)),
+        lambda model, device: blocks_step(model, width, device),
+    )
+
+
+def gpt(depth: int, batch: int, context: int, width: int, heads: int) -> Model:
+    config = GPTConfig(context, width, depth, heads)
+    return Model(f"GPT of width {width}, with optimizer", batch, context, torch.float32, lambda: GPT(config), gpt_step)
+
+
+MODELS = (
+    gpt(depth=8, batch=32, context=1024, width=768, heads=12),
+    llama(depth=4, batch=4, context=4096),
+    vit(depth=8, batch=256, context=256),
+)
+TINY_MODELS = (
+    gpt(depth=2, batch=2, context=16, width=32, heads=2),
+    llama(depth=1, batch=2, context=16, width=64, hidden=96, heads=4, kv_heads=2),
+    vit(depth=1, batch=2, context=16, width=32, hidden=64, heads=2),
+)
+
+
+@app.command(help="Whole blocks in training: Llama-8B, ViT-H, and a GPT of width 768 with its optimizer step.")
+def main(
+    device: DeviceFlag = "cuda",
+    seconds: SecondsFlag = 12.0,
+    quick: QuickFlag = False,
+    tiny: TinyFlag = False,
+    output: OutputFlag = None,
+    whole: Annotated[bool, typer.Option("--whole", help="compile models, not blocks: some minutes more")] = False,
+) -> None:
+    bench = Bench("bench_model", device=device, seconds=seconds, quick=quick, tiny=tiny, output=output, whole=whole)
+    tables = []
+    for model in bench.choose(MODELS, TINY_MODELS):
+        new_step = model.new_step(model, bench.device)
+
+        def build(name: str, mode: Mode, model: Model = model, new_step: Callable = new_step) -> Cycle:
+            module = convert(new_on(bench.device, model.new, model.dtype), name)
+            for part in [module] if whole else module.blocks:
+                compile_in_place(part, mode, tiny=tiny)
+            return [new_step(module)]
+
+        entries: list[tuple[str, Mode]] = [(name, "compiled") for name in COMPILED]
+        entries += [(name, "eager") for name in EAGER]
+        records = bench.compare(
+            [Contestant(name, partial(build, name, mode), mode) for name, mode in entries],
+            model=model.name,
+            batch=model.batch,
+            context=model.context,
+        )
+        rows = []
+        for record in records:
+            baseline = median_ms(records, "linear", record["mode"])
+            record["speed_up"] = ratio(baseline, record["median_ms"])
+            record["tokens_per_s"] = ratio(model.tokens * 1e3, record["median_ms"])
+            peak = record["peak_bytes"]
+            rows.append(
+                (
+                    record["name"],
+                    record["mode"],
+                    text(record["median_ms"], "{:.2f}"),
+                    text(record["speed_up"], "{:.2f} ×"),
+                    text(record["tokens_per_s"], "{:,.0f}"),
+                    text(None if peak is None else peak / 2**30, "{:.2f}"),
+                )
+            )
+        numbers = ("ms", "over\nnn.Linear", "tokens/s", "peak,\nGiB")
+        tables.append(new_table(f"{model.name}, {model.tokens:,d} tokens", ("layers", "mode"), numbers, rows))
+    bench.finish(*tables)
+
+
+if __name__ == "__main__":
+    app()

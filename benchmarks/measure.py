@@ -1,0 +1,350 @@
+"""Timing, memory, provenance and the flags that all benchmarks share.
+
+Power and clocks move results by 15 % between runs, so competitors are measured in turns, A B C A B C …, in one
+process, and only their ratios carry over to another machine.
+"""
+
+import gc
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from demo import environment
+
+Cycle = Sequence[Callable[[], object]]  # calls of one competitor, each on its own inputs, to be made in turn
+Mode = Literal["eager", "compiled", "graph"]
+Record = dict[str, Any]  # a Measured as the JSON has it, with labels
+
+SAMPLE_MS = 10.0  # a sample repeats its call until it takes this long, so that launching and clock ticks vanish
+WARM_UP_ROUNDS = 2  # not counted: clocks and temperature settle
+MIN_ROUNDS = 5
+
+DeviceFlag = Annotated[str, typer.Option("--device", help="cuda or cpu; cpu needs --tiny")]
+SecondsFlag = Annotated[float, typer.Option("--seconds", min=0.0, help="of measurement for each comparison")]
+QuickFlag = Annotated[bool, typer.Option("--quick", help="a third of the shapes, a quarter of the time for each")]
+TinyFlag = Annotated[bool, typer.Option("--tiny", help="toy shapes: says only whether everything runs")]
+OutputFlag = Annotated[
+    Path | None,
+    typer.Option("--output", dir_okay=False, help="by default benchmarks/results/GPU/SCRIPT.json; none if --tiny"),
+]
+
+
+def new_app() -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One competitor of a comparison."""
+
+    name: str
+    build: Callable[[], Cycle]  # may raise: then that is the competitor's result
+    mode: Mode = "eager"  # "graph" captures the whole cycle in one CUDA graph; "compiled" is up to build
+
+
+@dataclass
+class Measured:
+    """A competitor's result: milliseconds a call, or why there is none."""
+
+    name: str
+    mode: Mode
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    rounds: int = 0
+    calls_per_round: int = 0
+    peak_bytes: int | None = None  # CUDA memory of competitor and call at its highest, above the shared inputs
+    reason: str | None = None
+
+
+class _Runner:
+    """A competitor, built and warm."""
+
+    def __init__(self, contestant: Contestant, device: torch.device) -> None:
+        self.device = device
+        self.result = Measured(contestant.name, contestant.mode)
+        self.samples_ms: list[float] = []
+        allocated = _allocated(device)
+        cycle = contestant.build()
+        self._calls: Iterator[Callable[[], object]] = itertools.cycle(cycle)
+        self._calls_in_one = 1  # a replayed graph makes the whole cycle's
+        for call in cycle:
+            call()
+        if contestant.mode == "graph" and device.type == "cuda":
+            self._capture(cycle)
+        else:
+            self._measure_peak(allocated)
+        rehearsal_ms = self._time(1)
+        if rehearsal_ms < SAMPLE_MS:
+            rehearsal_ms = self._time(5) / 5
+        self._repeats = max(1, math.ceil(SAMPLE_MS / rehearsal_ms)) if device.type == "cuda" else 1
+        self.result.calls_per_round = self._repeats * self._calls_in_one
+        self.sample_ms = rehearsal_ms * self._repeats
+
+    def _capture(self, cycle: Cycle) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for call in cycle:
+                    call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            # Kept, so that the calls write different memory too; and the calls, which hold what the graph reads.
+            self._graphed = cycle, [call() for call in cycle]
+        self._calls = itertools.repeat(graph.replay)
+        self._calls_in_one = len(cycle)
+
+    def _measure_peak(self, allocated: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            next(self._calls)()
+            torch.cuda.synchronize()
+            self.result.peak_bytes = torch.cuda.max_memory_allocated() - allocated
+
+    def _time(self, repeats: int) -> float:
+        """Milliseconds of so many calls in a row.
+
+        A call before them keeps the device busy meanwhile, so that calls are timed as in a long row of them: by
+        the device if the host can run ahead of it, else by the host.
+        """
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            if repeats > 1:  # one long call does not feel its launch
+                next(self._calls)()
+            start.record()
+            for call in itertools.islice(self._calls, repeats):
+                call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+        begun = time.perf_counter()
+        for call in itertools.islice(self._calls, repeats):
+            call()
+        return (time.perf_counter() - begun) * 1e3
+
+    def sample(self) -> None:
+        self.samples_ms.append(self._time(self._repeats) / self.result.calls_per_round)
+
+    def finish(self) -> None:
+        samples = self.samples_ms[WARM_UP_ROUNDS:]
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        self.result.median_ms, self.result.rounds = statistics.median(samples), len(samples)
+        self.result.p10_ms, self.result.p90_ms = tenths[0], tenths[-1]
+
+
+def compare(contestants: Iterable[Contestant], *, seconds: float, device: torch.device) -> list[Measured]:
+    """Time competitors in turns for about so many seconds, after building and warming up each.
+
+    Medians over the rounds, with the 10th and 90th percentile as spread. A competitor that raises is a result with
+    the reason in it.
+    """
+    runners: list[_Runner] = []
+    results: list[Measured] = []
+    for contestant in contestants:
+        try:
+            runner = _Runner(contestant, device)
+            runners.append(runner)
+            results.append(runner.result)
+        except Exception as error:  # a peer can fail in any way
+            results.append(Measured(contestant.name, contestant.mode, reason=_reason(error)))
+        _free_memory(device)
+    rounds = max(MIN_ROUNDS, int(seconds * 1e3 / max(1e-3, sum(runner.sample_ms for runner in runners))))
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for runner in runners:
+            if runner.result.reason is None:
+                try:
+                    runner.sample()
+                except Exception as error:
+                    runner.result.reason = _reason(error)
+    for runner in runners:
+        if runner.result.reason is None:
+            runner.finish()
+    runners.clear()
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()
+    _free_memory(device)
+    return results
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def median_ms(records: Iterable[Record], name: str, mode: Mode = "eager") -> float | None:
+    """A competitor's milliseconds a call; None if it has none."""
+    return next((record["median_ms"] for record in records if (record["name"], record["mode"]) == (name, mode)), None)
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """None if either is missing."""
+    return None if numerator is None or denominator is None else numerator / denominator
+
+
+def copies(set_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs of so many bytes to cycle through so that together they exceed twice the L2 cache."""
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return 1 + 2 * l2_bytes // set_bytes
+
+
+def copy_gb_per_s(device: torch.device, *, tiny: bool) -> float:
+    """Bandwidth of a large device-to-device copy, read + written, in 1e9 bytes a second: the ceiling of any kernel."""
+    source = torch.randn(2**16 if tiny else 2**29, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    (result,) = compare([Contestant("copy", lambda: [lambda: target.copy_(source)])], seconds=0.5, device=device)
+    if result.median_ms is None:
+        raise RuntimeError(f"the copy that measures the bandwidth failed: {result.reason}")
+    return 2 * source.nbytes / result.median_ms / 1e6
+
+
+def saved_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the tensors that module(x) keeps for its backward, without the parameters; views count once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        for part in _plain_tensors(tensor):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    for parameter in module.parameters():
+        for part in _plain_tensors(parameter):
+            storages.pop(part.untyped_storage().data_ptr(), None)
+    del y
+    return sum(storages.values())
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor itself, or what a subclass that wraps others is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+class Bench:
+    """One run of one script: its flags, its results, and where they go."""
+
+    def __init__(
+        self,
+        script: str,
+        *,
+        device: str,
+        seconds: float,
+        quick: bool,
+        tiny: bool,
+        output: Path | None,
+        **settings: object,
+    ) -> None:
+        if device not in ("cuda", "cpu"):
+            raise typer.BadParameter(f"device must be cuda or cpu, got {device!r}")
+        if device == "cpu" and not tiny:
+            raise typer.BadParameter("on the CPU only toy shapes finish; add --tiny")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise typer.BadParameter("there is no CUDA device; --device cpu --tiny tries the script on the CPU")
+        self.device = torch.device(device)
+        self.quick, self.tiny = quick, tiny
+        self.seconds = 0.0 if tiny else seconds / 4 if quick else seconds
+        self.console = Console()
+        self.results: list[Record] = []
+        self._provenance = environment(self.device) | {
+            "torchao": _torchao_version(),
+            "script": f"benchmarks/{script}.py",
+            "arguments": {"device": device, "seconds": seconds, "quick": quick, "tiny": tiny, **settings},
+        }
+        self._output = output
+        if output is None and not tiny:
+            gpu = self._provenance["device"].lower().removeprefix("nvidia ").replace(" ", "-")
+            self._output = Path(__file__).parent / "results" / gpu / f"{script}.json"
+        torch.manual_seed(0)
+        if self.device.type == "cuda":
+            # cuBLAS keeps the workspace of its first product, which is not to count as the first competitor's.
+            warm_up = torch.randn(64, 64, device=self.device, dtype=torch.bfloat16)
+            warm_up @ warm_up
+
+    def choose(self, shapes: Sequence[Any], tiny: Sequence[Any]) -> Sequence[Any]:
+        """What to measure: all shapes, or with --tiny all toys; with --quick the first third."""
+        chosen = tiny if self.tiny else shapes
+        return chosen[: max(1, len(chosen) // 3)] if self.quick else chosen
+
+    def compare(self, contestants: Iterable[Contestant], **labels: object) -> list[Record]:
+        """:func:`compare`, the results as records under these labels, which the JSON will hold."""
+        results = compare(contestants, seconds=self.seconds, device=self.device)
+        records = [labels | asdict(result) for result in results]
+        self.results += records
+        return records
+
+    def finish(self, *tables: Table, **extra: object) -> None:
+        """Print the tables and what failed, write the JSON. Exits with 1 if one of our own competitors failed."""
+        for table in tables:
+            self.console.print(table)
+        failed = [result for result in self.results if result["reason"] is not None]
+        for name, reason in dict.fromkeys((result["name"], result["reason"]) for result in failed):
+            self.console.print(f"no result for {name}: {reason}", markup=False, highlight=False)
+        if self._output is not None:
+            document = {"provenance": self._provenance, **extra, "results": self.results}
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            self.console.print(f"wrote {self._output}", soft_wrap=True)
+        if any(not is_peer(result["name"]) for result in failed):
+            raise typer.Exit(1)
+
+
+def is_peer(name: str) -> bool:
+    """Whether a competitor is another library's, which may be missing."""
+    return name.startswith("torch")
+
+
+def _torchao_version() -> str | None:
+    try:
+        return version("torchao")
+    except PackageNotFoundError:
+        return None
+
+
+def new_table(title: str, words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table with columns of words on the left and of numbers on the right, under these headers."""
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    for header in words:
+        table.add_column(header, no_wrap=True)
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def text(value: float | None, form: str) -> str:
+    """A number in a format such as "{:.2f} ×"; a dash if there is none."""
+    return "–" if value is None else form.format(value)
