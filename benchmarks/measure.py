@@ -265,11 +265,12 @@ class Bench:
         quick: bool,
         tiny: bool,
         output: Path | None,
+        for_cpu: bool = False,
         **settings: object,
     ) -> None:
         if device not in ("cuda", "cpu"):
             raise typer.BadParameter(f"device must be cuda or cpu, got {device!r}")
-        if device == "cpu" and not tiny:
+        if device == "cpu" and not (tiny or for_cpu):
             raise typer.BadParameter("on the CPU only toy shapes finish; add --tiny")
         if device == "cuda" and not torch.cuda.is_available():
             raise typer.BadParameter("there is no CUDA device; --device cpu --tiny tries the script on the CPU")
