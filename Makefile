@@ -3,7 +3,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test fuzz test-gpu lint clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test: lint  ## lint, types and every test that needs no GPU
 	TRITON_INTERPRET=1 $(RUN)/pytest -n 2 tests/kernels
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[bitsandbytes]'
 	$(RUN)/pytest tests/test_bitsandbytes.py tests/test_seeds.py
+
+fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
+	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
 test-gpu:  ## the GPU's tests, in the present environment
 	$(PYTHON) -m pytest --device cuda tests/gpu tests/test_*.py

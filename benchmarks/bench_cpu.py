@@ -1,6 +1,6 @@
 """A layer's training step on the CPU, in float32: ratios to nn.Linear in the same run.
 
-    python benchmarks/bench_cpu.py
+python benchmarks/bench_cpu.py
 """
 
 from functools import partial
@@ -16,9 +16,7 @@ app = new_app()
 
 @app.command(help="A layer's float32 training step on the CPU.")
 def main(seconds: SecondsFlag = 30.0, tiny: TinyFlag = False, output: OutputFlag = None) -> None:
-    bench = Bench(
-        "bench_cpu", device="cpu", seconds=seconds, quick=False, tiny=tiny, output=output, for_cpu=True
-    )
+    bench = Bench("bench_cpu", device="cpu", seconds=seconds, quick=False, tiny=tiny, output=output, for_cpu=True)
     shape = Shape(16, 32, 48) if tiny else Shape(2048, 1024, 4096)
     x = torch.randn(shape.tokens, shape.in_features, requires_grad=True)
     grad = torch.randn(shape.tokens, shape.out_features)
