@@ -42,6 +42,9 @@ def test_any_strides(device):
     state_x, state_w = torch.rand(2 * m, device=device)[::2], torch.rand(1, device=device)
     out = ts.int8_matmul_mixed_dequantize(a, b, state_x, state_w, None, torch.float32)
     assert_same(out, expected(a, b, state_x, state_w, None, torch.float32))
+    column = codes(1, k, device).expand(n, k).t()
+    out = ts.int8_matmul_mixed_dequantize(a, column, state_x, state_w, None, torch.float32)
+    assert_same(out, expected(a, column, state_x, state_w, None, torch.float32))
     row = codes(1, k, device).expand(m, k)
     out = ts.int8_matmul_mixed_dequantize(row, b, state_x, state_w, None, torch.float32)
     assert_same(out, expected(row, b, state_x, state_w, None, torch.float32))
@@ -115,6 +118,21 @@ def test_both_ways_to_an_exact_product_on_the_cpu(shape):
     for a, b in ((codes(m, k), codes(k, n)), (torch.full((m, k), -127, dtype=torch.int8), codes(k, n))):
         assert torch.equal(int8_matmul._exact_product(a, b).long(), exact(a, b))
         assert torch.equal(int8_matmul._exact_product_in_float(a, b).long(), exact(a, b))
+
+
+@pytest.mark.parametrize("inner", [1, 512])
+def test_autocast_does_not_reach_the_integers(inner, monkeypatch):
+    a, b = codes(32, inner), codes(inner, 48)
+    for trusted in (True, False):
+        monkeypatch.setattr(int8_matmul, "_int_mm_is_exact", lambda trusted=trusted: trusted)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(int8_matmul._exact_product(a, b).long(), exact(a, b))
+
+
+def test_the_probe_of_int_mm_may_be_the_first_call_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = int8_matmul._int_mm_is_exact.__wrapped__()
+    assert under_autocast == int8_matmul._int_mm_is_exact.__wrapped__()
 
 
 def test_int_mm_is_not_trusted_where_it_saturates(monkeypatch):

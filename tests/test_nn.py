@@ -234,6 +234,23 @@ def test_rows_do_not_depend_on_their_batch(config, device):
     assert torch.equal(layer(x)[order], layer(x[order]))
 
 
+@pytest.mark.parametrize("leading", [(), (7,), (2, 5), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_operations_in_place_on_the_output(leading, compiled, device):
+    layer = SwitchBackLinear(6, 4, device=device)
+
+    def model(x):
+        y = layer(x)
+        y += 1.0
+        return y.relu_()
+
+    x = torch.randn(*leading, 6, device=device, requires_grad=True)
+    y = (torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model)(x)
+    y.sum().backward()
+    assert torch.equal(y, (layer(x) + 1.0).relu())
+    assert x.grad is not None
+
+
 # Hostile values
 
 
@@ -340,6 +357,25 @@ def test_refuses_other_shapes_and_devices(device):
         ts.switchback_linear(x, weight[0])
     with pytest.raises(ValueError, match="weight is on meta"):
         ts.switchback_linear(x, weight.to("meta"), bias)
+
+
+def test_refuses_codes_that_do_not_fit(device):
+    x, weight = torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device)
+    codes, absmax = ts.quantize_global(weight)
+    rowwise = SwitchBackConfig("rowwise")
+    for error, message, arguments in [
+        (TypeError, "weight must be int8, got torch.float32", {"weight": weight, "weight_absmax": absmax}),
+        (TypeError, "weight_absmax must be float32", {"weight": codes, "weight_absmax": absmax.double()}),
+        (ValueError, r"weight_absmax must have shape \(1,\)", {"weight": codes, "weight_absmax": absmax.expand(4)}),
+        (
+            ValueError,
+            r"weight_absmax must have shape \(4,\)",
+            {"weight": codes, "weight_absmax": absmax, "config": rowwise},
+        ),
+        (TypeError, "weight must be float16, bfloat16 or float32, got torch.int8", {"weight": codes}),
+    ]:
+        with pytest.raises(error, match=f"switchback_linear: {message}"):
+            ts.switchback_linear(x, **arguments)
 
 
 # Autograd's rules
@@ -457,6 +493,7 @@ def test_inference_mode(device):
         assert torch.equal(layer(x), expected)
         layer.prepare_for_eval()
         assert torch.equal(layer(x), expected)
+    layer(x.clone().requires_grad_()).sum().backward()
 
 
 # State
@@ -575,8 +612,42 @@ def test_prepared_state_of_another_strategy_is_refused(device):
         SwitchBackLinear(64, 48, device=device).load_state_dict(layer.state_dict())
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8), "weight_absmax": torch.ones(48)},
+        {"weight_int8": torch.zeros(48, 63, dtype=torch.int8), "weight_absmax": torch.ones(1)},
+        {"weight_int8": torch.zeros(48, 64), "weight_absmax": torch.ones(1)},
+        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8), "weight_absmax": torch.ones(1).half()},
+        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8)},
+        {"weight": torch.ones(47, 64)},
+    ],
+    ids=["absmax of another strategy", "short codes", "float codes", "half absmax", "no absmax", "short weight"],
+)
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prepared, assign, device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    if prepared:
+        layer.prepare_for_eval()
+    x = torch.randn(3, 64, device=device)
+    before, keys = layer(x), list(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"mismatch for weight|[Mm]issing key"):
+        layer.load_state_dict({**hostile, "bias": layer.bias.detach().clone()}, assign=assign)
+    assert list(layer.state_dict()) == keys
+    assert torch.equal(layer(x), before)
+
+
+def test_a_computed_weight_is_not_prepared(device):
+    layer = nn.utils.parametrizations.weight_norm(SwitchBackLinear(64, 48, device=device))
+    keys = list(layer.state_dict())
+    with pytest.raises(RuntimeError, match="prepare_for_eval: weight is no parameter of this layer"):
+        layer.prepare_for_eval()
+    assert list(layer.state_dict()) == keys
+
+
 @strategies
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
     layer = make_layer(config, device=device)
     layer.prepare_for_eval()
@@ -627,6 +698,29 @@ def test_convert_leaves_subclasses_and_converted_layers_alone():
     layer = ts.SwitchBackLinearVectorwise(8, 8)
     ts.convert_to_switchback(layer)
     assert layer.config == SwitchBackConfig("rowwise")
+
+
+def test_convert_asks_the_filter_for_every_name_of_a_shared_layer():
+    model = nn.ModuleDict({"projection": nn.Linear(8, 8)})
+    model["head"] = model["projection"]
+    ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn != "head")
+    assert type(model["head"]) is nn.Linear
+    ts.convert_to_switchback(model)
+    assert type(model["head"]) is SwitchBackLinear
+
+
+def test_convert_leaves_a_replaced_forward_alone_and_says_so():
+    model = make_model()
+    model[0].forward = nn.Linear(8, 8).forward
+    with pytest.warns(UserWarning, match="leaves '0' alone"):
+        ts.convert_to_switchback(model)
+    assert type(model[0]) is nn.Linear
+    assert type(model[2]) is SwitchBackLinear
+
+
+def test_convert_refuses_another_config():
+    with pytest.raises(TypeError, match="config must be a SwitchBackConfig, got 'rowwise'"):
+        ts.convert_to_switchback(make_model(), config="rowwise")
 
 
 def test_convert_a_bare_linear():

@@ -111,6 +111,17 @@ def test_a_row_of_a_million(row, device):
     assert_same(codes, expected_codes(x, absmax[:, None]))
 
 
+def test_the_default_dtype_does_not_matter(device):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for shape in ((3, 4), (0, 4)):
+            x = torch.zeros(shape, dtype=torch.float32, device=device)
+            for quantiser in (ts.quantize_rowwise, ts.quantize_columnwise_and_transpose, ts.quantize_global):
+                assert quantiser(x)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 MATRIX_QUANTISERS = [ts.quantize_rowwise, ts.quantize_columnwise_and_transpose, ts.quantize_global_transpose]
 
 

@@ -75,7 +75,13 @@ def with_cast(layer):
     layer.bfloat16()
 
 
-@pytest.mark.parametrize("change", [with_optimizer, with_load_state_dict, with_edit, with_new_parameter, with_cast])
+def with_cast_and_back(layer):
+    layer.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    "change", [with_optimizer, with_load_state_dict, with_edit, with_new_parameter, with_cast, with_cast_and_back]
+)
 def test_a_change_is_seen(layers, change, device):
     caching, plain, _ = layers
     x = torch.randn(5, 64, device=device)
@@ -103,11 +109,43 @@ def test_an_edit_between_forward_and_backward_still_raises(layers, device):
         y.sum().backward()
 
 
+def test_an_evaluation_in_inference_mode_between_two_steps(layers, device):
+    caching, plain, _ = layers
+    x = torch.randn(5, 64, device=device)
+    with torch.inference_mode():
+        assert_same(caching(x), plain(x))
+    check_same(caching, plain, x)
+
+
+def test_a_parametrised_weight_is_never_cached(layers, device):
+    """Its values change without a sign, and its memory is used again by the next."""
+    caching, plain, _ = layers
+    for layer in (caching, plain):
+        nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(5, 64, device=device)
+    for _ in range(8):
+        assert_same(caching(x), plain(x))
+        for layer in (caching, plain):
+            with torch.no_grad():
+                layer.parametrizations.weight.original0.mul_(1.5)
+
+
+def test_weights_that_functional_call_passes(layers, device):
+    caching, plain, _ = layers
+    x = torch.randn(5, 64, device=device)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        state = {"weight": nn.Parameter(torch.randn(48, 64, device=device)), "bias": torch.zeros(48, device=device)}
+        assert_same(torch.func.functional_call(caching, state, x), torch.func.functional_call(plain, state, x))
+
+
 def test_it_is_no_state(layers, device):
     caching, _, _ = layers
     x = torch.randn(5, 64, device=device)
     expected = caching(x)
     assert list(caching.state_dict()) == ["weight", "bias"]
+    assert "_weight_cache" in vars(caching)
+    assert "_weight_cache" not in vars(copy.deepcopy(caching))
     assert torch.equal(copy.deepcopy(caching)(x), expected)
     assert torch.equal(torch.compile(caching, fullgraph=True, backend="aot_eager")(x), expected)
     ts.revert_switchback(caching)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .config import SwitchBackConfig
 from .ops import direct as ops
-from .ops._validation import FLOAT_DTYPES, check_float, check_same_device, check_shape
+from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_device, check_shape
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
@@ -54,21 +54,34 @@ _SCALINGS = {
 
 
 class WeightCache:
-    """The codes of one weight, plain and transposed, until the weight changes."""
+    """The codes of one parameter, plain and transposed, until the parameter changes."""
 
     def __init__(self) -> None:
-        self._state: tuple[Any, ...] | None = None
+        self._seen: torch.Tensor | None = None
+        self._state: tuple[Any, ...] = ()
         self._quantized: dict[str, Quantized] = {}
+
+    @staticmethod
+    def can_hold(weight: torch.Tensor) -> bool:
+        """Whether a weight is one whose changes can be told: a parameter, outside of tracing and graph capture."""
+        return (
+            not torch.compiler.is_compiling()
+            and type(weight) is torch.nn.Parameter
+            and not weight.is_inference()
+            and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        )
 
     def get(
         self, which: str, weight: torch.Tensor, config: SwitchBackConfig, quantize: Callable[[], Quantized]
     ) -> Quantized:
         """What quantize() returned when it was last called for this state of the weight; else call it."""
-        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device, config)
+        state = (weight.data_ptr(), weight._version, weight.dtype, config)
         if state != self._state:
-            self._state, self._quantized = state, {}
+            # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
+            self._seen, self._state, self._quantized = weight.detach(), state, {}
         if which not in self._quantized:
-            self._quantized[which] = quantize()
+            with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
+                self._quantized[which] = quantize()
         return self._quantized[which]
 
 
@@ -109,20 +122,28 @@ def switchback_linear(
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
-    _check(x, weight, bias, weight_absmax)
+    _check(x, weight, bias, weight_absmax, config)
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache)
 
 
 def _check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_absmax: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_absmax: torch.Tensor | None,
+    config: SwitchBackConfig,
 ) -> None:
     op = "switchback_linear"
     check_float(op, "x", x)
-    if weight_absmax is None:
-        check_float(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
+    if weight_absmax is None:
+        check_float(op, "weight", weight)
+    else:
+        check_dtype(op, "weight", weight, torch.int8)
+        check_dtype(op, "weight_absmax", weight_absmax, torch.float32)
+        check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{op}: x must have shape (*, {in_features}) to match weight, got {tuple(x.shape)}")
     if bias is not None:
@@ -165,7 +186,8 @@ class SwitchBackFunction(torch.autograd.Function):
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+        # A view that autograd does not know as one: in-place operations on the output stay allowed.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -200,6 +222,6 @@ class SwitchBackFunction(torch.autograd.Function):
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """a @ b in the operands' own dtype, accumulated in float32 and rounded once to out_dtype where PyTorch can."""
-    if a.is_cuda and out_dtype == torch.float32 and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
+    if a.is_cuda and out_dtype != a.dtype and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32).to(out_dtype)
     return (a @ b).to(out_dtype)

@@ -21,7 +21,8 @@ class SwitchBackConfig:
             accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
             element of the weight from the first forward and backward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
-            shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` does not.
+            shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
+            LoRA adapter does), an optimiser inside a CUDA graph and FSDP's resharding do not.
 
     Raises:
         ValueError: for a ``weight_scaling`` that does not exist.
@@ -35,6 +36,10 @@ class SwitchBackConfig:
         if self.weight_scaling not in get_args(WeightScaling):
             known = ", ".join(repr(name) for name in get_args(WeightScaling))
             raise ValueError(f"SwitchBackConfig: weight_scaling must be one of {known}, got {self.weight_scaling!r}")
+
+    def scales_of(self, out_features: int) -> int:
+        """How many absmaxes a weight [out_features, in_features] has in the forward product."""
+        return 1 if self.weight_scaling == "global" else out_features
 
     @property
     def strategy(self) -> str:

@@ -1,5 +1,6 @@
 """Turn a model's nn.Linear layers into SwitchBackLinear in place, and back."""
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,23 +28,42 @@ def convert_to_switchback(
         model: any module; a bare nn.Linear becomes a SwitchBackLinear itself.
         config: how the layers compute; the paper's default if None.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
-            the layer is converted if it returns True.
+            the layer is converted if it returns True, for each of its names if it has several.
 
     Returns:
         The same model.
+
+    Raises:
+        TypeError: config is something else.
     """
     config = SwitchBackConfig() if config is None else config
-    for fqn, module in model.named_modules():
-        if type(module) is nn.Linear and (module_filter_fn is None or module_filter_fn(module, fqn)):
-            module.__class__ = SwitchBackLinear
-            module.config = config  # type: ignore[assignment]
+    if not isinstance(config, SwitchBackConfig):
+        raise TypeError(f"convert_to_switchback: config must be a SwitchBackConfig, got {config!r}")
+    fqns: dict[nn.Module, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        fqns.setdefault(module, []).append(fqn)
+    for module, names in fqns.items():
+        if type(module) is not nn.Linear:
+            continue
+        if module_filter_fn is not None and not all(module_filter_fn(module, fqn) for fqn in names):
+            continue
+        if "forward" in vars(module):
+            warnings.warn(
+                f"convert_to_switchback leaves {names[0]!r} alone: its forward has been replaced on the instance, so "
+                "another class would change nothing",
+                stacklevel=2,
+            )
+            continue
+        module.__class__ = SwitchBackLinear
+        module.config = config  # type: ignore[assignment]
     return model
 
 
 def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
-    A layer that was prepared for evaluation gets a new ``weight``, dequantised.
+    A layer that was prepared for evaluation gets a new ``weight``, dequantised. Subclasses of SwitchBackLinear, such as
+    torch.nn.utils.parametrize makes, stay.
 
     Args:
         model: any module, converted or built with SwitchBackLinear.

@@ -63,7 +63,7 @@ class SwitchBackLinear(nn.Linear):
         if self.is_prepared:
             return switchback_linear(x, self.weight_int8, self.bias, self.config, weight_absmax=self.weight_absmax)
         cache = None
-        if self.config.cache_quantized_weight and not torch.compiler.is_compiling():
+        if self.config.cache_quantized_weight and WeightCache.can_hold(self.weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
         return switchback_linear(x, self.weight, self.bias, self.config, weight_cache=cache)
 
@@ -72,25 +72,28 @@ class SwitchBackLinear(nn.Linear):
 
         The input still gets its gradient, the weight none. Calling it again does nothing.
         :meth:`prepare_for_training` undoes it.
+
+        Raises:
+            RuntimeError: the weight is not a parameter of this layer but computed from others.
         """
         if self.is_prepared:
             return
-        weight = self.weight
-        with torch.no_grad():
-            codes, absmax = quantize_weight(weight, self.config)
+        if self._parameters.get("weight") is None:
+            raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrised, or pruned?")
+        with torch.inference_mode(False), torch.no_grad():
+            codes, absmax = quantize_weight(self.weight, self.config)
         self._become_prepared(codes, absmax)
 
     def prepare_for_training(self) -> None:
         """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantised, in the dtype it had.
 
         What was rounded away stays away (at most absmax / 254 an element), and an optimiser must be given the
-        new parameter. On an unprepared layer it does nothing.
+        new parameter. A weight that was tied to another module's is no longer. On an unprepared layer it does nothing.
         """
         if not self.is_prepared:
             return
         absmax = self.weight_absmax.expand(self.out_features).contiguous()
-        weight = dequantize_rowwise(self.weight_int8, absmax, self._weight_dtype)
-        self._become_unprepared(weight)
+        self._become_unprepared(dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype))
 
     def _become_prepared(self, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
@@ -104,27 +107,59 @@ class SwitchBackLinear(nn.Linear):
         del self.weight_int8, self.weight_absmax, self._weight_dtype, self._weight_requires_grad
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SwitchBackLinear":
-        """Move buffers between devices, but keep the absmax in float32 through ``.half()`` and ``.bfloat16()``."""
-        absmax = self._buffers.get("weight_absmax")
+        """Move buffers between devices, but keep their dtypes through ``.half()``, ``.bfloat16()`` and ``.type()``."""
+        self.__dict__.pop("_weight_cache", None)
+        before = {name: self._buffers.get(name) for name in ("weight_int8", "weight_absmax")}
         super()._apply(fn, recurse)
-        if absmax is not None:
-            self._weight_dtype = fn(absmax.new_empty(0, dtype=self._weight_dtype)).dtype
-            if self.weight_absmax.dtype != torch.float32:
-                self.weight_absmax = absmax.to(self.weight_absmax.device)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
+                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+        if self.is_prepared:
+            self._weight_dtype = fn(self.weight_absmax.new_empty(0, dtype=self._weight_dtype)).dtype
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a training state_dict or a prepared one, whichever of the two this layer is."""
-        prepared_keys = {f"{prefix}weight_int8", f"{prefix}weight_absmax"}
-        if prepared_keys <= state_dict.keys() and not self.is_prepared:
-            scales = 1 if self.config.weight_scaling == "global" else self.out_features
-            self._become_prepared(
-                torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False),
-                torch.empty(scales, dtype=torch.float32, device=self.weight.device),
-            )
-        elif f"{prefix}weight" in state_dict and self.is_prepared:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take a training state_dict or a prepared one, whichever of the two this layer is; or leave it as it is."""
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+        shape = (self.out_features, self.in_features)
+        found = [name for name in ("weight_int8", "weight_absmax") if prefix + name in state_dict]
+        if len(found) == 1:
+            error_msgs.append(f"mismatch for weight: {prefix}{found[0]} alone, codes and absmax go together.")
+            return
+        becomes_prepared = bool(found)
+        if becomes_prepared:
+            expected["weight_int8"] = shape, torch.int8
+            expected["weight_absmax"] = (self.config.scales_of(self.out_features),), torch.float32
+        elif self.is_prepared and f"{prefix}weight" in state_dict:
+            expected["weight"] = shape, None
+        for name, (size, dtype) in expected.items():
+            tensor = state_dict[prefix + name]
+            if tuple(tensor.shape) != size:
+                error_msgs.append(f"size mismatch for {prefix}{name}: got {tuple(tensor.shape)}, the layer has {size}.")
+                return
+            if dtype not in (None, tensor.dtype):
+                error_msgs.append(f"dtype mismatch for {prefix}{name}: got {tensor.dtype}, the layer has {dtype}.")
+                return
+        if becomes_prepared and not self.is_prepared:
+            device = self.weight.device
+            self._become_prepared(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in expected.values()))
+        elif "weight" in expected:
             self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")

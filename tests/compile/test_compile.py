@@ -6,7 +6,14 @@ import torch
 pytest.importorskip("triton")
 from ahead_of_time import SHARED_MEMORY, TARGETS, record
 
-from torch_switchback.kernels import int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
+from torch_switchback.kernels import (
+    _absmax,
+    _transpose,
+    int8_matmul,
+    quantize_columnwise,
+    quantize_global,
+    quantize_rowwise,
+)
 from torch_switchback.tuning import matmul_table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -75,6 +82,16 @@ def test_hopper_products_run_on_int8_wgmma(tma, per_col):
     assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == tma
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert ".s32.s8.s8" in compiled.asm["ptx"]
+
+
+def test_constants_come_last():
+    """The launcher hands a compiled kernel its arguments and then its constants."""
+    modules = (_absmax, _transpose, int8_matmul, quantize_global, quantize_rowwise)
+    kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
+    assert len(kernels) >= 7
+    for kernel in kernels:
+        is_constant = [parameter.is_constexpr for parameter in kernel.params]
+        assert is_constant == sorted(is_constant)
 
 
 @pytest.mark.parametrize("allowed", [False, True])

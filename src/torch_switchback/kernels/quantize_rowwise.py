@@ -40,13 +40,13 @@ def quantize_rowwise_kernel(
     else:
         bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
         for start in range(0, cols, BLOCK_COLS):
-            col = (start + block).to(tl.int64)
+            col = start + block.to(tl.int64)
             x = tl.load(x_rows + col * stride_col, mask=in_rows & (col < cols), other=0.0)
             bits = tl.maximum(bits, magnitude_bits(x))
         absmax = bits_to_float(tl.max(bits, axis=1, keep_dims=True))
         inverse = inverse_scale(absmax)
         for start in range(0, cols, BLOCK_COLS):
-            col = (start + block).to(tl.int64)
+            col = start + block.to(tl.int64)
             mask = in_rows & (col < cols)
             x = tl.load(x_rows + col * stride_col, mask=mask, other=0.0)
             tl.store(code_rows + col, quantize(x, inverse), mask=mask)

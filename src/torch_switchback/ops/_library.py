@@ -57,12 +57,20 @@ def define(
     dispatched = getattr(torch.ops.torch_switchback, name).default
 
     def direct(*args: Any) -> Any:
-        plain = type(args[0]) in (torch.Tensor, nn.Parameter) and args[0].is_cuda
-        if plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
-            return cuda(*args)
-        return dispatched(*args)
+        if torch.compiler.is_compiling() or not args[0].is_cuda or _is_watched(args):
+            return dispatched(*args)
+        return cuda(*args)
 
     return Operation(dispatched, direct)
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether someone stands between a call and its kernel: a tensor subclass, a dispatch mode or a tracer."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(arg, torch.Tensor) and type(arg) not in (torch.Tensor, nn.Parameter) for arg in args)
+    )
 
 
 def _fill(launcher: Callable[..., None], allocate: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -125,18 +125,20 @@ def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return sum(
             (_exact_product(a[:, half], b[half]).long() for half in halves), start=torch.zeros((), dtype=torch.long)
         )
-    # torch._int_mm leaves the output unwritten at inner dimension 1 (seen with torch 2.13).
+    # torch._int_mm (2.13) leaves the output unwritten at inner dimension 1 and misreads an expanded operand.
     if inner > 1 and _int_mm_is_exact():
-        return torch._int_mm(a.contiguous(), b)
+        is_transposed = b.stride(0) == 1 and b.stride(1) >= inner
+        return torch._int_mm(a.contiguous(), b if is_transposed else b.contiguous())
     return _exact_product_in_float(a, b)
 
 
 def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b through float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
     total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
-    for start in range(0, a.shape[1], 1024):
-        chunk = slice(start, start + 1024)
-        total += (a[:, chunk].float() @ b[chunk].float()).to(torch.int32)
+    with torch.autocast("cpu", enabled=False):  # it would round the sums to 16 bit
+        for start in range(0, a.shape[1], 1024):
+            chunk = slice(start, start + 1024)
+            total += (a[:, chunk].float() @ b[chunk].float()).to(torch.int32)
     return total
 
 

@@ -32,7 +32,7 @@ def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantize_columnwise_and_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = torch.zeros(x.shape[1])
+    absmax = torch.zeros(x.shape[1], dtype=torch.float32)
     for block in row_blocks(x):
         absmax = torch.maximum(absmax, absmax_of(x[block], dim=0))
     return quantize_transposed(x, absmax), absmax

@@ -44,7 +44,9 @@ def install_as_bitsandbytes() -> None:
     else:
         importlib.import_module("bitsandbytes.nn")
     for name, members in _MODULES.items():
-        module = sys.modules["bitsandbytes.nn"] if name == "bitsandbytes.nn" else _make_module(name)
+        # Older releases have bitsandbytes.triton, whose other modules stay; its kernels no longer import.
+        keep = name == "bitsandbytes.nn" or (name == "bitsandbytes.triton" and importlib.util.find_spec(name))
+        module = importlib.import_module(name) if keep else _make_module(name)
         for member in members:
             setattr(module, member, getattr(torch_switchback, member))
 

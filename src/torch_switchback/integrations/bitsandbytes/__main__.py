@@ -21,11 +21,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"usage:\n{_USAGE}")
     install_as_bitsandbytes()
     sys.argv = program
+    if not getattr(sys.flags, "safe_path", False):  # python -P puts nothing there
+        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.abspath(program[0]))
     if as_module:
-        sys.path[0] = os.getcwd()
         runpy.run_module(program[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(program[0]))
         runpy.run_path(program[0], run_name="__main__")
 
 
