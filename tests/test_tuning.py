@@ -297,6 +297,12 @@ def test_operands_that_tma_cannot_take_get_a_row_without_it(architecture: str) -
         assert not matmul_config(architecture, m, 4096, 4096, tma=False).tma
 
 
+def test_candidates_for_operands_that_tma_cannot_take() -> None:
+    found = list(candidates.candidates("sm_90", m=4096, tma=False))
+    assert found
+    assert not any(config.tma for config in found)
+
+
 def test_a_row_without_the_choice_of_tma_serves_no_operands_that_have_it() -> None:
     assert matmul_config("sm_90", 16384, 4096, 4080).tma
     assert not matmul_config("sm_90", 16384, 4096, 4081, tma=False).tma

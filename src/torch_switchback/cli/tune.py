@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from .. import __version__
-from ..tuning import MatmulConfig, matmul_config, user_table_path
+from ..tuning import MatmulConfig, allows_tma, matmul_config, user_table_path
 from ..tuning._tables import Row, Table, read, replace, row_from_json, served, shipped_table, write
 from ..tuning.candidates import candidates
 from ..tuning.search import FINALISTS, Found, fastest
@@ -108,7 +108,9 @@ def tune(
     if not pending and not finished:
         return
 
-    tries = {(m, n, k): tuple(candidates(gpu.architecture, m=m, quick=quick)) for m, n, k in pending}
+    tries = {
+        (m, n, k): tuple(candidates(gpu.architecture, m=m, tma=allows_tma(n, k), quick=quick)) for m, n, k in pending
+    }
     left_out: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -151,7 +153,7 @@ def _measure(
     rounds: int,
     advance: Callable[[], object],
 ) -> tuple[Finished, Found]:
-    before = matmul_config(gpu.architecture, *shape)
+    before = matmul_config(gpu.architecture, *shape, tma=allows_tma(*shape[1:]))
     found = fastest(tries, before, gpu.clock(*shape), rounds=rounds, advance=advance)
     measured = {"date": datetime.date.today().isoformat(), "tflops": _tflops(shape, found.milliseconds)}
     before_tflops = None if found.before is None else _tflops(shape, found.before)

@@ -43,12 +43,15 @@ MOST_ACCUMULATORS = 128
 LEAST_ACCUMULATORS_OF_8_WARPS = 32
 
 
-def candidates(architecture: str, *, m: int | None = None, quick: bool = False) -> Iterator[MatmulConfig]:
+def candidates(
+    architecture: str, *, m: int | None = None, tma: bool = True, quick: bool = False
+) -> Iterator[MatmulConfig]:
     """The configurations that may be fastest on an architecture and fit its shared memory.
 
     Args:
         architecture: ``"sm_90"``, ``"gfx942"``, …
         m: rows (tokens) of the product, which rules out tiles far from its height; None: of any product.
+        tma: whether the product's operands allow TMA.
         quick: about an eighth of them: one group height, and only as many stages as fit.
 
     Raises:
@@ -58,26 +61,26 @@ def candidates(architecture: str, *, m: int | None = None, quick: bool = False) 
     short = (False, SHORT_TILES, (2, 3, 4, 5), (1,))
     families = (
         [(True, TMA_TILES, (3, 4, 5), (1, 2)), short]
-        if limits.tma
+        if limits.tma and tma
         else [(False, POINTER_TILES, (2, 3, 4, 5), (1,)), short]
     )
-    for tma, tiles, stages, programs in families:
+    for by_tma, tiles, stages, programs in families:
         for (block_m, block_n, block_k), num_warps, program in itertools.product(tiles, (4, 8), programs):
             accumulators = block_m * block_n // (32 * num_warps)
             if accumulators > MOST_ACCUMULATORS or (num_warps == 8 and accumulators < LEAST_ACCUMULATORS_OF_8_WARPS):
                 continue
-            if tma and num_warps * 16 > block_m:
+            if by_tma and num_warps * 16 > block_m:
                 continue  # wgmma gives each warp 16 rows; more warps share columns, and the outputs change layout
             if m is not None and not min(m, 64) <= block_m <= max(m, 64):
                 continue
             fitting = []
             for num_stages in stages:
-                config = MatmulConfig(tma, block_m, block_n, block_k, 8, num_stages, num_warps, program)
+                config = MatmulConfig(by_tma, block_m, block_n, block_k, 8, num_stages, num_warps, program)
                 if _fits(config, limits.shared_memory_kib * 1024):
                     fitting.append(num_stages)
             for num_stages in fitting[-1:] if quick else fitting:
                 for group_m in (8,) if quick else _groups(m, block_m):
-                    yield MatmulConfig(tma, block_m, block_n, block_k, group_m, num_stages, num_warps, program)
+                    yield MatmulConfig(by_tma, block_m, block_n, block_k, group_m, num_stages, num_warps, program)
 
 
 def shared_memory(config: MatmulConfig, out_bytes: int) -> int:
