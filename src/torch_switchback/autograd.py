@@ -85,6 +85,16 @@ class WeightCache:
         return self._quantized[which]
 
 
+def _cached(
+    cache: WeightCache | None,
+    which: str,
+    weight: torch.Tensor,
+    config: SwitchBackConfig,
+    quantize: Callable[[], Quantized],
+) -> Quantized:
+    return quantize() if cache is None else cache.get(which, weight, config, quantize)
+
+
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
     return _SCALINGS[config.weight_scaling].quantize(weight)
@@ -170,10 +180,8 @@ class SwitchBackFunction(torch.autograd.Function):
         x_codes, x_absmax = ops.quantize_rowwise(x_2d)
         if weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
-        elif weight_cache is not None:
-            weight_codes, absmax = weight_cache.get("plain", weight, config, lambda: scaling.quantize(weight))
         else:
-            weight_codes, absmax = scaling.quantize(weight)
+            weight_codes, absmax = _cached(weight_cache, "plain", weight, config, lambda: scaling.quantize(weight))
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
@@ -199,12 +207,9 @@ class SwitchBackFunction(torch.autograd.Function):
         if needs_input:
             scaling = _SCALINGS[ctx.config.weight_scaling]
             transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
-            if ctx.weight_cache is not None:
-                codes_t, absmax_t = ctx.weight_cache.get(
-                    "transposed", weight, ctx.config, lambda: transpose(weight, absmax)
-                )
-            else:
-                codes_t, absmax_t = transpose(weight, absmax)
+            codes_t, absmax_t = _cached(
+                ctx.weight_cache, "transposed", weight, ctx.config, lambda: transpose(weight, absmax)
+            )
             grad_codes, grad_absmax = ops.quantize_rowwise(grad)
             grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, ctx.input_dtype)
             if len(ctx.input_shape) != 2:

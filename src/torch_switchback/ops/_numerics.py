@@ -17,7 +17,7 @@ def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """int8 codes of x, contiguous and shaped as x, for absmax values (float32) that broadcast against it.
+    """int8 codes of x, shaped as x, for absmax values (float32) that broadcast against it.
 
     ``rint(x * (127 / absmax))``, half to even. Where the absmax is Inf or NaN the codes are 0: the absmax
     alone carries the news, as 0 * Inf and 0 * NaN are NaN.
