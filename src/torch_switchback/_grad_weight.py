@@ -36,9 +36,12 @@ def runs_in_int8(config: SwitchBackConfig, x: torch.Tensor, weight: torch.Tensor
     return False
 
 
-@torch.compiler.assume_constant_result
 def _say_that_it_stays() -> None:
     _warn_once()
+
+
+# What torch.compiler.assume_constant_result sets (itself imports Triton): the compiler calls the function as it traces.
+_say_that_it_stays._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch_switchback.kernels import (
     int8_matmul,
     quantize_columnwise,
     quantize_global,
+    quantize_rotated,
     quantize_rowwise,
 )
 from torch_switchback.tuning import matmul_table
@@ -43,6 +44,19 @@ def test_quantisers(architecture, dtype):
         *record(quantize_global.quantize_global_transpose, x, codes.t(), one),
         *record(quantize_global.quantize_transpose_by_absmax, x, one, codes.t()),
         *record(quantize_columnwise.quantize_columnwise_and_transpose, x, codes.t(), absmax),
+    ]
+    compile_all(launches, architecture)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rotating_quantisers(architecture, block):
+    x = torch.empty(block + 1, 256, dtype=torch.bfloat16)
+    outputs = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    outputs_t = torch.empty(256, 2 * block, dtype=torch.int8), torch.empty(256)
+    launches = [
+        *record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, block, *outputs_t),
+        *record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs, *outputs_t),
     ]
     compile_all(launches, architecture)
 
@@ -86,9 +100,9 @@ def test_hopper_products_run_on_int8_wgmma(tma, per_col):
 
 def test_constants_come_last():
     """The launcher hands a compiled kernel its arguments and then its constants."""
-    modules = (_absmax, _transpose, int8_matmul, quantize_global, quantize_rowwise)
+    modules = (_absmax, _transpose, int8_matmul, quantize_global, quantize_rotated, quantize_rowwise)
     kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
-    assert len(kernels) >= 7
+    assert len(kernels) >= 9
     for kernel in kernels:
         is_constant = [parameter.is_constexpr for parameter in kernel.params]
         assert is_constant == sorted(is_constant)
