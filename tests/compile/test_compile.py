@@ -87,10 +87,13 @@ def test_products_of_the_tuning_table(architecture):
 
 
 @pytest.mark.parametrize("per_col", [False, True], ids=["global", "rowwise"])
-@pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointer"])
-def test_hopper_products_run_on_int8_wgmma(tma, per_col):
+@pytest.mark.parametrize(
+    ("tma", "inner"),
+    [(True, 256), (True, 262_144), (False, 264)],  # a pitch of 264 bytes is none that TMA takes
+    ids=["tma", "tma, folded", "pointer"],
+)
+def test_hopper_products_run_on_int8_wgmma(tma, inner, per_col):
     config = next(config for _, config in matmul_table("sm_90") if config.block_m == 128 and config.tma)
-    inner = 256 if tma else 264  # a pitch of 264 bytes is none that TMA takes
     launches = product_launches(config, 256, 256, inner, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
     (compiled,) = compile_all(launches, "sm_90")
     assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == tma

@@ -69,27 +69,40 @@ def int8_matmul_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FOLD: tl.constexpr,  # carry what is above 16 bits out of acc before each chunk of this many products; 0: never
 ):
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FOLD == 0):
         block_m, block_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         start_m = block_m * BLOCK_M
         start_n = block_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-        for k in range(0, K, BLOCK_K):
-            a = a_desc.load([start_m, k])
-            b = b_desc.load([start_n, k])
-            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        high = acc
+        if FOLD:  # the sum is acc + 2**16 * high; in int64 it would not fit the registers
+            for start in range(0, K, FOLD):
+                high += acc >> 16
+                acc = acc & 0xFFFF
+                for k in range(start, tl.minimum(start + FOLD, K), BLOCK_K):
+                    a = a_desc.load([start_m, k])
+                    b = b_desc.load([start_n, k])
+                    acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        else:
+            for k in range(0, K, BLOCK_K):
+                a = a_desc.load([start_m, k])
+                b = b_desc.load([start_n, k])
+                acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
 
         # Two halves: the first is stored while the second is dequantised, through half the shared memory.
         halves = acc.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
+        high_halves = high.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
         row = start_m + tl.arange(0, BLOCK_M)
         for half in tl.static_range(2):
             start = start_n + half * (BLOCK_N // 2)
             col = start + tl.arange(0, BLOCK_N // 2)
-            out = dequantize(
-                halves[half], row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS
-            )
+            total = halves[half]
+            if FOLD:
+                total = total.to(tl.int64) + (high_halves[half].to(tl.int64) << 16)
+            out = dequantize(total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS)
             out_desc.store([start_m, start], out.to(out_desc.dtype))
 
 
@@ -197,7 +210,7 @@ def dequantized_product(
     M, K = a.shape
     N = b.shape[1]
     a, b = _inner_contiguous(a), _inner_contiguous(b.t())  # b: [N, K] from here
-    fits_tma = K <= FOLD and _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
+    fits_tma = _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
     if config is None:
         config = matmul_config(architecture(a.device), M, N, K, tma=fits_tma)
     constants = {
@@ -207,9 +220,12 @@ def dequantized_product(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "FOLD": FOLD if K > FOLD else 0,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if config.tma and fits_tma and K > FOLD:  # a second accumulator
+        constants["num_warps"] = max(config.num_warps, min(config.block_m * config.block_n // 2048, 8))
     vectors = (absmax_a.contiguous(), absmax_b.contiguous(), absmax_b if bias is None else bias.contiguous())
     tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
     if config.tma and fits_tma:
@@ -238,7 +254,6 @@ def dequantized_product(
             K,
             a.stride(0),
             b.stride(0),
-            FOLD=FOLD if K > FOLD else 0,
             **constants,
         )
 
