@@ -9,8 +9,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -65,14 +65,16 @@ class Launch:
                 constants[(index,)] = value
             elif divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        source_type = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = source_type(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=target, options=options)
 
 
 def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
     """The type that Triton gives an argument, and whether it may count on 16 dividing it."""
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>", False
+    if hasattr(value, "block_shape"):
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors have one
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>", False
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
     if parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):

@@ -10,11 +10,15 @@ from torch_switchback.kernels import (
     _absmax,
     _transpose,
     int8_matmul,
+    int8_matmul_pointer,
+    int8_matmul_tma,
+    int8_matmul_warp_specialized,
     quantize_columnwise,
     quantize_global,
     quantize_rowwise,
 )
-from torch_switchback.tuning import matmul_table
+from torch_switchback.tuning import MatmulConfig, matmul_table
+from torch_switchback.tuning._tables import KERNELS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = list(TARGETS)
@@ -47,6 +51,13 @@ def test_quantisers(architecture, dtype):
     compile_all(launches, architecture)
 
 
+HOPPER = {
+    "pointer": MatmulConfig("pointer", 128, 128, 64, group_m=8, num_stages=3, num_warps=8),
+    "tma": MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=3, num_warps=4, programs_per_multiprocessor=2),
+    "warp_specialized": MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8),
+}
+
+
 def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
     a, b = torch.empty(m, k, dtype=torch.int8), torch.empty(n, k, dtype=torch.int8)
     return record(
@@ -73,22 +84,31 @@ def test_products_of_the_tuning_table(architecture):
 
 
 @pytest.mark.parametrize("per_col", [False, True], ids=["global", "rowwise"])
-@pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointer"])
-def test_hopper_products_run_on_int8_wgmma(tma, per_col):
-    config = next(config for _, config in matmul_table("sm_90") if config.block_m == 128 and config.tma)
-    inner = 256 if tma else 264  # a pitch of 264 bytes is none that TMA takes
-    launches = product_launches(config, 256, 256, inner, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hopper_products_run_on_int8_wgmma(kernel, per_col):
+    config = HOPPER[kernel]
+    launches = product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
     (compiled,) = compile_all(launches, "sm_90")
-    assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == tma
+    assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == config.tma
+    assert ("setmaxnreg" in compiled.asm["ptx"]) == (kernel == "warp_specialized")
+    assert compiled.metadata.global_scratch_size == 0
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert ".s32.s8.s8" in compiled.asm["ptx"]
 
 
 def test_constants_come_last():
     """The launcher hands a compiled kernel its arguments and then its constants."""
-    modules = (_absmax, _transpose, int8_matmul, quantize_global, quantize_rowwise)
+    modules = (
+        _absmax,
+        _transpose,
+        int8_matmul_pointer,
+        int8_matmul_tma,
+        int8_matmul_warp_specialized,
+        quantize_global,
+        quantize_rowwise,
+    )
     kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
-    assert len(kernels) >= 7
+    assert len(kernels) >= 8
     for kernel in kernels:
         is_constant = [parameter.is_constexpr for parameter in kernel.params]
         assert is_constant == sorted(is_constant)

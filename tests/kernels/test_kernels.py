@@ -1,11 +1,13 @@
 """Every kernel, interpreted, against its operation's meaning in plain torch: the same bits."""
 
+import warnings
+
 import pytest
 import torch
 
 from cases import DTYPES, LAYOUTS, assert_same, codes
 from torch_switchback import ops
-from torch_switchback.kernels import int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
+from torch_switchback.kernels import _launch, int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
 from torch_switchback.ops import int8_matmul as int8_matmul_op
 from torch_switchback.tuning import MatmulConfig
 
@@ -109,10 +111,10 @@ def test_dequantize_rowwise(dtype, shape):
 
 
 CONFIGS = {
-    "tma": MatmulConfig(True, 32, 32, 32, group_m=2, num_stages=2, num_warps=4, programs_per_multiprocessor=2),
-    "tma wide": MatmulConfig(True, 16, 64, 64, group_m=3, num_stages=2, num_warps=4),
-    "pointer": MatmulConfig(False, 32, 32, 32, group_m=2, num_stages=2, num_warps=4),
-    "pointer tall": MatmulConfig(False, 64, 16, 64, group_m=3, num_stages=2, num_warps=4),
+    "tma": MatmulConfig("tma", 32, 32, 32, group_m=2, num_stages=2, num_warps=4, programs_per_multiprocessor=2),
+    "tma wide": MatmulConfig("tma", 16, 64, 64, group_m=3, num_stages=2, num_warps=4),
+    "pointer": MatmulConfig("pointer", 32, 32, 32, group_m=2, num_stages=2, num_warps=4),
+    "pointer tall": MatmulConfig("pointer", 64, 16, 64, group_m=3, num_stages=2, num_warps=4),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -141,7 +143,7 @@ def test_products(dtype, has_bias, rowwise, shape, config):
 
 @pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
 def test_products_that_int32_cannot_hold(inner):
-    config = MatmulConfig(True, 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
+    config = MatmulConfig("tma", 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
     a = torch.full((2, inner), 127, dtype=torch.int8)
     a[1] = -127
     ones = torch.full((3,), 127.0)
@@ -162,3 +164,20 @@ def test_the_launchers_of_both_products_pass_their_arguments_on():
 
 def test_the_kernel_folds_no_later_than_the_cpu():
     assert int8_matmul.FOLD <= int8_matmul_op.MAX_INT32_INNER
+
+
+def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
+    config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
+    monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
+    monkeypatch.setattr(int8_matmul, "_replaced", {})
+    a, b, absmax = codes(16, 32), codes(48, 32).t(), torch.rand(16)
+    out = torch.empty(16, 48)
+    expected = ops.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32)
+    with pytest.warns(UserWarning, match="instead of .*warp_specialized.* the interpreter does not run Gluon"):
+        int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
+    assert_same(out, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
+    with pytest.raises(_launch.CannotCompile):
+        int8_matmul.dequantized_product(a, b, absmax, absmax[:1], None, out, absmax_per_col=False, config=config)
