@@ -34,15 +34,15 @@ PRODUCT_ROLES = {
     f"grad_input of {shape.out_features} → {shape.in_features}"
     for shape in PRODUCTS
 }
-INFERENCE = tuple(Shape(tokens, 4096, 14336) for tokens in (1, 16, 64))
+SMALL = LAYERS[5]
+INFERENCE = tuple(Shape(tokens, 4096, 14336) for tokens in (1, 2, 4, 8, 16, 32, 64))
 
 MATRICES = (
     (65536, 5120),  # activations, [rows, cols]
+    (65536, 1280),
     (16384, 14336),
     (16384, 4096),
-    (8192, 1024),
     (14336, 4096),  # weights
-    (4096, 4096),
     (5120, 1280),
 )
 
