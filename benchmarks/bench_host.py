@@ -234,8 +234,8 @@ def first_calls(device: torch.device, *, tiny: bool) -> list[Record]:
 @app.command(help="Where the host's time in an eager step goes, and how long first calls take.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 0.7,
-    budget: BudgetFlag = 60.0,
+    seconds: SecondsFlag = 0.5,
+    budget: BudgetFlag = 45.0,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
 ) -> None:

@@ -50,8 +50,8 @@ def build(name: str, shape: Shape, device: torch.device) -> Cycle:
 @app.command(help="Prepared layers with few tokens, in CUDA graphs, against nn.Linear.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 0.5,
-    budget: BudgetFlag = 40.0,
+    seconds: SecondsFlag = 0.4,
+    budget: BudgetFlag = 25.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,

@@ -113,7 +113,7 @@ def random_operands(shape: Shape, device: torch.device) -> list[tuple[Tensor, Te
 @app.command(help="INT8 products with fused dequantisation against those of PyTorch in bf16, int8 and float8.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 2.0,
+    seconds: SecondsFlag = 1.5,
     budget: BudgetFlag = 75.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,

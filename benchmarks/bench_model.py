@@ -118,8 +118,8 @@ def gpt(depth: int, batch: int, context: int, width: int, heads: int) -> Model:
 
 MODELS = (
     gpt(depth=8, batch=32, context=1024, width=768, heads=12),
-    llama(depth=4, batch=4, context=4096),
     vit(depth=8, batch=256, context=256),
+    llama(depth=4, batch=4, context=4096),
 )
 TINY_MODELS = (
     gpt(depth=2, batch=2, context=16, width=32, heads=2),
@@ -131,8 +131,8 @@ TINY_MODELS = (
 @app.command(help="Whole blocks in training: Llama-8B, ViT-H, and a GPT of width 768 with its optimizer step.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 8.0,
-    budget: BudgetFlag = 180.0,
+    seconds: SecondsFlag = 6.0,
+    budget: BudgetFlag = 150.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,

@@ -63,8 +63,8 @@ def calls(name: str, xs: list[torch.Tensor]) -> list[Callable[[], object]]:
 @app.command(help="The quantising kernels against the bandwidth of a copy.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 1.5,
-    budget: BudgetFlag = 60.0,
+    seconds: SecondsFlag = 1.0,
+    budget: BudgetFlag = 40.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,

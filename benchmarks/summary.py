@@ -13,12 +13,12 @@ from typing import Annotated, NamedTuple
 import typer
 
 from measure import Record, new_app
-from shapes import LAYERS, SMALL, Shape
+from shapes import PRODUCTS, SMALL, Shape
 
 app = new_app()
 Cases = Iterator[tuple[str, float | None]]  # what it is of, and the value
 
-VIT, LLAMA = LAYERS[:2], LAYERS[2:5]
+VIT, LLAMA = PRODUCTS[:2], PRODUCTS[2:5]
 FEWEST_ELEMENTS = 64 * 1024 * 1024
 
 
