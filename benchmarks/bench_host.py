@@ -48,6 +48,7 @@ from torch_switchback.ops import direct
 
 app = new_app()
 FEW_TOKENS = 64
+SAMPLE_MS = 2.0  # calls in a row, so few that the device's queue never fills and makes the host wait
 Calls = dict[str, Callable[[], object]]
 
 # The operations of a step with global scaling, and the modules of their launchers.
@@ -188,6 +189,7 @@ def measure_calls(bench: Bench, shape: Shape) -> None:
     for group, calls in groups.items():
         records = bench.compare(
             [Contestant(name, lambda call=call: [call], "host") for name, call in calls.items()],
+            sample_ms=SAMPLE_MS,
             what="call",
             group=group,
             shape=few,

@@ -327,7 +327,14 @@ class Bench:
         self._provenance = environment(self.device) | {
             "torchao": _torchao_version(),
             "script": f"benchmarks/{script}.py",
-            "arguments": {"device": device, "seconds": seconds, "quick": quick, "tiny": tiny, **settings},
+            "arguments": {
+                "device": device,
+                "seconds": seconds,
+                "budget": None if math.isinf(budget) else budget,
+                "quick": quick,
+                "tiny": tiny,
+                **settings,
+            },
         }
         self._output = output
         if output is None and not tiny:

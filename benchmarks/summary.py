@@ -1,4 +1,4 @@
-"""The goals for one H200 beside what the results say, as a Markdown table.
+"""The goals for one H200 beside what the results say, as a Markdown table; with --host where the host's time goes.
 
     python benchmarks/summary.py benchmarks/results/h200
 
@@ -6,7 +6,7 @@ A goal is reached if its worst case reaches it. GOALS names the file and the fie
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -161,21 +161,36 @@ def row(goal: Goal, document: Record | None) -> tuple[str, ...]:
 
 def table(documents: dict[str, Record]) -> str:
     header = ("goal", "reach", "worst case", "reached", "cases")
-    lines = [header, ("---",) * len(header), *(row(goal, documents.get(goal.script)) for goal in GOALS)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(header, (row(goal, documents.get(goal.script)) for goal in GOALS))
+
+
+def host_table(host: Record) -> str:
+    rows = []
+    for record in host["results"]:
+        if record["what"] == "call" and record["median_ms"] is not None:
+            times = [f"{1e3 * record[key]:.1f}" for key in ("median_ms", "p10_ms", "p90_ms")]
+            rows.append((record["group"], record["name"], *times))
+    return markdown(("of", "call", "µs", "10th percentile", "90th"), rows)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows))
 
 
 @app.command(help="The goals beside the results of a folder, as Markdown.")
 def main(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = Path(__file__).parent / "results/h200",
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="a file to write instead")] = None,
+    host: Annotated[bool, typer.Option("--host", help="the host's microseconds instead of the goals")] = False,
 ) -> None:
     documents = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bench_*.json"))
     }
-    text = table(documents)
-    for name, document in documents.items():
-        origin = document["provenance"]
+    if host and "bench_host" not in documents:
+        raise typer.BadParameter(f"{folder} has no bench_host.json")
+    text = host_table(documents["bench_host"]) if host else table(documents)
+    for name in ["bench_host"] if host else documents:
+        origin = documents[name]["provenance"]
         text += f"\n{name}: {origin['device']}, torch {origin['torch']}, Triton {origin['triton']}, "
         text += f"commit {str(origin['git_commit'])[:7]}, {origin['date'][:10]}"
         text += " (partial: `--quick`)\n" if origin["arguments"]["quick"] else "\n"

@@ -159,6 +159,13 @@ def test_summary_reads_every_script_of_its_goals(results):
         list(goal.cases(load(results, goal.script)))
 
 
+def test_summary_says_where_the_hosts_time_goes(results, tmp_path):
+    finished = CliRunner().invoke(summary.app, [str(results), "--host"])
+    assert finished.exit_code == 0, finished.output
+    assert "| SwitchBackLinear | forward + backward |" in finished.output
+    assert CliRunner().invoke(summary.app, [str(tmp_path), "--host"]).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("values", "at_most", "expected"),
     [
