@@ -52,9 +52,13 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(repr=False)
 
-    def compile(self, target: GPUTarget) -> Any:
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
+
+    def specialisation(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+        """What Triton compiles for: the arguments' types, the constants among them, and what 16 divides."""
         bound = dict(zip(self.kernel.arg_names, self.args, strict=False))
-        options = {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
         bound |= {name: value for name, value in self.kwargs.items() if name in self.kernel.arg_names}
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
@@ -65,9 +69,12 @@ class Launch:
                 constants[(index,)] = value
             elif divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+    def compile(self, target: GPUTarget) -> Any:
         source_type = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
-        source = source_type(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options)
+        source = source_type(self.kernel, *self.specialisation())
+        return triton.compile(source, target=target, options=self.options)
 
 
 def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:

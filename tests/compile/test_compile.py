@@ -17,7 +17,7 @@ from torch_switchback.kernels import (
     quantize_global,
     quantize_rowwise,
 )
-from torch_switchback.tuning import MatmulConfig, matmul_table
+from torch_switchback.tuning import MatmulConfig, matmul_config, matmul_table
 from torch_switchback.tuning._tables import KERNELS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -122,3 +122,28 @@ def test_no_sum_is_contracted_with_a_product(allowed):
     assert product.kwargs["enable_fp_fusion"] is False
     product.kwargs["enable_fp_fusion"] = allowed
     assert ("fma.rn" in product.compile(TARGETS["sm_80"]).asm["ptx"]) == allowed
+
+
+def step_launches(tokens, in_features=256, out_features=384):
+    """The launches of a step that depend on the token count, in bfloat16."""
+    x, grad = (torch.empty(tokens, width, dtype=torch.bfloat16) for width in (in_features, out_features))
+    x_codes, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
+    config = matmul_config("sm_90", tokens, out_features, in_features)
+    return [
+        *record(quantize_rowwise.quantize_rowwise, x, x_codes, absmax),
+        *record(quantize_rowwise.quantize_rowwise, grad, grad.to(torch.int8), absmax),
+        *record(quantize_rowwise.dequantize_rowwise, x_codes, absmax, x.dtype, x),
+        *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
+        *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
+    ]
+
+
+@pytest.mark.parametrize("octave", [16, 128, 2048])
+def test_a_changing_token_count_compiles_once_a_power_of_two(octave):
+    counts = [octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1, 2 * octave]
+    first, *others = (
+        [(launch.kernel, launch.specialisation(), launch.options) for launch in step_launches(count)]
+        for count in counts
+    )
+    for other in others:
+        assert other == first

@@ -13,7 +13,7 @@ MAX_BLOCK_COLS = 16384  # longer rows are read twice, in chunks of this
 DEQUANTIZE_TILE = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_rowwise_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     codes_ptr,  # [rows, cols] int8, contiguous
@@ -74,7 +74,7 @@ def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor)
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dequantize_rowwise_kernel(
     x_ptr,  # [rows, cols] int8
     absmax_ptr,  # [rows] fp32
