@@ -3,7 +3,7 @@
     python benchmarks/bench_quantize.py
 
 Bytes an element are those that the algorithm must move, with a bfloat16 input: 2 read and 1 written; 5 where an absmax
-over more than a row makes it read twice. Runs are CUDA graphs: the host's share of a call is bench_linear's subject.
+over more than a row makes it read twice; one more where it writes W and Wᵀ. Runs are CUDA graphs: the host's share of a call is bench_linear's subject.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,7 @@ BYTES_AN_ELEMENT = {
     "quantize_rowwise": 3,
     "quantize_global": 5,
     "quantize_global_transpose": 5,
+    "quantize_global_with_transpose": 6,
     "quantize_transpose_by_absmax": 3,
     "quantize_columnwise_and_transpose": 5,
     "dequantize_rowwise": 3,
