@@ -3,7 +3,8 @@
     python benchmarks/bench_quantize.py
 
 Bytes an element are those that the algorithm must move, with a bfloat16 input: 2 read and 1 written; 5 where an absmax
-over more than a row makes it read twice; one more where it writes W and Wᵀ. Runs are CUDA graphs: the host's share of a call is bench_linear's subject.
+over more than a row makes it read twice; 6 where it writes the codes plain and transposed. Runs are CUDA graphs: the
+host's share of a call is bench_linear's subject.
 """
 
 from collections.abc import Callable

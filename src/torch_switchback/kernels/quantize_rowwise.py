@@ -9,11 +9,11 @@ import triton.language as tl
 from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
 
-# Measured on an H200 (docs/performance.md): as few rows a program as will do, and few warps.
+# Measured on an H200 (docs/performance.md), with rows in one chunk: few rows a program and few warps are fastest.
 SMALLEST_TILE = 2048  # elements of x that a program holds; shorter rows share one
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
-MAX_CHUNKS = 8  # that hold a row whose length is no power of two
-SMALLEST_CHUNK = 128
+MAX_CHUNKS = 8  # rows whose length is no power of two are held in up to so many blocks,
+SMALLEST_CHUNK = 128  # none smaller than this
 DEQUANTIZE_TILE = 8192
 
 
