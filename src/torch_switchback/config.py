@@ -16,10 +16,11 @@ class SwitchBackConfig:
             input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
         mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
             dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
-            sees the quantised input.
+            sees the quantised input. The backward also reads the weight again, where otherwise, with global scaling,
+            the forward leaves it the transposed int8 weight, 1 byte an element.
         cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
             accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
-            element of the weight from the first forward and backward on. The layer keeps it, so the functional
+            element of the weight from the first training forward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
             LoRA adapter does), an optimiser inside a CUDA graph and FSDP's resharding do not.

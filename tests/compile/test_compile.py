@@ -1,5 +1,7 @@
 """Every kernel, as its launcher calls it, compiles for every architecture and fits its shared memory."""
 
+import re
+
 import pytest
 import torch
 
@@ -35,20 +37,56 @@ def compile_all(launches, architecture):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_quantisers(architecture, dtype):
-    x = torch.empty(256, 128, dtype=DTYPES[dtype])
-    long_row = torch.empty(1, 20_000, dtype=DTYPES[dtype])
-    codes, absmax = torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
-    one = torch.empty(1)
-    launches = [
-        *record(quantize_rowwise.quantize_rowwise, x, codes, absmax),
-        *record(quantize_rowwise.quantize_rowwise, long_row, torch.empty(1, 20_000, dtype=torch.int8), one),
-        *record(quantize_rowwise.dequantize_rowwise, codes, absmax, x.dtype, x),
-        *record(quantize_global.quantize_global, x, codes, one),
-        *record(quantize_global.quantize_global_transpose, x, codes.t(), one),
-        *record(quantize_global.quantize_transpose_by_absmax, x, one, codes.t()),
-        *record(quantize_columnwise.quantize_columnwise_and_transpose, x, codes.t(), absmax),
-    ]
+    launches = []
+    for cols in (128, 1280, 16_384, 20_000):
+        launches += quantiser_launches(DTYPES[dtype], 2, cols)["quantize_rowwise"]
+    for shape in ((256, 128), (512, 256)):  # which take one pass and two
+        for each in quantiser_launches(DTYPES[dtype], *shape).values():
+            launches += each
     compile_all(launches, architecture)
+
+
+def quantiser_launches(dtype, rows, cols):
+    """What each quantiser launches."""
+    x = torch.empty(rows, cols, dtype=dtype)
+    codes, codes_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
+    absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)
+    calls = [
+        (quantize_rowwise.quantize_rowwise, x, codes, absmax_row),
+        (quantize_rowwise.dequantize_rowwise, codes, absmax_row, dtype, x),
+        (quantize_global.quantize_global, x, codes, absmax),
+        (quantize_global.quantize_global_transpose, x, codes_t, absmax),
+        (quantize_global.quantize_transpose_by_absmax, x, absmax, codes_t),
+        (quantize_global.quantize_global_with_transpose, x, codes, codes_t, absmax),
+        (quantize_columnwise.quantize_columnwise_and_transpose, x, codes_t, absmax_col),
+    ]
+    return {launcher.__name__: record(launcher, *args) for launcher, *args in calls}
+
+
+def test_launches():
+    """Small tensors take one. With a first pass for the absmax it is two, even for both of W and Wᵀ."""
+    small, large = (quantiser_launches(torch.bfloat16, rows, 256) for rows in (256, 257))
+    assert {len(launches) for launches in small.values()} == {1}
+    passes = {name: len(launches) for name, launches in large.items()}
+    assert passes == {
+        "quantize_rowwise": 1,
+        "dequantize_rowwise": 1,
+        "quantize_global": 2,
+        "quantize_global_transpose": 2,
+        "quantize_transpose_by_absmax": 1,
+        "quantize_global_with_transpose": 2,
+        "quantize_columnwise_and_transpose": 2,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantisers_store_whole_vectors(dtype):
+    """16 bytes a thread of the codes, plain and transposed, which leave a tile along different axes."""
+    *_, second_pass = quantiser_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
+    (compiled,) = compile_all([second_pass], "sm_90")
+    stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
+    assert sorted(set(stores)) == ["st.global.b32", "st.global.v4.b32"]  # the absmax, the codes
+    assert stores.count("st.global.v4.b32") == 2 * 64 * 128 // (16 * 32 * 4)
 
 
 HOPPER = {

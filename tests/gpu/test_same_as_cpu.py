@@ -26,10 +26,11 @@ QUANTISERS = [
     ts.quantize_columnwise_and_transpose,
     ts.quantize_global,
     ts.quantize_global_transpose,
+    ts.quantize_global_with_transpose,
 ]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
 @pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: f.__name__)
