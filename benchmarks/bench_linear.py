@@ -1,21 +1,26 @@
-"""One layer's training step, its parts, the memory that it keeps, and inference with few tokens.
+"""One layer's training step, the memory that it keeps, and the limit that its parts set.
 
     python benchmarks/bench_linear.py
 
 A step is forward and backward with all three gradients. torchao's layers are measured as its documentation uses them,
-compiled, and in eager mode as well. In one CUDA graph a step is free of the host.
+compiled. In one CUDA graph a step is free of the host. Speed-ups are over nn.Linear in a graph for what runs in one,
+and over nn.Linear in eager mode for everything else.
+
+Amdahl's limit of a strategy is the speed-up if nothing but its parts took time: each quantisation, product and sum,
+measured alone in the same rounds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from measure import (
     Bench,
+    BudgetFlag,
     Contestant,
     Cycle,
     DeviceFlag,
@@ -26,180 +31,188 @@ from measure import (
     SecondsFlag,
     TinyFlag,
     copies,
+    find,
     median_ms,
     new_app,
     new_table,
     ratio,
-    saved_bytes,
+    speed_up,
+    spread,
     text,
 )
-from peers import RECIPES, TORCHAO, compile_in_place, convert, gradients
-from shapes import INFERENCE, LAYERS, TINY, Shape
-from torch_switchback import ops
+from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, random_inputs, training_step
+from shapes import LAYERS, PRODUCTS, SMALL, TINY, Shape
+from torch_switchback import SwitchBackConfig, ops
 
 app = new_app()
+STRATEGIES = {name: config for name, config in RECIPES.items() if config is not None}
+# Compiled for these shapes only, as that takes them longest; torchao's float8 is for all.
+SLOW_TO_COMPILE = ("linear", "switchback", TORCHAO_INT8)
+COMPILED_SHAPES = (PRODUCTS[2], SMALL, *TINY)
 PART = "part: "
-Inputs = list[tuple[Tensor, Tensor]]  # X [tokens, in] that wants its gradient, and G [tokens, out]
+FUSED = "quantize_global_with_transpose(W)"
 
 
-def new_layer(name: str, shape: Shape, device: torch.device) -> nn.Module:
-    linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=torch.bfloat16)
-    return convert(nn.Sequential(linear), name)[0]  # torchao swaps children only
+def competitors(shape: Shape, *, compile_all: bool) -> list[tuple[str, Mode]]:
+    entries: list[tuple[str, Mode]] = [(name, "eager") for name in RECIPES]
+    entries += [(name, "graph") for name in RECIPES]
+    entries += [(name, "compiled") for name in TORCHAO_FLOAT8]
+    if compile_all or shape in COMPILED_SHAPES:
+        entries += [(name, "compiled") for name in SLOW_TO_COMPILE]
+    return entries
 
 
-def steps(
-    shape: Shape, inputs: Inputs, device: torch.device, *, compile_all: bool, tiny: bool
-) -> tuple[list[Contestant], dict[tuple[str, Mode], int]]:
-    """The competitors' steps, and what each kept for its backward (bytes), filled in when they are built."""
-    kept: dict[tuple[str, Mode], int] = {}
+def ways(config: SwitchBackConfig) -> list[tuple[str, ...]]:
+    """What a strategy's step consists of; more than one list where the weight can be quantised in several ways."""
+    rowwise = config.weight_scaling == "rowwise"
+    product = "rowwise" if rowwise else "mixed"
+    common = [
+        "quantize_rowwise(X)",
+        f"output, {product}",
+        "quantize_rowwise(G)",
+        f"grad_input, {product}",
+        "grad_weight, 16 bit",
+        "grad_bias",
+    ]
+    if config.mem_efficient:
+        common.append("dequantize_rowwise(X)")
+    if rowwise:
+        weight = [("quantize_rowwise(W)", "quantize_columnwise_and_transpose(W)")]
+    else:
+        weight = [("quantize_global(W)", "quantize_transpose_by_absmax(W)")]
+        weight += [(FUSED,)] if hasattr(ops, "quantize_global_with_transpose") else []
+    return [(*common, *names) for names in weight]
 
-    def build(name: str, mode: Mode) -> Cycle:
-        layer = new_layer(name, shape, device)
-        compile_in_place(layer, mode, tiny=tiny)
-        gradients(layer, *inputs[0])  # compiles
-        kept[name, mode] = saved_bytes(layer, inputs[0][0])
-        return [partial(gradients, layer, x, grad) for x, grad in inputs]
 
-    entries: list[tuple[str, Mode]] = [(name, "eager") for name in (*RECIPES, *TORCHAO)]
-    entries += [(name, "graph") for name in ("linear", "switchback")]
-    entries += [(name, "compiled") for name in ((*RECIPES, *TORCHAO) if compile_all else TORCHAO)]
-    return [Contestant(name, partial(build, name, mode), mode) for name, mode in entries], kept
-
-
-def parts(shape: Shape, inputs: Inputs, device: torch.device) -> list[Contestant]:
-    """What SwitchBack's default step consists of, each operation alone in a CUDA graph."""
+def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> list[Contestant]:
+    """Every part of every strategy, each alone in a CUDA graph."""
     sizes = (shape.out_features, shape.in_features)
     weights = [
         torch.randn(sizes, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * sizes[0] * sizes[1], device))
     ]
     bias = torch.randn(shape.out_features, device=device, dtype=torch.bfloat16)
-    codes, absmax = ops.quantize_global(weights[0])
-    transposed_codes = ops.quantize_transpose_by_absmax(weights[0], absmax)
     xs, grads = [x.detach() for x, _ in inputs], [grad for _, grad in inputs]
+    absmax = ops.quantize_global(weights[0])[1]
 
-    def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Callable[[], object]:
-        a_codes, a_absmax = ops.quantize_rowwise(a)
-        return partial(ops.int8_matmul_mixed_dequantize, a_codes, b.t(), a_absmax, absmax, bias, a.dtype)
+    def mixed(a: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
+        (a_codes, a_absmax), (b_codes, _) = ops.quantize_rowwise(a), ops.quantize_global(weight)
+        return partial(ops.int8_matmul_mixed_dequantize, a_codes, b_codes.t(), a_absmax, absmax, bias, a.dtype)
+
+    def rowwise(a: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
+        (a_codes, a_absmax), (b_codes, b_absmax) = ops.quantize_rowwise(a), ops.quantize_rowwise(weight)
+        return partial(ops.int8_matmul_rowwise_dequantize, a_codes, b_codes.t(), a_absmax, b_absmax, bias, a.dtype)
 
     builds: dict[str, Callable[[], Cycle]] = {
-        "quantize X": lambda: [partial(ops.quantize_rowwise, x) for x in xs],
-        "quantize W": lambda: [partial(ops.quantize_global, weight) for weight in weights],
-        "output, int8": lambda: [product(x, codes, bias) for x in xs],
-        "quantize G": lambda: [partial(ops.quantize_rowwise, grad) for grad in grads],
-        "quantize and transpose W": lambda: [
+        "quantize_rowwise(X)": lambda: [partial(ops.quantize_rowwise, x) for x in xs],
+        "quantize_rowwise(G)": lambda: [partial(ops.quantize_rowwise, grad) for grad in grads],
+        "dequantize_rowwise(X)": lambda: [
+            partial(ops.dequantize_rowwise, *ops.quantize_rowwise(x), torch.bfloat16) for x in xs
+        ],
+        "quantize_global(W)": lambda: [partial(ops.quantize_global, weight) for weight in weights],
+        "quantize_transpose_by_absmax(W)": lambda: [
             partial(ops.quantize_transpose_by_absmax, weight, absmax) for weight in weights
         ],
-        "grad_input, int8": lambda: [product(grad, transposed_codes, None) for grad in grads],
-        "grad_weight, bf16": lambda: [partial(torch.mm, grad.t(), x) for x, grad in zip(xs, grads, strict=True)],
-        "grad_bias": lambda: [partial(bias_gradient, grad) for grad in grads],
+        FUSED: lambda: [partial(ops.quantize_global_with_transpose, weight) for weight in weights],
+        "quantize_rowwise(W)": lambda: [partial(ops.quantize_rowwise, weight) for weight in weights],
+        "quantize_columnwise_and_transpose(W)": lambda: [
+            partial(ops.quantize_columnwise_and_transpose, weight) for weight in weights
+        ],
+        "output, mixed": lambda: [mixed(x, weights[0], bias) for x in xs],
+        "output, rowwise": lambda: [rowwise(x, weights[0], bias) for x in xs],
+        "grad_input, mixed": lambda: [mixed(grad, weights[0].t(), None) for grad in grads],
+        "grad_input, rowwise": lambda: [rowwise(grad, weights[0].t(), None) for grad in grads],
+        "grad_weight, 16 bit": lambda: [partial(torch.mm, grad.t(), x) for x, grad in zip(xs, grads, strict=True)],
+        "grad_bias": lambda: [partial(torch.sum, grad, 0) for grad in grads],
     }
-    return [Contestant(PART + name, build, "graph") for name, build in builds.items()]
+    wanted = dict.fromkeys(part for config in STRATEGIES.values() for way in ways(config) for part in way)
+    return [Contestant(PART + name, builds[name], "graph") for name in wanted]
 
 
-def bias_gradient(grad: Tensor) -> Tensor:
-    return grad.sum(0, dtype=torch.float32).to(grad.dtype)
-
-
-def limit(records: list[Record]) -> dict[str, float | None]:
-    """Amdahl's limit: the speed-up over nn.Linear if nothing but our parts took time, and the shares reached."""
-    times = [record["median_ms"] for record in records if record["name"].startswith(PART)]
-    sum_ms = None if None in times else sum(times)
+def limit(records: list[Record], name: str, config: SwitchBackConfig) -> Record:
+    """Amdahl's limit of a strategy over nn.Linear, and the shares of it that its steps reached."""
+    times = {record["name"]: record["median_ms"] for record in records if record["name"].startswith(PART)}
+    sums = [sum(times[PART + part] for part in way) for way in ways(config) if all(times[PART + part] for part in way)]
+    sum_ms = min(sums, default=None)
     return {
+        "name": name,
         "sum_of_parts_ms": sum_ms,
-        "limit": ratio(median_ms(records, "linear"), sum_ms),
-        "share_reached": ratio(sum_ms, median_ms(records, "switchback")),
-        "share_reached_in_a_graph": ratio(sum_ms, median_ms(records, "switchback", "graph")),
+        "limit": ratio(median_ms(records, "linear", "graph"), sum_ms),
+        "share_reached": ratio(sum_ms, median_ms(records, name)),
+        "share_reached_in_a_graph": ratio(sum_ms, median_ms(records, name, "graph")),
     }
 
 
-def inference(shape: Shape, device: torch.device) -> list[Contestant]:
-    """nn.Linear and the prepared layer, without gradients; each weight's copies overflow the L2 cache."""
-
-    def build(name: str) -> Cycle:
-        weight_bytes = shape.in_features * shape.out_features * (2 if name == "linear" else 1)
-        layers = [new_layer(name, shape, device) for _ in range(copies(weight_bytes, device))]
-        x = torch.randn(shape.tokens, shape.in_features, device=device, dtype=torch.bfloat16)
-        for layer in layers:
-            if name != "linear":
-                layer.prepare_for_eval()
-        return [partial(torch.no_grad()(layer), x) for layer in layers]
-
-    return [Contestant(name, partial(build, name), "graph") for name in ("linear", "switchback", "rowwise")]
-
-
-@app.command(help="One layer's training step, its parts and memory, and inference with few tokens.")
+@app.command(help="One layer's training step, its parts and the memory that it keeps.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 4.0,
+    seconds: SecondsFlag = 2.0,
+    budget: BudgetFlag = 110.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
     compile_all: Annotated[
-        bool, typer.Option("--compile-all", help="compile nn.Linear and SwitchBack as well: some minutes")
+        bool, typer.Option("--compile-all", help="compile every layer for every shape: some minutes more")
     ] = False,
 ) -> None:
     bench = Bench(
         "bench_linear",
         device=device,
         seconds=seconds,
+        budget=budget,
         quick=quick,
         tiny=tiny,
         output=output,
         compile_all=compile_all,
     )
-    limits = []
-    tables = []
-    limit_rows = []
-
-    def report(title: str, records: list[Record]) -> None:
+    limits: list[Record] = []
+    for shape in bench.cases(LAYERS, TINY):
+        inputs = random_inputs(
+            shape, copies(2 * shape.tokens * (shape.in_features + shape.out_features), bench.device), bench.device
+        )
+        kept: dict[tuple[str, Mode], int] = {}
+        steps = [
+            training_step(name, mode, shape, inputs, kept=kept, tiny=tiny)
+            for name, mode in competitors(shape, compile_all=compile_all)
+        ]
+        first_peer = next(index for index, step in enumerate(steps) if step.mode == "compiled")
+        steps[first_peer:first_peer] = parts(shape, inputs, bench.device)  # what compiles comes last, if time is short
+        records = bench.compare(steps, shape=shape)
         rows = []
         for record in records:
-            mode = "eager" if record["mode"] == "compiled" and not compile_all else record["mode"]
-            is_part = record["name"].startswith(PART)
-            record["speed_up"] = None if is_part else ratio(median_ms(records, "linear", mode), record["median_ms"])
+            name, mode = record["name"], record["mode"]
+            is_part = name.startswith(PART)
+            baseline = None if is_part else find(records, name="linear", mode="graph" if mode == "graph" else "eager")
+            record |= speed_up(record, baseline)
+            record["saved_bytes"] = kept.get((name, mode))
+            record["saved_over_linear"] = ratio(record["saved_bytes"], kept.get(("linear", "eager")))
             rows.append(
                 (
-                    record["name"],
-                    record["mode"],
+                    name,
+                    mode,
                     text(record["median_ms"], "{:.3f}"),
                     text(record["speed_up"], "{:.2f} ×"),
-                    text(record.get("saved_bytes"), "{:,d}"),
+                    spread(record),
+                    text(record["saved_bytes"], "{:,d}"),
                 )
             )
-        numbers = ("ms", "over\nnn.Linear", "bytes kept for\nthe backward")
-        tables.append(new_table(title, ("layer", "mode"), numbers, rows))
+        numbers = ("ms", "over\nnn.Linear", "10th to 90th\npercentile", "bytes kept for\nthe backward")
+        table = new_table(f"{shape}, forward and backward", ("layer", "mode"), numbers, rows)
 
-    for shape in bench.choose(LAYERS, TINY):
-        set_bytes = 2 * shape.tokens * (shape.in_features + shape.out_features)
-        inputs = [
+        found = [limit(records, name, config) for name, config in STRATEGIES.items()]
+        limits += [{"shape": shape, **one} for one in found]
+        rows = [
             (
-                torch.randn(shape.tokens, shape.in_features, device=device, dtype=torch.bfloat16, requires_grad=True),
-                torch.randn(shape.tokens, shape.out_features, device=device, dtype=torch.bfloat16),
+                one["name"],
+                text(one["sum_of_parts_ms"], "{:.3f}"),
+                text(one["limit"], "{:.2f} ×"),
+                text(one["share_reached"], "{:.0%}"),
+                text(one["share_reached_in_a_graph"], "{:.0%}"),
             )
-            for _ in range(copies(set_bytes, bench.device))
+            for one in found
         ]
-        contestants, kept = steps(shape, inputs, bench.device, compile_all=compile_all, tiny=tiny)
-        records = bench.compare([*contestants, *parts(shape, inputs, bench.device)], shape=shape, what="step")
-        for record in records:
-            record["saved_bytes"] = kept.get((record["name"], record["mode"]))
-        report(f"{shape}, forward and backward", records)
-        limits.append({"shape": shape, **limit(records)})
-        limit_rows.append(
-            (
-                str(shape),
-                text(limits[-1]["sum_of_parts_ms"], "{:.3f}"),
-                text(limits[-1]["limit"], "{:.2f} ×"),
-                text(limits[-1]["share_reached"], "{:.0%}"),
-                text(limits[-1]["share_reached_in_a_graph"], "{:.0%}"),
-            )
-        )
-    for shape in bench.choose(INFERENCE, TINY):
-        report(f"{shape}, inference", bench.compare(inference(shape, bench.device), shape=shape, what="inference"))
-    bench.finish(
-        *tables,
-        new_table("Amdahl's limit", ("shape",), ("parts, ms", "limit", "reached", "in a\nCUDA graph"), limit_rows),
-        limits=limits,
-    )
+        numbers = ("parts, ms", "limit", "reached", "in a\nCUDA graph")
+        bench.report(table, new_table("Amdahl's limit", ("strategy",), numbers, rows), limits=limits)
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/bench_matmul.py
 
 X is [tokens, in], W is [out, in], both Gaussian, quantised beforehand; a product is X Wᵀ in bfloat16 (int32 from
-torch._int_mm, which leaves the dequantisation to do).
+torch._int_mm, which leaves the dequantisation to do). Each is timed in short turns with all others ("interleaved"), and
+the main ones in turns long enough for the clocks to settle under that product alone ("sustained").
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from measure import (
+    SAMPLE_MS,
     Bench,
+    BudgetFlag,
     Contestant,
     DeviceFlag,
     OutputFlag,
@@ -22,10 +25,12 @@ from measure import (
     TinyFlag,
     copies,
     copy_gb_per_s,
-    median_ms,
+    find,
     new_app,
     new_table,
     ratio,
+    speed_up,
+    spread,
     text,
 )
 from shapes import PRODUCT_ROLES, PRODUCTS, TINY, Shape
@@ -88,6 +93,10 @@ CONTESTANTS: dict[str, Product] = {
 }
 
 
+SUSTAINED = ("bf16", OURS, "torch._scaled_mm rowwise")
+SUSTAINED_MS = 150.0
+
+
 def random_operands(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """X [tokens, in] and W [out, in] in bf16, as many pairs as their int8 codes need to overflow the L2 cache."""
     tokens, inner, outer = shape
@@ -104,46 +113,49 @@ def random_operands(shape: Shape, device: torch.device) -> list[tuple[Tensor, Te
 @app.command(help="INT8 products with fused dequantisation against those of PyTorch in bf16, int8 and float8.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 6.0,
+    seconds: SecondsFlag = 1.5,
+    budget: BudgetFlag = 75.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
 ) -> None:
-    bench = Bench("bench_matmul", device=device, seconds=seconds, quick=quick, tiny=tiny, output=output)
-    bandwidth = copy_gb_per_s(bench.device, tiny=tiny)
-    tables = []
-    for shape in bench.choose(PRODUCTS, TINY):
+    bench = Bench("bench_matmul", device=device, seconds=seconds, budget=budget, quick=quick, tiny=tiny, output=output)
+    bench.report(
+        copy_gb_per_s=copy_gb_per_s(bench.device, tiny=tiny),
+        datasheet_tflop_per_s=PEAKS.get(torch.cuda.get_device_name()) if bench.device.type == "cuda" else None,
+    )
+    for shape in bench.cases(PRODUCTS, TINY):
         operands = random_operands(shape, bench.device)
 
         def build(product: Product, operands: list[tuple[Tensor, Tensor]] = operands) -> list[Callable[[], object]]:
             return [product(x, w) for x, w in operands]
 
-        records = bench.compare(
-            [Contestant(name, partial(build, product)) for name, product in CONTESTANTS.items()],
-            shape=shape,
-            roles=PRODUCT_ROLES.get(shape),
-        )
-        ours = median_ms(records, OURS)
-        rows = []
-        for record in records:
-            tflops = ratio(shape.flop / 1e9, record["median_ms"])
-            speed_up = ratio(record["median_ms"], ours)
-            record |= {"tflop_per_s": tflops, "switchback_speed_up": speed_up}
-            rows.append(
-                (
-                    record["name"],
-                    text(record["median_ms"], "{:.3f}"),
-                    text(tflops, "{:.0f}"),
-                    text(speed_up, "{:.2f} ×"),
-                )
+        for pace, names, sample_ms in (("interleaved", CONTESTANTS, SAMPLE_MS), ("sustained", SUSTAINED, SUSTAINED_MS)):
+            records = bench.compare(
+                [Contestant(name, partial(build, CONTESTANTS[name])) for name in names],
+                sample_ms=sample_ms,
+                shape=shape,
+                roles=PRODUCT_ROLES.get(shape),
+                pace=pace,
             )
-        numbers = ("ms", "TFLOP/s", "switchback's\nspeed-up over it")
-        tables.append(new_table(str(shape), ("product",), numbers, rows))
-    bench.finish(
-        *tables,
-        copy_gb_per_s=bandwidth,
-        datasheet_tflop_per_s=PEAKS.get(torch.cuda.get_device_name()) if bench.device.type == "cuda" else None,
-    )
+            ours = find(records, name=OURS)
+            rows = []
+            for record in records:
+                record["tflop_per_s"] = ratio(shape.flop / 1e9, record["median_ms"])
+                over = {} if ours is None else speed_up(ours, record)
+                record |= {f"switchback_{name}": value for name, value in over.items()}
+                rows.append(
+                    (
+                        record["name"],
+                        text(record["median_ms"], "{:.3f}"),
+                        text(record["tflop_per_s"], "{:.0f}"),
+                        text(over.get("speed_up"), "{:.2f} ×"),
+                        spread(over),
+                    )
+                )
+            numbers = ("ms", "TFLOP/s", "switchback's\nspeed-up over it", "10th to 90th\npercentile")
+            bench.report(new_table(f"{shape}, {pace}", ("product",), numbers, rows))
+    bench.finish()
 
 
 if __name__ == "__main__":

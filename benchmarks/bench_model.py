@@ -3,7 +3,8 @@
     python benchmarks/bench_model.py
 
 Blocks are compiled one by one, as large models are trained: all blocks of a model share one graph, and a competitor
-takes seconds to compile instead of minutes. --whole compiles models as one graph.
+takes seconds to compile instead of minutes. --whole compiles models as one graph. Peak memory is a step's: parameters,
+gradients, activations and, where there is one, the optimizer's state.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from blocks import LlamaBlock, Stack, ViTBlock, new_on
 from demo import GPT, GPTConfig
 from measure import (
     Bench,
+    BudgetFlag,
     Contestant,
     Cycle,
     DeviceFlag,
@@ -27,17 +29,19 @@ from measure import (
     QuickFlag,
     SecondsFlag,
     TinyFlag,
-    median_ms,
+    find,
     new_app,
     new_table,
     ratio,
+    speed_up,
+    spread,
     text,
 )
-from peers import TORCHAO_FLOAT8, compile_in_place, convert, gradients
+from peers import TORCHAO, compile_in_place, convert, gradients
 
 app = new_app()
-EAGER = ("linear", "switchback", "switchback-mem-efficient", "rowwise")
-COMPILED = (*EAGER, *TORCHAO_FLOAT8)
+EAGER = ("linear", "switchback", "switchback-mem-efficient")
+COMPILED = (*EAGER, *TORCHAO)
 Step = Callable[[], object]
 
 
@@ -114,8 +118,8 @@ def gpt(depth: int, batch: int, context: int, width: int, heads: int) -> Model:
 
 MODELS = (
     gpt(depth=8, batch=32, context=1024, width=768, heads=12),
-    llama(depth=4, batch=4, context=4096),
     vit(depth=8, batch=256, context=256),
+    llama(depth=4, batch=4, context=4096),
 )
 TINY_MODELS = (
     gpt(depth=2, batch=2, context=16, width=32, heads=2),
@@ -127,15 +131,27 @@ TINY_MODELS = (
 @app.command(help="Whole blocks in training: Llama-8B, ViT-H, and a GPT of width 768 with its optimizer step.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 12.0,
+    seconds: SecondsFlag = 6.0,
+    budget: BudgetFlag = 150.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
+    only: Annotated[str, typer.Option("--only", help="models whose name contains this")] = "",
     whole: Annotated[bool, typer.Option("--whole", help="compile models, not blocks: some minutes more")] = False,
 ) -> None:
-    bench = Bench("bench_model", device=device, seconds=seconds, quick=quick, tiny=tiny, output=output, whole=whole)
-    tables = []
-    for model in bench.choose(MODELS, TINY_MODELS):
+    bench = Bench(
+        "bench_model",
+        device=device,
+        seconds=seconds,
+        budget=budget,
+        quick=quick,
+        tiny=tiny,
+        output=output,
+        only=only,
+        whole=whole,
+    )
+    models = [model for model in (TINY_MODELS if tiny else MODELS) if only in model.name]
+    for model in bench.cases(models, models):
         new_step = model.new_step(model, bench.device)
 
         def build(name: str, mode: Mode, model: Model = model, new_step: Callable = new_step) -> Cycle:
@@ -144,8 +160,8 @@ def main(
                 compile_in_place(part, mode, tiny=tiny)
             return [new_step(module)]
 
-        entries: list[tuple[str, Mode]] = [(name, "compiled") for name in COMPILED]
-        entries += [(name, "eager") for name in EAGER]
+        entries: list[tuple[str, Mode]] = [(name, "eager") for name in EAGER]
+        entries += [(name, "compiled") for name in COMPILED]
         records = bench.compare(
             [Contestant(name, partial(build, name, mode), mode) for name, mode in entries],
             model=model.name,
@@ -154,23 +170,26 @@ def main(
         )
         rows = []
         for record in records:
-            baseline = median_ms(records, "linear", record["mode"])
-            record["speed_up"] = ratio(baseline, record["median_ms"])
-            record["tokens_per_s"] = ratio(model.tokens * 1e3, record["median_ms"])
+            baseline = find(records, name="linear", mode=record["mode"])
             peak = record["peak_bytes"]
+            record |= speed_up(record, baseline)
+            record["tokens_per_s"] = ratio(model.tokens * 1e3, record["median_ms"])
+            record["peak_over_linear"] = ratio(peak, baseline and baseline["peak_bytes"])
             rows.append(
                 (
                     record["name"],
                     record["mode"],
                     text(record["median_ms"], "{:.2f}"),
                     text(record["speed_up"], "{:.2f} ×"),
+                    spread(record),
                     text(record["tokens_per_s"], "{:,.0f}"),
                     text(None if peak is None else peak / 2**30, "{:.2f}"),
+                    text(record["peak_over_linear"], "{:.2f}"),
                 )
             )
-        numbers = ("ms", "over\nnn.Linear", "tokens/s", "peak,\nGiB")
-        tables.append(new_table(f"{model.name}, {model.tokens:,d} tokens", ("layers", "mode"), numbers, rows))
-    bench.finish(*tables)
+        numbers = ("ms", "over\nnn.Linear", "10th to 90th\npercentile", "tokens/s", "peak,\nGiB", "over\nnn.Linear")
+        bench.report(new_table(f"{model.name}, {model.tokens:,d} tokens", ("layers", "mode"), numbers, rows))
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/bench_quantize.py
 
 Bytes an element are those that the algorithm must move, with a bfloat16 input: 2 read and 1 written; 5 where an absmax
-over more than a row makes it read twice. Runs are CUDA graphs: the host's share of a call is bench_linear's subject.
+over more than a row makes it read twice, 6 where it then writes twice as well. Runs are CUDA graphs: the host's share
+of a call is bench_host's subject.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 from measure import (
     Bench,
+    BudgetFlag,
     Contestant,
     DeviceFlag,
     OutputFlag,
@@ -20,8 +22,12 @@ from measure import (
     SecondsFlag,
     TinyFlag,
     copies,
+    copy_gb_per_s,
+    find,
     new_app,
     new_table,
+    ratio,
+    speed_up,
     text,
 )
 from shapes import MATRICES, TINY_MATRICES
@@ -33,11 +39,13 @@ BYTES_AN_ELEMENT = {
     "quantize_rowwise": 3,
     "quantize_global": 5,
     "quantize_global_transpose": 5,
+    "quantize_global_with_transpose": 6,
     "quantize_transpose_by_absmax": 3,
     "quantize_columnwise_and_transpose": 5,
     "dequantize_rowwise": 3,
     COPY: 4,
 }
+OPERATIONS = tuple(BYTES_AN_ELEMENT)
 
 
 def calls(name: str, xs: list[torch.Tensor]) -> list[Callable[[], object]]:
@@ -55,42 +63,43 @@ def calls(name: str, xs: list[torch.Tensor]) -> list[Callable[[], object]]:
 @app.command(help="The quantising kernels against the bandwidth of a copy.")
 def main(
     device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 3.0,
+    seconds: SecondsFlag = 1.0,
+    budget: BudgetFlag = 40.0,
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
 ) -> None:
-    bench = Bench("bench_quantize", device=device, seconds=seconds, quick=quick, tiny=tiny, output=output)
-    tables = []
-    for shape in bench.choose(MATRICES, TINY_MATRICES):
+    bench = Bench(
+        "bench_quantize", device=device, seconds=seconds, budget=budget, quick=quick, tiny=tiny, output=output
+    )
+    bench.report(copy_gb_per_s=copy_gb_per_s(bench.device, tiny=tiny))
+    for shape in bench.cases(MATRICES, TINY_MATRICES):
         elements = shape[0] * shape[1]
         # The int8 codes are the smallest input, a byte an element.
         xs = [
             torch.randn(shape, device=bench.device, dtype=torch.bfloat16) for _ in range(copies(elements, bench.device))
         ]
         records = bench.compare(
-            [Contestant(name, partial(calls, name, xs), "graph") for name in BYTES_AN_ELEMENT], shape=shape
+            [Contestant(name, partial(calls, name, xs), "graph") for name in OPERATIONS], shape=shape
         )
-        gb_per_s = {
-            record["name"]: BYTES_AN_ELEMENT[record["name"]] * elements / record["median_ms"] / 1e6
-            for record in records
-            if record["median_ms"] is not None
-        }
+        copy = find(records, name=COPY)
         rows = []
         for record in records:
-            speed = gb_per_s.get(record["name"])
-            share = None if speed is None or COPY not in gb_per_s else speed / gb_per_s[COPY]
-            record |= {"bytes_an_element": BYTES_AN_ELEMENT[record["name"]], "gb_per_s": speed, "share_of_copy": share}
+            name, time, size = record["name"], record["median_ms"], BYTES_AN_ELEMENT[record["name"]]
+            faster = speed_up(record, copy)["speed_up"]
+            record["bytes_an_element"] = size
+            record["gb_per_s"] = ratio(size * elements / 1e6, time)
+            record["share_of_copy"] = None if faster is None else faster * size / BYTES_AN_ELEMENT[COPY]
             rows.append(
                 (
-                    record["name"],
-                    text(record["median_ms"], "{:.4f}"),
-                    text(speed, "{:.0f}"),
-                    text(share, "{:.0%}"),
+                    name,
+                    text(time, "{:.4f}"),
+                    text(record["gb_per_s"], "{:.0f}"),
+                    text(record["share_of_copy"], "{:.0%}"),
                 )
             )
-        tables.append(new_table(f"{shape[0]} × {shape[1]}", ("operation",), ("ms", "GB/s", "of a copy"), rows))
-    bench.finish(*tables)
+        bench.report(new_table(f"{shape[0]} × {shape[1]}", ("operation",), ("ms", "GB/s", "of a copy"), rows))
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
     python benchmarks/draw.py benchmarks/results/h200
 
-Writes products.png, layers.png, models.png and memory.png beside the JSON files that they show.
+Writes products.png, layers.png, models.png and memory.png beside the JSON files that they show, each from whichever of
+its files exist.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from measure import Record, new_app
+from measure import Record, find, new_app
 from shapes import Shape
 
 app = new_app()
@@ -41,6 +42,10 @@ COLOURS = {
 PEAK_COLOURS = {"8 bit": "black", "bf16": COLOURS["bf16"]}
 
 
+def colour(name: str) -> str:
+    return COLOURS.get(name, "#1b7837")
+
+
 def draw_bars(
     axes: Axes,
     groups: Sequence[str],
@@ -62,7 +67,7 @@ def draw_bars(
                 [max(0.0, high - top) for top, (_, high) in zip(heights, bounds, strict=True)],
             ]
         positions = [group + (index - (len(shown) - 1) / 2) * width for group in present]
-        axes.bar(positions, heights, width, yerr=errors, label=name, color=COLOURS[name], error_kw={"elinewidth": 0.8})
+        axes.bar(positions, heights, width, yerr=errors, label=name, color=colour(name), error_kw={"elinewidth": 0.8})
     axes.set_xticks(range(len(groups)), groups)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -72,14 +77,6 @@ def add_legend(axes: Axes) -> None:
     """Beside the bars, where it hides none."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def find(records: list[Record], **wanted: object) -> Record | None:
-    """The record with these values, if it has a time."""
-    for record in records:
-        if record["median_ms"] is not None and all(record.get(key) == value for key, value in wanted.items()):
-            return record
-    return None
 
 
 def distinct(values: Sequence[Any]) -> list[Any]:
@@ -101,9 +98,18 @@ def new_figure(document: Record, title: str, panels: int = 1, height: float = 4.
     return figure, figure.subplots(panels, squeeze=False)[:, 0]
 
 
-def draw_products(products: Record) -> Figure:
-    """TFLOP/s by shape under its roof: the tensor cores' peak, or what memory's measured bandwidth allows."""
-    records = products["results"]
+def moved_bytes(shape: Sequence[int], operand_bytes: int) -> int:
+    """What a product must read and write, with a 16-bit output."""
+    tokens, inner, outer = shape
+    return operand_bytes * (tokens + outer) * inner + 2 * tokens * outer
+
+
+def draw_products(documents: dict[str, Record]) -> Figure:
+    """The roofline with all products on it, those of inference too; and TFLOP/s by shape."""
+    products = documents["bench_matmul"]
+    records = [record for record in products["results"] if record.get("pace", "interleaved") == "interleaved"]
+    figure, (upper, lower) = new_figure(products, "Matrix products", panels=2)
+    draw_roofline(upper, products, records, documents.get("bench_inference"))
     shapes = distinct([record["shape"] for record in records])
 
     def tflops(group: int, name: str) -> float | None:
@@ -116,22 +122,49 @@ def draw_products(products: Record) -> Figure:
         gflop = Shape(*shapes[group]).flop / 1e9
         return gflop / record["p90_ms"], gflop / record["p10_ms"]
 
-    figure, (axes,) = new_figure(products, "Matrix products, median and 10th to 90th percentile")
     names = distinct([record["name"] for record in records])
-    draw_bars(axes, [shape_label(shape) for shape in shapes], names, tflops, spread)
-    for kind, peak in (products["datasheet_tflop_per_s"] or {}).items():
-        for group, (tokens, inner, outer) in enumerate(shapes):
-            operand_bytes = 1 if kind == "8 bit" else 2
-            moved = operand_bytes * (tokens + outer) * inner + 2 * tokens * outer
-            by_memory = Shape(tokens, inner, outer).flop / moved * products["copy_gb_per_s"] / 1e3
-            label = f"roof, {kind}" if group == 0 else None
-            axes.hlines(
-                min(peak, by_memory), group - 0.45, group + 0.45, PEAK_COLOURS[kind], linestyles="--", label=label
-            )
-    axes.set_ylabel("TFLOP/s")
-    axes.set_xlabel("tokens; in → out (grad_input of out → in)")
-    add_legend(axes)
+    draw_bars(lower, [shape_label(shape) for shape in shapes], names, tflops, spread)
+    lower.set_ylabel("TFLOP/s")
+    lower.set_xlabel("tokens; in → out (grad_input of out → in)")
+    lower.set_title("in turns, median and 10th to 90th percentile", fontsize=10)
+    add_legend(lower)
     return figure
+
+
+def draw_roofline(axes: Axes, products: Record, records: list[Record], inference: Record | None) -> None:
+    """Speed over arithmetic intensity, under the measured bandwidth and the tensor cores' peak."""
+    points: dict[str, list[tuple[float, float]]] = {}
+
+    def add(label: str, shape: Sequence[int], operand_bytes: int, milliseconds: float | None) -> None:
+        if milliseconds is not None:
+            flop = Shape(*shape).flop
+            points.setdefault(label, []).append((flop / moved_bytes(shape, operand_bytes), flop / milliseconds / 1e9))
+
+    for record in records:
+        add(record["name"], record["shape"], 2 if record["name"] == "bf16" else 1, record["median_ms"])
+    for record in [] if inference is None else inference["results"]:
+        add(record["name"], record["shape"], 2 if record["name"] == "linear" else 1, record["median_ms"])
+    points["bf16"] = points.get("bf16", []) + points.pop("linear", [])
+    for name, found in points.items():
+        if found:
+            axes.scatter(*zip(*found, strict=True), s=24, label=name, color=colour(name), zorder=3)
+
+    bandwidth = products["copy_gb_per_s"] / 1e3  # TFLOP/s at an intensity of 1
+    everything = [intensity for found in points.values() for intensity, _ in found]
+    if everything:
+        low, high = min(everything) / 2, max(everything) * 2
+        for kind, peak in (products["datasheet_tflop_per_s"] or {"": float("inf")}).items():
+            ridge = min(high, max(low, peak / bandwidth))
+            roof = [min(peak, bandwidth * at) for at in (low, ridge, high)]
+            label = f"measured copy bandwidth, {kind} datasheet peak" if kind else "measured copy bandwidth"
+            axes.plot([low, ridge, high], roof, "--", color=PEAK_COLOURS.get(kind, "black"), label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title("roofline; with few tokens: whole prepared layers at inference", fontsize=10)
+    axes.grid(alpha=0.3)
+    add_legend(axes)
 
 
 def find_step(records: list[Record], shape: Sequence[int], name: str) -> Record | None:
@@ -141,41 +174,46 @@ def find_step(records: list[Record], shape: Sequence[int], name: str) -> Record 
     return find(records, shape=shape, name=name, mode="compiled" if name.startswith("torchao") else "eager")
 
 
-def draw_layers(linear: Record) -> Figure:
+def draw_layers(documents: dict[str, Record]) -> Figure:
     """A step's speed-up over nn.Linear by shape, with Amdahl's limit; below, prepared layers at inference."""
-    records = [record for record in linear["results"] if record["name"] in COLOURS]
-    steps = [record for record in records if record["what"] == "step"]
-    inference = [record for record in records if record["what"] == "inference"]
-    figure, (upper, lower) = new_figure(linear, "Layers: speed-up over nn.Linear in bfloat16", panels=2, height=4)
-    for axes, part, select, title in (
-        (upper, steps, find_step, "forward + backward; eager, torchao compiled"),
-        (lower, inference, find, "inference after prepare_for_eval(), both in a CUDA graph"),
-    ):
-        shapes = distinct([record["shape"] for record in part])
+    figure, panels = new_figure(
+        next(iter(documents.values())), "Layers: speed-up over nn.Linear in bfloat16", panels=len(documents), height=4
+    )
+    titles = {
+        "bench_linear": "forward + backward; eager, torchao compiled",
+        "bench_inference": "inference after prepare_for_eval(), both in a CUDA graph",
+    }
+    for axes, (script, document) in zip(panels, documents.items(), strict=True):
+        records = [record for record in document["results"] if not record["name"].startswith("part: ")]
+        select = find_step if script == "bench_linear" else find
+        shapes = distinct([record["shape"] for record in records])
 
         def speed_up(
-            group: int, name: str, part: list[Record] = part, shapes: list[Any] = shapes, select: Any = select
+            group: int, name: str, records: list[Record] = records, shapes: list[Any] = shapes, select: Any = select
         ) -> float | None:
-            record = select(part, shape=shapes[group], name=name)
+            record = select(records, shape=shapes[group], name=name)
             return record and record["speed_up"]
 
-        names = distinct([record["name"] for record in part])
-        names = [*names[1:], IN_GRAPH]  # all but nn.Linear itself
+        names = [name for name in distinct([record["name"] for record in records]) if name != "linear"]
+        if script == "bench_linear":
+            names.append(IN_GRAPH)
         draw_bars(axes, [shape_label(shape) for shape in shapes], names, speed_up)
         axes.axhline(1, color=COLOURS["linear"])
         axes.set_ylabel("speed-up")
-        axes.set_title(title, fontsize=10)
-    for group, limit in enumerate(linear["limits"]):
-        if limit["limit"] is not None:
-            label = "limit of switchback: its parts alone" if group == 0 else None
-            upper.hlines(limit["limit"], group - 0.45, group + 0.45, "black", linestyles="--", label=label)
-    add_legend(upper)
-    add_legend(lower)
+        axes.set_title(titles[script], fontsize=10)
+        limits = [limit for limit in document.get("limits", ()) if limit["name"] == "switchback"]
+        for limit in limits:
+            if limit["limit"] is not None:
+                group = shapes.index(limit["shape"])
+                label = "limit of switchback: its parts alone" if limit is limits[0] else None
+                axes.hlines(limit["limit"], group - 0.45, group + 0.45, "black", linestyles="--", label=label)
+        add_legend(axes)
     return figure
 
 
-def draw_models(models: Record) -> Figure:
+def draw_models(documents: dict[str, Record]) -> Figure:
     """Speed-up over nn.Linear in the same mode, by model."""
+    models = documents["bench_model"]
     records = models["results"]
     names = distinct([record["model"] for record in records])
     modes = [mode for mode in ("compiled", "eager") if any(record["mode"] == mode for record in records)]
@@ -195,40 +233,54 @@ def draw_models(models: Record) -> Figure:
     return figure
 
 
-def draw_memory(models: Record, linear: Record) -> Figure:
+def draw_memory(documents: dict[str, Record]) -> Figure:
     """Peak memory of the compiled models, and what one layer keeps for its backward."""
-    figure, (upper, lower) = new_figure(models, "Memory", panels=2, height=4)
-    peaks = [record for record in models["results"] if record["mode"] == "compiled"]
-    names = distinct([record["model"] for record in peaks])
-
-    def peak_gib(group: int, name: str) -> float | None:
-        record = find(peaks, model=names[group], name=name)
-        return None if record is None or record["peak_bytes"] is None else record["peak_bytes"] / 2**30
-
-    draw_bars(upper, names, distinct([record["name"] for record in peaks]), peak_gib)
-    upper.set_ylabel("GiB")
-    upper.set_title("peak of a training step, compiled: parameters, gradients, activations, optimizer", fontsize=10)
-    add_legend(upper)
-
-    steps = [record for record in linear["results"] if record["what"] == "step" and record["name"] in COLOURS]
-    shapes = distinct([record["shape"] for record in steps])
-
-    def kept_mib(group: int, name: str) -> float | None:
-        record = find_step(steps, shape=shapes[group], name=name)
-        return None if record is None or record["saved_bytes"] is None else record["saved_bytes"] / 2**20
-
-    draw_bars(lower, [shape_label(s) for s in shapes], distinct([record["name"] for record in steps]), kept_mib)
-    lower.set_ylabel("MiB")
-    lower.set_title("kept by one layer for its backward, without parameters", fontsize=10)
-    add_legend(lower)
+    figure, panels = new_figure(next(iter(documents.values())), "Memory", panels=len(documents), height=4)
+    for axes, (script, document) in zip(panels, documents.items(), strict=True):
+        if script == "bench_model":
+            draw_peaks(axes, document["results"])
+        else:
+            draw_kept(axes, [record for record in document["results"] if not record["name"].startswith("part: ")])
+        add_legend(axes)
     return figure
 
 
-PICTURES: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
-    "products.png": (draw_products, ("bench_matmul",)),
-    "layers.png": (draw_layers, ("bench_linear",)),
-    "models.png": (draw_models, ("bench_model",)),
-    "memory.png": (draw_memory, ("bench_model", "bench_linear")),
+def draw_peaks(axes: Axes, records: list[Record]) -> None:
+    records = [record for record in records if record["mode"] == "compiled"]
+    names = distinct([record["model"] for record in records])
+
+    def peak_gib(group: int, name: str) -> float | None:
+        record = find(records, model=names[group], name=name)
+        return None if record is None or record["peak_bytes"] is None else record["peak_bytes"] / 2**30
+
+    draw_bars(axes, names, distinct([record["name"] for record in records]), peak_gib)
+    axes.set_ylabel("GiB")
+    axes.set_title("peak of a training step, compiled: parameters, gradients, activations, optimizer", fontsize=10)
+
+
+def draw_kept(axes: Axes, records: list[Record]) -> None:
+    shapes = distinct([record["shape"] for record in records])
+
+    def kept_mib(group: int, name: str) -> float | None:
+        record = find_step(records, shape=shapes[group], name=name)
+        return None if record is None or record["saved_bytes"] is None else record["saved_bytes"] / 2**20
+
+    draw_bars(axes, [shape_label(s) for s in shapes], distinct([record["name"] for record in records]), kept_mib)
+    axes.set_ylabel("MiB")
+    axes.set_title("kept by one layer for its backward, without parameters", fontsize=10)
+
+
+class Picture(NamedTuple):
+    draw: Callable[[dict[str, Record]], Figure]
+    scripts: tuple[str, ...]  # whose results it shows, those that exist
+    needs: int = 1  # how many of these it cannot do without, the first ones
+
+
+PICTURES = {
+    "products.png": Picture(draw_products, ("bench_matmul", "bench_inference")),
+    "layers.png": Picture(draw_layers, ("bench_linear", "bench_inference"), needs=0),
+    "models.png": Picture(draw_models, ("bench_model",)),
+    "memory.png": Picture(draw_memory, ("bench_model", "bench_linear"), needs=0),
 }
 
 
@@ -240,15 +292,16 @@ def main(
     console = Console()
     out = folder if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    for name, (draw, scripts) in PICTURES.items():
-        paths = [folder / f"{script}.json" for script in scripts]
+    for name, picture in PICTURES.items():
+        paths = [folder / f"{script}.json" for script in picture.scripts]
         missing = [path.name for path in paths if not path.is_file()]
-        if missing:
+        documents = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()}
+        if not documents or any(f"{script}.json" in missing for script in picture.scripts[: picture.needs]):
             console.print(f"skipped {name}: {folder} has no {', '.join(missing)}", soft_wrap=True)
             continue
-        figure = draw(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
-        figure.savefig(out / name, dpi=120)
-        console.print(f"wrote {out / name}", soft_wrap=True)
+        picture.draw(documents).savefig(out / name, dpi=120)
+        without = f" without {', '.join(missing)}, which {folder} lacks" if missing else ""
+        console.print(f"wrote {out / name}{without}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Timing, memory, provenance and the flags that all benchmarks share.
 
 Power and clocks move results by 15 % between runs, so competitors are measured in turns, A B C A B C …, in one
-process, and only their ratios carry over to another machine.
+process, and only their ratios carry over to another machine. A speed-up is the median of the ratios in each round.
 """
 
 import gc
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,15 +27,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from demo import environment
 
 Cycle = Sequence[Callable[[], object]]  # calls of one competitor, each on its own inputs, to be made in turn
-Mode = Literal["eager", "compiled", "graph"]
+Mode = Literal["eager", "compiled", "graph", "host"]
 Record = dict[str, Any]  # a Measured as the JSON has it, with labels
 
 SAMPLE_MS = 10.0  # a sample repeats its call until it takes this long, so that launching and clock ticks vanish
 WARM_UP_ROUNDS = 2  # not counted: clocks and temperature settle
 MIN_ROUNDS = 5
+SKIPPED = "skipped: no time was left for it (--budget)"
 
 DeviceFlag = Annotated[str, typer.Option("--device", help="cuda or cpu; cpu needs --tiny")]
 SecondsFlag = Annotated[float, typer.Option("--seconds", min=0.0, help="of measurement for each comparison")]
+BudgetFlag = Annotated[
+    float, typer.Option("--budget", min=0.0, help="about so many seconds in all; competitors not reached are skipped")
+]
 QuickFlag = Annotated[bool, typer.Option("--quick", help="a third of the shapes, a quarter of the time for each")]
 TinyFlag = Annotated[bool, typer.Option("--tiny", help="toy shapes: says only whether everything runs")]
 OutputFlag = Annotated[
@@ -54,7 +58,9 @@ class Contestant:
 
     name: str
     build: Callable[[], Cycle]  # may raise: then that is the competitor's result
-    mode: Mode = "eager"  # "graph" captures the whole cycle in one CUDA graph; "compiled" is up to build
+    mode: Mode = "eager"
+    """"graph" captures the whole cycle in one CUDA graph; "compiled" is up to build; of "host" calls the time counts
+    that the host takes to issue them."""
 
 
 @dataclass
@@ -70,15 +76,16 @@ class Measured:
     calls_per_round: int = 0
     peak_bytes: int | None = None  # CUDA memory of competitor and call at its highest, above the shared inputs
     reason: str | None = None
+    samples_ms: list[float] = field(default_factory=list)  # a call's, by round, in the order of the rounds
 
 
 class _Runner:
     """A competitor, built and warm."""
 
-    def __init__(self, contestant: Contestant, device: torch.device) -> None:
+    def __init__(self, contestant: Contestant, device: torch.device, sample_ms: float) -> None:
         self.device = device
         self.result = Measured(contestant.name, contestant.mode)
-        self.samples_ms: list[float] = []
+        self._by_device = device.type == "cuda" and contestant.mode != "host"
         allocated = _allocated(device)
         cycle = contestant.build()
         self._calls: Iterator[Callable[[], object]] = itertools.cycle(cycle)
@@ -90,9 +97,9 @@ class _Runner:
         else:
             self._measure_peak(allocated)
         rehearsal_ms = self._time(1)
-        if rehearsal_ms < SAMPLE_MS:
+        if rehearsal_ms < sample_ms:
             rehearsal_ms = self._time(5) / 5
-        self._repeats = max(1, math.ceil(SAMPLE_MS / rehearsal_ms)) if device.type == "cuda" else 1
+        self._repeats = max(1, math.ceil(sample_ms / rehearsal_ms)) if device.type == "cuda" else 1
         self.result.calls_per_round = self._repeats * self._calls_in_one
         self.sample_ms = rehearsal_ms * self._repeats
 
@@ -126,8 +133,9 @@ class _Runner:
         the device if the host can run ahead of it, else by the host.
         """
         if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+        if self._by_device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if repeats > 1:  # one long call does not feel its launch
                 next(self._calls)()
             start.record()
@@ -142,47 +150,61 @@ class _Runner:
         return (time.perf_counter() - begun) * 1e3
 
     def sample(self) -> None:
-        self.samples_ms.append(self._time(self._repeats) / self.result.calls_per_round)
+        self.result.samples_ms.append(self._time(self._repeats) / self.result.calls_per_round)
 
     def finish(self) -> None:
-        samples = self.samples_ms[WARM_UP_ROUNDS:]
+        samples = self.result.samples_ms = self.result.samples_ms[WARM_UP_ROUNDS:]
         tenths = statistics.quantiles(samples, n=10, method="inclusive")
         self.result.median_ms, self.result.rounds = statistics.median(samples), len(samples)
         self.result.p10_ms, self.result.p90_ms = tenths[0], tenths[-1]
 
 
-def compare(contestants: Iterable[Contestant], *, seconds: float, device: torch.device) -> list[Measured]:
+def compare(
+    contestants: Iterable[Contestant],
+    *,
+    seconds: float,
+    device: torch.device,
+    sample_ms: float = SAMPLE_MS,
+    deadline: float = math.inf,
+) -> list[Measured]:
     """Time competitors in turns for about so many seconds, after building and warming up each.
 
-    Medians over the rounds, with the 10th and 90th percentile as spread. A competitor that raises is a result with
-    the reason in it.
+    Medians over the rounds, with the 10th and 90th percentile as spread. A competitor that raises, or whose turn to be
+    built comes after the deadline (of time.monotonic()), is a result with the reason in it.
     """
     runners: list[_Runner] = []
     results: list[Measured] = []
     for contestant in contestants:
+        _free_memory(device)
+        if time.monotonic() > deadline:
+            results.append(Measured(contestant.name, contestant.mode, reason=SKIPPED))
+            continue
         try:
-            runner = _Runner(contestant, device)
-            runners.append(runner)
-            results.append(runner.result)
+            runners.append(_Runner(contestant, device, sample_ms))
+            results.append(runners[-1].result)
         except Exception as error:  # a peer can fail in any way
             results.append(Measured(contestant.name, contestant.mode, reason=_reason(error)))
-        _free_memory(device)
-    rounds = max(MIN_ROUNDS, int(seconds * 1e3 / max(1e-3, sum(runner.sample_ms for runner in runners))))
+    a_round_ms = sum(runner.sample_ms for runner in runners)
+    rounds = max(MIN_ROUNDS, int(seconds * 1e3 / a_round_ms)) if runners else 0
     for _ in range(WARM_UP_ROUNDS + rounds):
-        for runner in runners:
-            if runner.result.reason is None:
-                try:
-                    runner.sample()
-                except Exception as error:
-                    runner.result.reason = _reason(error)
-    for runner in runners:
-        if runner.result.reason is None:
-            runner.finish()
-    runners.clear()
+        for index in range(len(runners)):  # not by a name that would outlive the loop and keep the last one's memory
+            _sample(runners[index])
+    while runners:
+        if runners[-1].result.reason is None:
+            runners[-1].finish()
+        runners.pop()
     if "torch._dynamo" in sys.modules:  # else nothing was compiled
         torch.compiler.reset()
     _free_memory(device)
     return results
+
+
+def _sample(runner: _Runner) -> None:
+    if runner.result.reason is None:
+        try:
+            runner.sample()
+        except Exception as error:
+            runner.result.reason = _reason(error)
 
 
 def _reason(error: Exception) -> str:
@@ -203,6 +225,23 @@ def _free_memory(device: torch.device) -> None:
 def median_ms(records: Iterable[Record], name: str, mode: Mode = "eager") -> float | None:
     """A competitor's milliseconds a call; None if it has none."""
     return next((record["median_ms"] for record in records if (record["name"], record["mode"]) == (name, mode)), None)
+
+
+def find(records: Iterable[Record], **wanted: object) -> Record | None:
+    """The record with these values, if it has a time."""
+    for record in records:
+        if record["median_ms"] is not None and all(record.get(key) == value for key, value in wanted.items()):
+            return record
+    return None
+
+
+def speed_up(record: Record, over: Record | None) -> Record:
+    """How many times as fast as another competitor of the same comparison: median and spread over the rounds."""
+    if over is None or None in (record["median_ms"], over["median_ms"]):
+        return {"speed_up": None, "speed_up_p10": None, "speed_up_p90": None}
+    ratios = [theirs / ours for theirs, ours in zip(over["samples_ms"], record["samples_ms"], strict=True)]
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
+    return {"speed_up": statistics.median(ratios), "speed_up_p10": tenths[0], "speed_up_p90": tenths[-1]}
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -262,9 +301,10 @@ class Bench:
         *,
         device: str,
         seconds: float,
-        quick: bool,
         tiny: bool,
         output: Path | None,
+        quick: bool = False,
+        budget: float = math.inf,
         for_cpu: bool = False,
         **settings: object,
     ) -> None:
@@ -278,11 +318,23 @@ class Bench:
         self.quick, self.tiny = quick, tiny
         self.seconds = 0.0 if tiny else seconds / 4 if quick else seconds
         self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = 140
         self.results: list[Record] = []
+        self._extra: Record = {}
+        self._begun = time.monotonic()
+        self._end, self._deadline = self._begun + budget, math.inf
         self._provenance = environment(self.device) | {
             "torchao": _torchao_version(),
             "script": f"benchmarks/{script}.py",
-            "arguments": {"device": device, "seconds": seconds, "quick": quick, "tiny": tiny, **settings},
+            "arguments": {
+                "device": device,
+                "seconds": seconds,
+                "budget": None if math.isinf(budget) else budget,
+                "quick": quick,
+                "tiny": tiny,
+                **settings,
+            },
         }
         self._output = output
         if output is None and not tiny:
@@ -294,31 +346,54 @@ class Bench:
             warm_up = torch.randn(64, 64, device=self.device, dtype=torch.bfloat16)
             warm_up @ warm_up
 
-    def choose(self, shapes: Sequence[Any], tiny: Sequence[Any]) -> Sequence[Any]:
-        """What to measure: all shapes, or with --tiny all toys; with --quick the first third."""
-        chosen = tiny if self.tiny else shapes
-        return chosen[: max(1, len(chosen) // 3)] if self.quick else chosen
+    def cases(self, shapes: Sequence[Any], tiny: Sequence[Any]) -> Iterator[Any]:
+        """What to measure: all shapes, or with --tiny all toys; with --quick the first third.
 
-    def compare(self, contestants: Iterable[Contestant], **labels: object) -> list[Record]:
+        Each case has a fair share of what is left of the budget to build and to measure its competitors.
+        """
+        chosen = tiny if self.tiny else shapes
+        chosen = chosen[: max(1, len(chosen) // 3)] if self.quick else chosen
+        for done, case in enumerate(chosen):
+            now = time.monotonic()
+            self._deadline = now + (self._end - now) / (len(chosen) - done) - self.seconds
+            yield case
+
+    def compare(
+        self, contestants: Iterable[Contestant], *, sample_ms: float = SAMPLE_MS, **labels: object
+    ) -> list[Record]:
         """:func:`compare`, the results as records under these labels, which the JSON will hold."""
-        results = compare(contestants, seconds=self.seconds, device=self.device)
+        results = compare(
+            contestants, seconds=self.seconds, device=self.device, sample_ms=sample_ms, deadline=self._deadline
+        )
         records = [labels | asdict(result) for result in results]
         self.results += records
         return records
 
-    def finish(self, *tables: Table, **extra: object) -> None:
-        """Print the tables and what failed, write the JSON. Exits with 1 if one of our own competitors failed."""
+    def report(self, *tables: Table, **extra: object) -> None:
+        """Print tables and write the JSON as it stands, so that a run that is cut off has left what it measured."""
         for table in tables:
             self.console.print(table)
+        self._extra |= extra
+        if self._output is not None:
+            document = {
+                "provenance": self._provenance | {"seconds_taken": round(time.monotonic() - self._begun, 1)},
+                **self._extra,
+                "results": [{k: v for k, v in record.items() if k != "samples_ms"} for record in self.results],
+            }
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._output.with_suffix(".partial")
+            partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(self._output)
+
+    def finish(self) -> None:
+        """Say what failed and where the JSON lies. Exits with 1 if one of our own competitors failed."""
+        self.report()
+        if self._output is not None:
+            self.console.print(f"wrote {self._output}", soft_wrap=True)
         failed = [result for result in self.results if result["reason"] is not None]
         for name, reason in dict.fromkeys((result["name"], result["reason"]) for result in failed):
             self.console.print(f"no result for {name}: {reason}", markup=False, highlight=False)
-        if self._output is not None:
-            document = {"provenance": self._provenance, **extra, "results": self.results}
-            self._output.parent.mkdir(parents=True, exist_ok=True)
-            self._output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            self.console.print(f"wrote {self._output}", soft_wrap=True)
-        if any(not is_peer(result["name"]) for result in failed):
+        if any(not is_peer(result["name"]) and result["reason"] != SKIPPED for result in failed):
             raise typer.Exit(1)
 
 
@@ -349,3 +424,9 @@ def new_table(title: str, words: Sequence[str], numbers: Sequence[str], rows: It
 def text(value: float | None, form: str) -> str:
     """A number in a format such as "{:.2f} ×"; a dash if there is none."""
     return "–" if value is None else form.format(value)
+
+
+def spread(ratios: Record) -> str:
+    """The spread of a :func:`speed_up`, for a table."""
+    low, high = ratios.get("speed_up_p10"), ratios.get("speed_up_p90")
+    return "–" if low is None or high is None else f"{low:.2f} – {high:.2f}"

@@ -1,12 +1,18 @@
-"""The competitors among layers: nn.Linear, SwitchBack's strategies and torchao's low-precision training."""
+"""The competitors among layers: nn.Linear, SwitchBack's strategies and torchao's low-precision training.
 
+A strategy is a recipe of the demo (examples/presets.py): a line there puts it into every benchmark of layers.
+"""
+
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from demo import RECIPES
-from measure import Mode
+from measure import Contestant, Cycle, Mode, saved_bytes
+from shapes import Shape
 from torch_switchback import convert_to_switchback
 
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
@@ -37,10 +43,21 @@ def convert(model: nn.Module, name: str) -> nn.Module:
         from torchao.prototype.quantized_training import int8_mixed_precision_training
         from torchao.quantization import quantize_
 
+        _tune_quickly()
         quantize_(model, int8_mixed_precision_training(), filter_fn=is_ours)
     elif RECIPES[name] is not None:
         convert_to_switchback(model, config=RECIPES[name], module_filter_fn=is_ours)
     return model
+
+
+def _tune_quickly() -> None:
+    """torchao tries 27 configurations for each shape of a product; a tenth of Triton's usual time will do for each."""
+    try:
+        import triton
+        from torchao.prototype.quantized_training.int8_mm import _scaled_int8_mm_kernel
+    except ImportError:  # without Triton it uses torch._int_mm
+        return
+    _scaled_int8_mm_kernel.do_bench = partial(triton.testing.do_bench, warmup=2, rep=10)
 
 
 def compile_in_place(module: nn.Module, mode: Mode, *, tiny: bool) -> None:
@@ -51,6 +68,45 @@ def compile_in_place(module: nn.Module, mode: Mode, *, tiny: bool) -> None:
         module.compile(dynamic=False, **options)
 
 
-def gradients(module: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def gradients(module: nn.Module, x: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
     """Forward and backward: the gradients of x and of all parameters, none of them accumulated."""
     return torch.autograd.grad(module(x), (x, *module.parameters()), grad_output)
+
+
+def new_layer(name: str, shape: Shape, device: torch.device) -> nn.Module:
+    linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=torch.bfloat16)
+    return convert(nn.Sequential(linear), name)[0]  # torchao swaps children only
+
+
+def random_inputs(shape: Shape, copies: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """X [tokens, in] that wants its gradient, and G [tokens, out], in bfloat16; so many pairs."""
+
+    def new(width: int, **kwargs: bool) -> Tensor:
+        return torch.randn(shape.tokens, width, device=device, dtype=torch.bfloat16, **kwargs)
+
+    return [(new(shape.in_features, requires_grad=True), new(shape.out_features)) for _ in range(copies)]
+
+
+def training_step(
+    name: str,
+    mode: Mode,
+    shape: Shape,
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    kept: dict[tuple[str, Mode], int] | None = None,
+    tiny: bool,
+) -> Contestant:
+    """A layer's forward and backward on each of the inputs.
+
+    kept: takes, when the competitor is built, the bytes that it keeps for its backward.
+    """
+
+    def build() -> Cycle:
+        layer = new_layer(name, shape, inputs[0][0].device)
+        compile_in_place(layer, mode, tiny=tiny)
+        gradients(layer, *inputs[0])  # compiles
+        if kept is not None:
+            kept[name, mode] = saved_bytes(layer, inputs[0][0])
+        return [partial(gradients, layer, x, grad) for x, grad in inputs]
+
+    return Contestant(name, build, mode)

@@ -19,30 +19,30 @@ class Shape(NamedTuple):
         return f"{self.tokens} × {self.in_features} → {self.out_features}"
 
 
-LAYERS = (
+PRODUCTS = (
     Shape(65536, 1280, 5120),  # ViT-H, 256 images of 256 patches
     Shape(65536, 5120, 1280),
     Shape(16384, 4096, 4096),  # Llama-8B, 4 sequences of 4096 tokens
     Shape(16384, 4096, 14336),
     Shape(16384, 14336, 4096),
-    Shape(8192, 1024, 4096),  # small enough for the host to matter
+    Shape(8192, 8192, 8192),
 )
 # The grad_input of a layer is the product with in and out swapped, and this set is closed under that.
-PRODUCTS = (*LAYERS[:5], Shape(8192, 8192, 8192))
 PRODUCT_ROLES = {
     shape: f"forward of {shape.in_features} → {shape.out_features}, "
     f"grad_input of {shape.out_features} → {shape.in_features}"
     for shape in PRODUCTS
 }
-INFERENCE = tuple(Shape(tokens, 4096, 14336) for tokens in (1, 16, 64))
+SMALL = Shape(8192, 1024, 4096)  # small enough for the host to matter
+LAYERS = (*PRODUCTS, SMALL)
+INFERENCE = tuple(Shape(tokens, 4096, 14336) for tokens in (1, 2, 4, 8, 16, 32, 64))
 
 MATRICES = (
     (65536, 5120),  # activations, [rows, cols]
+    (65536, 1280),
     (16384, 14336),
     (16384, 4096),
-    (8192, 1024),
     (14336, 4096),  # weights
-    (4096, 4096),
     (5120, 1280),
 )
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import typer
 from typer.testing import CliRunner
 
+import bench_host
+import bench_inference
 import bench_linear
 import bench_matmul
 import bench_model
 import bench_quantize
 import draw
 import measure
+import peers
+import summary
 from blocks import LlamaBlock, Stack, ViTBlock
 from torch_switchback import SwitchBackLinear
 
 CPU = torch.device("cpu")
-SCRIPTS = {script.__name__: script.app for script in (bench_quantize, bench_matmul, bench_linear, bench_model)}
+SCRIPTS = {
+    script.__name__: script.app
+    for script in (bench_quantize, bench_matmul, bench_linear, bench_inference, bench_model, bench_host)
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,8 @@ def results(tmp_path_factory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other take longer than one
     for name, app in SCRIPTS.items():
-        flags = ("--device", "cpu", "--tiny", "--quick", "--output", str(folder / f"{name}.json"))
+        flags = ["--device", "cpu", "--tiny", "--output", str(folder / f"{name}.json")]
+        flags += ["--only", "GPT"] if name == "bench_model" else []
         finished = CliRunner().invoke(app, flags)
         assert finished.exit_code == 0, finished.output
     torch.set_num_threads(threads)
@@ -83,19 +92,46 @@ def test_peers_are_never_dropped(results):
     assert products >= {"bf16", "torch._int_mm", "torch._scaled_mm tensorwise", "torch._scaled_mm rowwise"}
 
 
-def test_limit_is_linear_over_the_sum_of_parts(results):
+def test_products_are_interleaved_and_sustained(results):
+    paces = {record["pace"] for record in load(results, "bench_matmul")["results"] if record["name"] == summary.PEER}
+    assert paces == {"interleaved", "sustained"}
+
+
+def test_limit_is_linear_over_the_sum_of_a_strategys_parts(results):
     document = load(results, "bench_linear")
-    times = {
-        record["name"]: record["median_ms"]
-        for record in document["results"]
-        if record["what"] == "step" and record["mode"] != "compiled" and record["reason"] is None
-    }
-    (limit,) = document["limits"]
-    parts = sum(time for name, time in times.items() if name.startswith(bench_linear.PART))
-    assert limit["sum_of_parts_ms"] == pytest.approx(parts)
-    assert limit["limit"] == pytest.approx(
-        measure.median_ms([r for r in document["results"] if r["what"] == "step"], "linear") / parts
+    times = {(record["name"], record["mode"]): record["median_ms"] for record in document["results"]}
+    limits = {limit["name"]: limit for limit in document["limits"]}
+    assert limits.keys() == bench_linear.STRATEGIES.keys()
+    for name, config in bench_linear.STRATEGIES.items():
+        parts = min(sum(times[bench_linear.PART + part, "graph"] for part in way) for way in bench_linear.ways(config))
+        assert limits[name]["sum_of_parts_ms"] == pytest.approx(parts)
+        assert limits[name]["limit"] == pytest.approx(times["linear", "graph"] / parts)
+        assert limits[name]["share_reached"] == pytest.approx(parts / times[name, "eager"])
+
+
+def test_every_strategy_of_the_demo_is_measured(results):
+    measured = {(record["name"], record["mode"]) for record in load(results, "bench_linear")["results"]}
+    assert measured >= {(name, mode) for name in peers.RECIPES for mode in ("eager", "graph")}
+
+
+def test_memory_efficient_keeps_half(results):
+    linear, efficient = (
+        measure.find(load(results, "bench_linear")["results"], name=name, mode="eager")
+        for name in ("linear", "switchback-mem-efficient")
     )
+    assert efficient["saved_over_linear"] == efficient["saved_bytes"] / linear["saved_bytes"] < 0.6
+
+
+def test_host_is_measured_from_layer_to_operation_with_first_calls(results):
+    document = load(results, "bench_host")
+    groups = {record["group"] for record in document["results"] if record["what"] == "call"}
+    assert groups >= {"nn.Linear", "SwitchBackLinear", *bench_host.LAUNCHERS}
+    assert {(r["name"], r["mode"]) for r in document["results"] if r["what"] == "step"} >= {
+        ("linear", "eager"),
+        ("switchback", "graph"),
+    }
+    (first,) = document["first_calls"]
+    assert first["forward_s"] > 0 and first["backward_s"] > 0
 
 
 def test_pictures_are_drawn_and_missing_files_named(results, tmp_path):
@@ -106,6 +142,51 @@ def test_pictures_are_drawn_and_missing_files_named(results, tmp_path):
     finished = CliRunner().invoke(draw.app, [str(tmp_path)])
     assert finished.exit_code == 0
     assert "has no bench_model.json, bench_linear.json" in finished.output
+
+
+def test_pictures_show_whichever_results_exist(results, tmp_path):
+    (tmp_path / "bench_linear.json").write_text((results / "bench_linear.json").read_text())
+    finished = CliRunner().invoke(draw.app, [str(tmp_path)])
+    assert finished.exit_code == 0, finished.output
+    assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "memory.png"}
+
+
+def test_summary_reads_every_script_of_its_goals(results):
+    finished = CliRunner().invoke(summary.app, [str(results)])
+    assert finished.exit_code == 0, finished.output
+    assert finished.output.count("\n| ") == len(summary.GOALS) + 1
+    for goal in summary.GOALS:
+        list(goal.cases(load(results, goal.script)))
+
+
+def test_summary_says_where_the_hosts_time_goes(results, tmp_path):
+    finished = CliRunner().invoke(summary.app, [str(results), "--host"])
+    assert finished.exit_code == 0, finished.output
+    assert "| SwitchBackLinear | forward + backward |" in finished.output
+    assert CliRunner().invoke(summary.app, [str(tmp_path), "--host"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "at_most", "expected"),
+    [
+        ([1.5, 1.2], False, ("1.20", "yes")),
+        ([1.5, 0.9], False, ("0.90", "no (1 of 2)")),
+        ([1.5, None], False, ("1.50", "no (1 of 2)")),
+        ([0.5, 0.9], True, ("0.90", "yes")),
+        ([0.5, 1.2], True, ("1.20", "no (1 of 2)")),
+        ([None], False, ("–", "not measured")),
+    ],
+)
+def test_a_goal_is_reached_by_its_worst_case(values, at_most, expected):
+    goal = summary.Goal("speed", 1.0, "bench", lambda document: (("a case", value) for value in values), at_most)
+    assert summary.row(goal, {})[2:4] == expected
+
+
+def test_goals_pick_their_shapes():
+    shapes = [*bench_linear.LAYERS, (1, 2, 3)]
+    records = [{"shape": shape, "name": "switchback", "mode": "eager", "speed_up": 2.0} for shape in shapes]
+    llama = next(goal for goal in summary.GOALS if goal.what == "layer step, Llama shapes")
+    assert [name for name, _ in llama.cases({"results": records})] == [str(shape) for shape in bench_linear.LAYERS[2:5]]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -123,7 +204,7 @@ def test_cpu_takes_toys_only():
 
 
 def new_bench(output: Path) -> measure.Bench:
-    return measure.Bench("bench", device="cpu", seconds=0, quick=False, tiny=True, output=output)
+    return measure.Bench("bench", device="cpu", seconds=0, tiny=True, output=output)
 
 
 def fail() -> measure.Cycle:
@@ -138,7 +219,8 @@ def test_a_failing_peer_is_a_result(tmp_path):
     bench.finish()
     assert working["median_ms"] is not None and working["reason"] is None
     assert failed["median_ms"] is None and failed["reason"] == "RuntimeError: no such product"
-    assert json.loads((tmp_path / "out.json").read_text())["results"] == [working, failed]
+    written = [{key: value for key, value in one.items() if key != "samples_ms"} for one in (working, failed)]
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == written
 
 
 def test_our_own_failure_fails_the_script_after_writing(tmp_path):
@@ -148,6 +230,44 @@ def test_our_own_failure_fails_the_script_after_writing(tmp_path):
         bench.finish()
     assert raised.value.exit_code == 1
     assert (tmp_path / "out.json").is_file()
+
+
+def test_a_report_writes_what_there_is_so_far(tmp_path):
+    bench = new_bench(tmp_path / "out.json")
+    for number in (1, 2):
+        bench.compare([measure.Contestant("ours", lambda: [lambda: None])], number=number)
+        bench.report(last=number)
+        document = json.loads((tmp_path / "out.json").read_text())
+        assert [record["number"] for record in document["results"]] == list(range(1, number + 1))
+        assert document["last"] == number
+
+
+def test_without_time_left_competitors_are_skipped_and_nothing_fails(tmp_path):
+    bench = measure.Bench("bench", device="cpu", seconds=0, tiny=True, output=tmp_path / "out.json", budget=0.0)
+    for _ in bench.cases([1], [1]):
+        (record,) = bench.compare([measure.Contestant("ours", fail)])
+    assert record["reason"] == measure.SKIPPED
+    bench.finish()
+
+
+def test_cases_share_the_time_that_is_left(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bench = measure.Bench("bench", device="cpu", seconds=0, tiny=True, output=None, budget=90.0)
+    deadlines = []
+    for _ in bench.cases([], [1, 2, 3]):
+        deadlines.append(bench._deadline)
+        now += 50.0 if len(deadlines) == 1 else 0.0
+    assert deadlines == [30.0, 70.0, 90.0]
+
+
+def test_a_speed_up_is_the_median_of_the_ratios_in_each_round():
+    ours = {"median_ms": 2.0, "samples_ms": [1.0, 2.0, 4.0]}
+    theirs = {"median_ms": 2.0, "samples_ms": [2.0, 2.0, 2.0]}
+    assert measure.speed_up(ours, theirs)["speed_up"] == 1.0
+    theirs["samples_ms"] = [3.0, 6.0, 2.0]
+    assert measure.speed_up(ours, theirs)["speed_up"] == 3.0
+    assert measure.speed_up(ours, None)["speed_up"] is None
 
 
 def test_competitors_take_turns_and_cycle_through_their_inputs():
@@ -175,7 +295,7 @@ def test_copies_overflow_twice_the_cache(monkeypatch):
     ("layer", "expected"),
     [
         (nn.Linear(32, 48), 64 * 32 * 4),
-        (SwitchBackLinear(32, 48), 64 * 32 * 4 + 4),  # and the weight's absmax
+        (SwitchBackLinear(32, 48), 64 * 32 * 4 + 32 * 48 + 4),  # and of the weight its transposed codes and absmax
         (SwitchBackLinear(32, 48, mem_efficient=True), 64 * 32 + 64 * 4 + 4),
     ],
 )

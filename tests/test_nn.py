@@ -13,6 +13,7 @@ from torch import nn
 import torch_switchback as ts
 from cases import DTYPES, assert_same, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
+from torch_switchback.autograd import _SCALINGS
 
 STRATEGIES = {
     "global": SwitchBackConfig(),
@@ -114,6 +115,24 @@ def test_odd_sizes(config, in_features, out_features, device):
     reference = gradients(revert_copy(layer), x, grad)
     for actual, expected in zip(gradients(layer, x, grad), reference, strict=True):
         assert signal_to_noise(actual, expected) > 30
+
+
+def count_weight_quantisations(monkeypatch, weight_scaling, counts=lambda weight: True):
+    """The list to which each way of quantising a weight adds its name from now on."""
+    calls = []
+    scaling = _SCALINGS[weight_scaling]
+
+    def counted(name):
+        def quantize(weight, *rest):
+            if counts(weight):
+                calls.append(name)
+            return getattr(scaling, name)(weight, *rest)
+
+        return quantize
+
+    names = ("quantize", "quantize_with_transpose", "quantize_transpose")
+    monkeypatch.setitem(_SCALINGS, weight_scaling, scaling._replace(**{name: counted(name) for name in names}))
+    return calls
 
 
 def revert_copy(layer):
@@ -410,7 +429,7 @@ def test_double_backward(config, device):
 
 @strategies
 def test_bytes_kept_for_the_backward(config, device):
-    """Beside the parameter: X in 16 bit, or X in int8 and a float32 a row or, rotated, a column."""
+    """Beside the parameter: X in 16 bit or in int8 with a float32 a row or, rotated, a column; Wᵀ in int8 with W."""
     layer = make_layer(config, 1024, 64, device, torch.bfloat16)
     x = torch.randn(256, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
     parameters = {parameter.data_ptr() for parameter in layer.parameters()}
@@ -426,6 +445,8 @@ def test_bytes_kept_for_the_backward(config, device):
     if config.grad_weight != "high_precision":
         expected = 256 * 1024 + 1024 * 4
     absmax_of_weight = 4 if config.weight_scaling == "global" else 64 * 4
+    if config.weight_scaling == "global" and not config.mem_efficient:
+        expected += 64 * 1024
     kept_beside_parameters = sum(nbytes for pointer, nbytes in kept.items() if pointer not in parameters)
     assert kept_beside_parameters == expected + absmax_of_weight
 
@@ -456,15 +477,30 @@ def test_the_input_is_not_kept_for_a_frozen_weight(device):
     y.sum().backward()
 
 
-def test_absmax_of_the_weight_is_found_once_a_step(device, monkeypatch):
-    from torch_switchback.autograd import _SCALINGS
+@strategies
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch):
+    """Once in all where one read gives W and Wᵀ and memory does not count; Wᵀ in the backward otherwise."""
+    calls = count_weight_quantisations(monkeypatch, config.weight_scaling)
+    x = torch.randn(4, 64, device=device, requires_grad=needs_input)
+    y = make_layer(config, device=device)(x)
+    in_forward = len(calls)
+    y.sum().backward()
+    if not needs_input:
+        assert calls == ["quantize"]
+    elif config.weight_scaling == "global" and not config.mem_efficient:
+        assert calls == ["quantize_with_transpose"]
+    else:
+        assert calls == ["quantize", "quantize_transpose"]
+    assert in_forward == 1
 
-    calls = []
-    scaling = _SCALINGS["global"]
-    counted = scaling._replace(quantize=lambda weight: calls.append(1) or scaling.quantize(weight))
-    monkeypatch.setitem(_SCALINGS, "global", counted)
-    SwitchBackLinear(64, 48, device=device)(torch.randn(4, 64, device=device, requires_grad=True)).sum().backward()
-    assert calls == [1]
+
+def test_keeping_the_transposed_codes_changes_no_bit(device):
+    keeping, quantising = (make_layer(STRATEGIES[name], device=device) for name in ("global", "global mem_efficient"))
+    quantising.load_state_dict(keeping.state_dict())
+    x, grad = torch.randn(5, 64, device=device), torch.randn(5, 48, device=device)
+    for actual, expected in zip(gradients(keeping, x, grad)[:2], gradients(quantising, x, grad)[:2], strict=True):
+        assert_same(actual, expected)
 
 
 @strategies

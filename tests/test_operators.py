@@ -16,10 +16,17 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 @dtypes
 @pytest.mark.parametrize(
     "op",
-    ["quantize_rowwise", "quantize_columnwise_and_transpose", "quantize_global", "quantize_global_transpose"],
+    [
+        "quantize_rowwise",
+        "quantize_columnwise_and_transpose",
+        "quantize_global",
+        "quantize_global_transpose",
+        "quantize_global_with_transpose",
+    ],
 )
-def test_quantisers(op, dtype, layout, device):
-    torch.library.opcheck(getattr(OPS, op).default, (layout(17, 83, dtype, device),))
+@pytest.mark.parametrize("shape", [(17, 83), (1, 5)], ids=str)
+def test_quantisers(shape, op, dtype, layout, device):
+    torch.library.opcheck(getattr(OPS, op).default, (layout(*shape, dtype, device),))
 
 
 @layouts

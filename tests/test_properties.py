@@ -132,6 +132,8 @@ def test_fused_transposes_equal_quantising_then_transposing(x):
     codes_t, absmax_t = ts.quantize_global_transpose(x)
     assert_same(codes_t, codes.t().contiguous())
     assert_same(absmax_t, absmax)
+    for actual, expected in zip(ts.quantize_global_with_transpose(x), (codes, codes_t, absmax), strict=True):
+        assert_same(actual, expected)
     codes, absmax = ts.quantize_rowwise(x.t())
     codes_t, absmax_t = ts.quantize_columnwise_and_transpose(x)
     assert_same(codes_t, codes)
@@ -153,6 +155,7 @@ def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
         ts.quantize_rowwise,
         ts.quantize_global,
         ts.quantize_global_transpose,
+        ts.quantize_global_with_transpose,
         ts.quantize_columnwise_and_transpose,
         partial(ts.quantize_columnwise_and_transpose, rotate_tokens=16),
     ):

@@ -59,6 +59,8 @@ def test_global_plain_and_transposed(dtype, layout, shape, device):
     assert_same(absmax_t, absmax)
     assert_same(codes_t, codes.t().contiguous())
     assert_same(ops.quantize_transpose_by_absmax(x, absmax), codes_t)
+    for actual, expected in zip(ts.quantize_global_with_transpose(x), (codes, codes_t, absmax), strict=True):
+        assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 5), (2, 0, 5)])
@@ -122,7 +124,12 @@ def test_the_default_dtype_does_not_matter(device):
         torch.set_default_dtype(torch.float32)
 
 
-MATRIX_QUANTISERS = [ts.quantize_rowwise, ts.quantize_columnwise_and_transpose, ts.quantize_global_transpose]
+MATRIX_QUANTISERS = [
+    ts.quantize_rowwise,
+    ts.quantize_columnwise_and_transpose,
+    ts.quantize_global_transpose,
+    ts.quantize_global_with_transpose,
+]
 
 
 @pytest.mark.parametrize("quantiser", MATRIX_QUANTISERS, ids=lambda f: f.__name__)

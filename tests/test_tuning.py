@@ -12,7 +12,7 @@ from torch_switchback import tuning
 from torch_switchback.tuning import MatmulConfig, _tables, candidates, matmul_config, matmul_table, user_table_path
 from torch_switchback.tuning.search import fastest
 
-CONFIG = MatmulConfig(False, 64, 64, 64, 8, 2, 4)
+CONFIG = MatmulConfig("pointer", 64, 64, 64, 8, 2, 4)
 ARCHITECTURES = sorted(name for table in _tables.shipped_tables().values() for name in table.serves)
 
 
@@ -28,7 +28,7 @@ def user_folder(tmp_path, monkeypatch):
 
 
 def config(block_n: int) -> MatmulConfig:
-    return MatmulConfig(False, 64, block_n, 64, 8, 2, 4)
+    return MatmulConfig("pointer", 64, block_n, 64, 8, 2, 4)
 
 
 def write_rows(architecture: str, **configs: MatmulConfig) -> None:
@@ -149,8 +149,8 @@ def a_row(**changes) -> str:
         (a_row(config={**vars(CONFIG), "speed": 1}), "speed"),
         (a_row(config={**vars(CONFIG), "block_m": 96}), "power of two"),
         (a_row(config={**vars(CONFIG), "num_stages": 2.0}), "num_stages"),
-        (a_row(config={**vars(CONFIG), "tma": 1}), "tma"),
-        (a_row(config={**vars(CONFIG), "tma": True}), "sm_80 runs no rows with tma"),
+        (a_row(config={**vars(CONFIG), "kernel": "cuda"}), "kernel"),
+        (a_row(config={**vars(CONFIG), "kernel": "tma"}), "sm_80 runs no rows with tma"),
     ],
 )
 def test_a_corrupt_users_table_is_named_once_and_not_used(content, reason):
@@ -220,9 +220,13 @@ def test_candidates_fit_shared_memory(architecture, quick):
 
 def test_candidates_of_hopper():
     found = set(candidates.candidates("sm_90"))
-    assert {(c.block_m, c.block_n, c.block_k) for c in found if c.tma} == set(candidates.TMA_TILES)
-    assert {c.num_stages for c in found if c.tma} == {3, 4, 5}
-    assert {c.programs_per_multiprocessor for c in found if c.tma} == {1, 2}
+    tma = [c for c in found if c.kernel == "tma"]
+    assert {(c.block_m, c.block_n, c.block_k) for c in tma} == set(candidates.TMA_TILES)
+    assert {c.num_stages for c in tma} == {3, 4, 5}
+    assert {c.programs_per_multiprocessor for c in tma} == {1, 2}
+    specialized = [c for c in found if c.kernel == "warp_specialized"]
+    assert {(c.block_m, c.block_n, c.block_k) for c in specialized} == set(candidates.WARP_SPECIALIZED_TILES)
+    assert {c.num_stages for c in specialized} == {3, 4, 5, 6}
     assert {c.group_m for c in found} == {4, 8, 16, 32}
     assert {c.num_warps for c in found} == {4, 8}
 

@@ -1,6 +1,7 @@
 """cache_quantized_weight: the weight is quantised once until it changes, and never used after it has."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,25 +9,16 @@ from torch import nn
 
 import torch_switchback as ts
 from cases import assert_same
+from test_nn import count_weight_quantisations
 from torch_switchback.autograd import _SCALINGS
 
 
 @pytest.fixture(params=["global", "rowwise"])
 def layers(request, device, monkeypatch):
     """A caching layer, its twin that does not, and the list of quantisations that the caching one makes."""
-    calls = []
-    scaling = _SCALINGS[request.param]
-
-    def counted(name):
-        def quantize(weight, *rest):
-            if weight is caching.weight or weight.data_ptr() == caching.weight.data_ptr():
-                calls.append(name)
-            return getattr(scaling, name)(weight, *rest)
-
-        return quantize
-
-    counting = scaling._replace(quantize=counted("quantize"), quantize_transpose=counted("quantize_transpose"))
-    monkeypatch.setitem(_SCALINGS, request.param, counting)
+    calls = count_weight_quantisations(
+        monkeypatch, request.param, lambda weight: weight.data_ptr() == caching.weight.data_ptr()
+    )
     linear = nn.Linear(64, 48, device=device)
     config = ts.SwitchBackConfig(request.param, cache_quantized_weight=True)
     caching = ts.convert_to_switchback(copy.deepcopy(linear), config=config)
@@ -49,7 +41,47 @@ def test_microbatches_quantise_once(layers, device):
     caching, plain, calls = layers
     for _ in range(4):
         check_same(caching, plain, torch.randn(5, 64, device=device))
-    assert calls == ["quantize", "quantize_transpose"]
+    assert calls == ["quantize_with_transpose"]
+
+
+def test_an_evaluation_quantises_no_transpose(layers, device):
+    caching, plain, calls = layers
+    x = torch.randn(5, 64, device=device)
+    for _ in range(2):
+        assert_same(caching(x), plain(x))
+    assert calls == ["quantize"]
+    for _ in range(2):
+        check_same(caching, plain, x)
+    assert_same(caching(x), plain(x))
+    assert calls == ["quantize", "quantize_with_transpose"]
+
+
+def test_memory_efficient_steps_use_it_too(layers, device):
+    caching, plain, calls = layers
+    for layer in (caching, plain):
+        layer.config = dataclasses.replace(layer.config, mem_efficient=True)
+    for _ in range(2):
+        check_same(caching, plain, torch.randn(5, 64, device=device))
+    assert calls == ["quantize_with_transpose"]
+
+
+@pytest.mark.parametrize("fails", ["quantize", "quantize_with_transpose"])
+def test_a_failure_leaves_nothing_stale(layers, fails, device, monkeypatch):
+    caching, plain, _ = layers
+    x = torch.randn(5, 64, device=device)
+    check_same(caching, plain, x)
+    for layer in (caching, plain):
+        with_edit(layer)
+
+    def out_of_memory(weight):
+        raise MemoryError
+
+    scaling = caching.config.weight_scaling
+    with monkeypatch.context() as patch:
+        patch.setitem(_SCALINGS, scaling, _SCALINGS[scaling]._replace(**{fails: out_of_memory}))
+        with pytest.raises(MemoryError):
+            caching(x.requires_grad_(fails == "quantize_with_transpose"))
+    check_same(caching, plain, x)
 
 
 def with_optimizer(layer):

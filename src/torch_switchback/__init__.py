@@ -17,6 +17,7 @@ from .ops import (
     quantize_columnwise_and_transpose,
     quantize_global,
     quantize_global_transpose,
+    quantize_global_with_transpose,
     quantize_rowwise,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "quantize_columnwise_and_transpose",
     "quantize_global",
     "quantize_global_transpose",
+    "quantize_global_with_transpose",
     "quantize_rowwise",
     "revert_switchback",
     "switchback_linear",

@@ -23,10 +23,14 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Scaling(NamedTuple):
-    """What one absmax of the weight covers decides these four; a new scheme is a new row of _SCALINGS."""
+    """What one absmax of the weight covers decides these; a new scheme is a new row of _SCALINGS."""
 
     quantize: Callable[[torch.Tensor], Quantized]
     """W -> its codes [out, in] and absmax."""
+    quantize_with_transpose: Callable[[torch.Tensor], tuple[Quantized, Quantized]]
+    """W -> the same, and the codes of Wᵀ [in, out] and their absmax."""
+    transpose_saves_a_read: bool
+    """Whether quantize_with_transpose reads W less often than quantize and quantize_transpose do."""
     quantize_transpose: Callable[[torch.Tensor, torch.Tensor], Quantized]
     """W and the absmax that the forward found -> the codes of Wᵀ [in, out] and their absmax."""
     transpose_codes: Callable[[torch.Tensor, torch.Tensor], Quantized]
@@ -38,20 +42,46 @@ def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantiz
     return ops.quantize_columnwise_and_transpose(ops.dequantize_rowwise(codes, absmax, torch.float32))
 
 
+def _quantize_global_with_transpose(weight: torch.Tensor) -> tuple[Quantized, Quantized]:
+    codes, codes_t, absmax = ops.quantize_global_with_transpose(weight)
+    return (codes, absmax), (codes_t, absmax)
+
+
 _SCALINGS = {
     "global": _Scaling(
         quantize=ops.quantize_global,
+        quantize_with_transpose=_quantize_global_with_transpose,
+        transpose_saves_a_read=True,
         quantize_transpose=lambda weight, absmax: (ops.quantize_transpose_by_absmax(weight, absmax), absmax),
         transpose_codes=lambda codes, absmax: (codes.t().contiguous(), absmax),
         matmul=ops.int8_matmul_mixed_dequantize,
     ),
     "rowwise": _Scaling(
         quantize=ops.quantize_rowwise,
+        quantize_with_transpose=lambda weight: (
+            ops.quantize_rowwise(weight),
+            ops.quantize_columnwise_and_transpose(weight),
+        ),
+        transpose_saves_a_read=False,
         quantize_transpose=lambda weight, absmax: ops.quantize_columnwise_and_transpose(weight),
         transpose_codes=_requantize_columnwise,
         matmul=ops.int8_matmul_rowwise_dequantize,
     ),
 }
+
+
+def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
+    """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
+    return _SCALINGS[config.weight_scaling].quantize(weight)
+
+
+def _quantize_weight(
+    weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool
+) -> tuple[Quantized, Quantized | None]:
+    """Codes and absmax of W and, with_transpose, those of Wᵀ."""
+    if with_transpose:
+        return _SCALINGS[config.weight_scaling].quantize_with_transpose(weight)
+    return quantize_weight(weight, config), None
 
 
 class WeightCache:
@@ -60,7 +90,7 @@ class WeightCache:
     def __init__(self) -> None:
         self._seen: torch.Tensor | None = None
         self._state: tuple[Any, ...] = ()
-        self._quantized: dict[str, Quantized] = {}
+        self._quantized: tuple[Quantized, Quantized | None] | None = None
 
     @staticmethod
     def can_hold(weight: torch.Tensor) -> bool:
@@ -73,32 +103,17 @@ class WeightCache:
         )
 
     def get(
-        self, which: str, weight: torch.Tensor, config: SwitchBackConfig, quantize: Callable[[], Quantized]
-    ) -> Quantized:
-        """What quantize() returned when it was last called for this state of the weight; else call it."""
+        self, weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool
+    ) -> tuple[Quantized, Quantized | None]:
+        """What _quantize_weight returned when it was last called for this state of the weight; else call it."""
         state = (weight.data_ptr(), weight._version, weight.dtype, config)
         if state != self._state:
             # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
-            self._seen, self._state, self._quantized = weight.detach(), state, {}
-        if which not in self._quantized:
+            self._seen, self._state, self._quantized = weight.detach(), state, None
+        if self._quantized is None or (with_transpose and self._quantized[1] is None):
             with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
-                self._quantized[which] = quantize()
-        return self._quantized[which]
-
-
-def _cached(
-    cache: WeightCache | None,
-    which: str,
-    weight: torch.Tensor,
-    config: SwitchBackConfig,
-    quantize: Callable[[], Quantized],
-) -> Quantized:
-    return quantize() if cache is None else cache.get(which, weight, config, quantize)
-
-
-def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
-    """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
-    return _SCALINGS[config.weight_scaling].quantize(weight)
+                self._quantized = _quantize_weight(weight, config, with_transpose)
+        return self._quantized
 
 
 def switchback_linear(
@@ -179,20 +194,26 @@ class SwitchBackFunction(torch.autograd.Function):
         int8_grad_weight: bool,
     ) -> torch.Tensor:
         scaling = _SCALINGS[config.weight_scaling]
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
         x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         x_codes, x_absmax, *saved_x = _grad_weight.quantize(x_2d, config, rows=True, tokens=int8_grad_weight)
+        quantized_t: Quantized | None = None
         if weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
+        elif weight_cache is not None:
+            (weight_codes, absmax), quantized_t = weight_cache.get(weight, config, with_transpose=needs_input)
         else:
-            weight_codes, absmax = _cached(weight_cache, "plain", weight, config, lambda: scaling.quantize(weight))
+            keeps_transpose = needs_input and scaling.transpose_saves_a_read and not config.mem_efficient
+            (weight_codes, absmax), quantized_t = _quantize_weight(weight, config, keeps_transpose)
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
 
-        needs_input, needs_weight = ctx.needs_input_grad[:2]
         if needs_weight and not int8_grad_weight:
             saved_x = [x_codes, x_absmax] if config.mem_efficient else [x_2d, None]
-        saved_weight = (weight, absmax) if needs_input else (None, None)
+        # Beside its transposed codes the weight is kept for its version: a change before the backward is an error.
+        codes_t, absmax_t = (None, absmax) if quantized_t is None else quantized_t
+        saved_weight = (weight, absmax_t, codes_t) if needs_input else (None, None, None)
         ctx.save_for_backward(*saved_x, *saved_weight)
-        ctx.config, ctx.weight_cache, ctx.int8_grad_weight = config, weight_cache, int8_grad_weight
+        ctx.config, ctx.int8_grad_weight = config, int8_grad_weight
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -202,7 +223,7 @@ class SwitchBackFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved_x, x_absmax, weight, absmax = ctx.saved_tensors
+        saved_x, x_absmax, weight, absmax, codes_t = ctx.saved_tensors
         needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
@@ -212,11 +233,10 @@ class SwitchBackFunction(torch.autograd.Function):
         )
         if needs_input:
             scaling = _SCALINGS[ctx.config.weight_scaling]
-            transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
-            codes_t, absmax_t = _cached(
-                ctx.weight_cache, "transposed", weight, ctx.config, lambda: transpose(weight, absmax)
-            )
-            grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, ctx.input_dtype)
+            if codes_t is None:
+                transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
+                codes_t, absmax = transpose(weight, absmax)
+            grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
                 grad_input = grad_input.view(ctx.input_shape)
         if needs_int8_weight:

@@ -18,19 +18,19 @@ class SwitchBackConfig:
             input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
         mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
             dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
-            sees the quantised input.
+            sees the quantised input. The backward also reads the weight again, where otherwise, with global scaling,
+            the forward leaves it the transposed int8 weight, 1 byte an element.
         cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
             accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
-            element of the weight from the first forward and backward on. The layer keeps it, so the functional
+            element of the weight from the first training forward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
             LoRA adapter does), an optimiser inside a CUDA graph and FSDP's resharding do not.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
-            the codes of X for the backward, as small as with mem_efficient, which changes nothing more. Where
-            quantising costs more than the product gains (few features, few tokens; the rule is
-            ``_grad_weight.int8_grad_weight_wins``) it stays at high precision, and says so once.
-            ``"int8_always"``: there too.
+            the rotated codes of X for the backward, which are as small as mem_efficient's. Where quantising costs more
+            than the product gains (few features, few tokens; the rule is ``_grad_weight.int8_grad_weight_wins``) it
+            stays at high precision, and says so once. ``"int8_always"``: there too.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantised
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
 

@@ -9,8 +9,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,9 +52,13 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(repr=False)
 
-    def compile(self, target: GPUTarget) -> Any:
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
+
+    def specialisation(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+        """What Triton compiles for: the arguments' types, the constants among them, and what 16 divides."""
         bound = dict(zip(self.kernel.arg_names, self.args, strict=False))
-        options = {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
         bound |= {name: value for name, value in self.kwargs.items() if name in self.kernel.arg_names}
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
@@ -65,14 +69,19 @@ class Launch:
                 constants[(index,)] = value
             elif divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options)
+        return signature, constants, attributes
+
+    def compile(self, target: GPUTarget) -> Any:
+        source_type = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = source_type(self.kernel, *self.specialisation())
+        return triton.compile(source, target=target, options=self.options)
 
 
 def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
     """The type that Triton gives an argument, and whether it may count on 16 dividing it."""
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>", False
+    if hasattr(value, "block_shape"):
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors have one
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>", False
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
     if parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):

@@ -1,5 +1,7 @@
 """Every kernel, as its launcher calls it, compiles for every architecture and fits its shared memory."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,12 +12,16 @@ from torch_switchback.kernels import (
     _absmax,
     _transpose,
     int8_matmul,
+    int8_matmul_pointer,
+    int8_matmul_tma,
+    int8_matmul_warp_specialized,
     quantize_columnwise,
     quantize_global,
     quantize_rotated,
     quantize_rowwise,
 )
-from torch_switchback.tuning import matmul_table
+from torch_switchback.tuning import MatmulConfig, matmul_config, matmul_table
+from torch_switchback.tuning._tables import KERNELS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = list(TARGETS)
@@ -32,19 +38,12 @@ def compile_all(launches, architecture):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_quantisers(architecture, dtype):
-    x = torch.empty(256, 128, dtype=DTYPES[dtype])
-    long_row = torch.empty(1, 20_000, dtype=DTYPES[dtype])
-    codes, absmax = torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
-    one = torch.empty(1)
-    launches = [
-        *record(quantize_rowwise.quantize_rowwise, x, codes, absmax),
-        *record(quantize_rowwise.quantize_rowwise, long_row, torch.empty(1, 20_000, dtype=torch.int8), one),
-        *record(quantize_rowwise.dequantize_rowwise, codes, absmax, x.dtype, x),
-        *record(quantize_global.quantize_global, x, codes, one),
-        *record(quantize_global.quantize_global_transpose, x, codes.t(), one),
-        *record(quantize_global.quantize_transpose_by_absmax, x, one, codes.t()),
-        *record(quantize_columnwise.quantize_columnwise_and_transpose, x, codes.t(), absmax),
-    ]
+    launches = []
+    for cols in (128, 1280, 16_384, 20_000):
+        launches += quantiser_launches(DTYPES[dtype], 2, cols)["quantize_rowwise"]
+    for shape in ((256, 128), (512, 256)):  # which take one pass and two
+        for each in quantiser_launches(DTYPES[dtype], *shape).values():
+            launches += each
     compile_all(launches, architecture)
 
 
@@ -59,6 +58,56 @@ def test_rotating_quantisers(architecture, block):
         *record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs, *outputs_t),
     ]
     compile_all(launches, architecture)
+
+
+def quantiser_launches(dtype, rows, cols):
+    """What each quantiser launches."""
+    x = torch.empty(rows, cols, dtype=dtype)
+    codes, codes_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
+    absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)
+    calls = [
+        (quantize_rowwise.quantize_rowwise, x, codes, absmax_row),
+        (quantize_rowwise.dequantize_rowwise, codes, absmax_row, dtype, x),
+        (quantize_global.quantize_global, x, codes, absmax),
+        (quantize_global.quantize_global_transpose, x, codes_t, absmax),
+        (quantize_global.quantize_transpose_by_absmax, x, absmax, codes_t),
+        (quantize_global.quantize_global_with_transpose, x, codes, codes_t, absmax),
+        (quantize_columnwise.quantize_columnwise_and_transpose, x, codes_t, absmax_col),
+    ]
+    return {launcher.__name__: record(launcher, *args) for launcher, *args in calls}
+
+
+def test_launches():
+    """Small tensors take one. With a first pass for the absmax it is two, even for both of W and Wᵀ."""
+    small, large = (quantiser_launches(torch.bfloat16, rows, 256) for rows in (256, 257))
+    assert {len(launches) for launches in small.values()} == {1}
+    passes = {name: len(launches) for name, launches in large.items()}
+    assert passes == {
+        "quantize_rowwise": 1,
+        "dequantize_rowwise": 1,
+        "quantize_global": 2,
+        "quantize_global_transpose": 2,
+        "quantize_transpose_by_absmax": 1,
+        "quantize_global_with_transpose": 2,
+        "quantize_columnwise_and_transpose": 2,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantisers_store_whole_vectors(dtype):
+    """16 bytes a thread of the codes, plain and transposed, which leave a tile along different axes."""
+    *_, second_pass = quantiser_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
+    (compiled,) = compile_all([second_pass], "sm_90")
+    stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
+    assert sorted(set(stores)) == ["st.global.b32", "st.global.v4.b32"]  # the absmax, the codes
+    assert stores.count("st.global.v4.b32") == 2 * 64 * 128 // (16 * 32 * 4)
+
+
+HOPPER = {
+    "pointer": MatmulConfig("pointer", 128, 128, 64, group_m=8, num_stages=3, num_warps=8),
+    "tma": MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=3, num_warps=4, programs_per_multiprocessor=2),
+    "warp_specialized": MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8),
+}
 
 
 def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
@@ -87,25 +136,40 @@ def test_products_of_the_tuning_table(architecture):
 
 
 @pytest.mark.parametrize("per_col", [False, True], ids=["global", "rowwise"])
-@pytest.mark.parametrize(
-    ("tma", "inner"),
-    [(True, 256), (True, 262_144), (False, 264)],  # a pitch of 264 bytes is none that TMA takes
-    ids=["tma", "tma, folded", "pointer"],
-)
-def test_hopper_products_run_on_int8_wgmma(tma, inner, per_col):
-    config = next(config for _, config in matmul_table("sm_90") if config.block_m == 128 and config.tma)
-    launches = product_launches(config, 256, 256, inner, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hopper_products_run_on_int8_wgmma(kernel, per_col):
+    config = HOPPER[kernel]
+    launches = product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
     (compiled,) = compile_all(launches, "sm_90")
-    assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == tma
+    assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == config.tma
+    assert ("setmaxnreg" in compiled.asm["ptx"]) == (kernel == "warp_specialized")
+    assert compiled.metadata.global_scratch_size == 0
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert ".s32.s8.s8" in compiled.asm["ptx"]
 
 
+def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
+    for config in (HOPPER["tma"], HOPPER["warp_specialized"]):
+        launches = product_launches(config, 256, 256, 262_144, bias=True, out_dtype=torch.float32)
+        (compiled,) = compile_all(launches, "sm_90")
+        assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+        assert ".s32.s8.s8" in compiled.asm["ptx"]
+
+
 def test_constants_come_last():
     """The launcher hands a compiled kernel its arguments and then its constants."""
-    modules = (_absmax, _transpose, int8_matmul, quantize_global, quantize_rotated, quantize_rowwise)
+    modules = (
+        _absmax,
+        _transpose,
+        int8_matmul_pointer,
+        int8_matmul_tma,
+        int8_matmul_warp_specialized,
+        quantize_global,
+        quantize_rotated,
+        quantize_rowwise,
+    )
     kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
-    assert len(kernels) >= 9
+    assert len(kernels) >= 10
     for kernel in kernels:
         is_constant = [parameter.is_constexpr for parameter in kernel.params]
         assert is_constant == sorted(is_constant)
@@ -119,3 +183,28 @@ def test_no_sum_is_contracted_with_a_product(allowed):
     assert product.kwargs["enable_fp_fusion"] is False
     product.kwargs["enable_fp_fusion"] = allowed
     assert ("fma.rn" in product.compile(TARGETS["sm_80"]).asm["ptx"]) == allowed
+
+
+def step_launches(tokens, in_features=256, out_features=384):
+    """The launches of a step that depend on the token count, in bfloat16."""
+    x, grad = (torch.empty(tokens, width, dtype=torch.bfloat16) for width in (in_features, out_features))
+    x_codes, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
+    config = matmul_config("sm_90", tokens, out_features, in_features)
+    return [
+        *record(quantize_rowwise.quantize_rowwise, x, x_codes, absmax),
+        *record(quantize_rowwise.quantize_rowwise, grad, grad.to(torch.int8), absmax),
+        *record(quantize_rowwise.dequantize_rowwise, x_codes, absmax, x.dtype, x),
+        *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
+        *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
+    ]
+
+
+@pytest.mark.parametrize("octave", [16, 128, 2048])
+def test_a_changing_token_count_compiles_once_a_power_of_two(octave):
+    counts = [octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1, 2 * octave]
+    first, *others = (
+        [(launch.kernel, launch.specialisation(), launch.options) for launch in step_launches(count)]
+        for count in counts
+    )
+    for other in others:
+        assert other == first

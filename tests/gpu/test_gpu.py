@@ -55,7 +55,7 @@ def test_cuda_graph_after_warm_up(config):
 
     def step():
         y = layer(x)
-        return y, *torch.autograd.grad(y, (x, layer.weight), grad)
+        return y, *torch.autograd.grad(y, (x, *layer.parameters()), grad)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

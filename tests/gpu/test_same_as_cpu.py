@@ -11,7 +11,13 @@ from cases import DTYPES, LAYOUTS, SHAPES, assert_same, codes
 from test_nn import STRATEGIES, make_layer
 from torch_switchback import ops
 from torch_switchback.config import ROTATIONS
-from torch_switchback.kernels import _launch, int8_matmul
+from torch_switchback.kernels import (
+    _launch,
+    int8_matmul,
+    int8_matmul_pointer,
+    int8_matmul_tma,
+    int8_matmul_warp_specialized,
+)
 from torch_switchback.tuning import MatmulConfig, matmul_table
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -23,11 +29,12 @@ QUANTISERS = [
     ts.quantize_columnwise_and_transpose,
     ts.quantize_global,
     ts.quantize_global_transpose,
+    ts.quantize_global_with_transpose,
     *(partial(ops.quantize_rowwise_and_rotated_columnwise, rotate_tokens=block) for block in ROTATIONS),
 ]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
 @pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: getattr(f, "__name__", str(f)))
@@ -111,16 +118,29 @@ def test_run_to_run():
         assert torch.equal(layer(x), first)
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="only Hopper runs the TMA kernel")
-def test_hopper_products_take_the_tma_kernel_where_they_can(monkeypatch):
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="only Hopper runs the TMA kernels")
+def test_hopper_products_take_tma_where_they_can(monkeypatch):
     kernels = []
 
     def spy(kernel, *args, **kwargs):
         kernels.append(kernel.__name__)
         return _launch.launch(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(int8_matmul, "launch", spy)
-    for inner in (1024, 1000):
-        a, absmax = codes(256, inner, "cuda"), torch.rand(256, device="cuda")
-        ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
-    assert kernels == ["int8_matmul_tma_kernel", "int8_matmul_kernel"]
+    for module in (int8_matmul_pointer, int8_matmul_tma, int8_matmul_warp_specialized):
+        monkeypatch.setattr(module, "launch", spy)
+    for tokens, inner in ((16384, 4096), (16384, 4095), (1, 4096)):
+        a, b, absmax = codes(tokens, inner, "cuda"), codes(4096, inner, "cuda"), torch.rand(tokens, device="cuda")
+        ts.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
+    assert kernels == ["int8_matmul_warp_specialized_kernel", "int8_matmul_kernel", "int8_matmul_kernel"]
+
+
+def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatch):
+    too_large = MatmulConfig("tma", 128, 256, 128, group_m=8, num_stages=16, num_warps=8)
+    monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: too_large)
+    monkeypatch.setattr(int8_matmul, "_replaced", {})
+    a, absmax = codes(256, 1024), torch.rand(256)
+    expected = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
+    on_gpu = a.cuda(), a.t().cuda(), absmax.cuda(), absmax[:1].cuda()
+    with pytest.warns(UserWarning, match="instead of"):
+        assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)
+    assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)  # and says so once

@@ -1,11 +1,20 @@
 """Every kernel, interpreted, against its operation's meaning in plain torch: the same bits."""
 
+import warnings
+
 import pytest
 import torch
 
 from cases import DTYPES, LAYOUTS, assert_same, codes
 from torch_switchback import ops
-from torch_switchback.kernels import int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
+from torch_switchback.kernels import (
+    _absmax,
+    _launch,
+    int8_matmul,
+    quantize_columnwise,
+    quantize_global,
+    quantize_rowwise,
+)
 from torch_switchback.ops import int8_matmul as int8_matmul_op
 from torch_switchback.tuning import MatmulConfig
 
@@ -28,6 +37,13 @@ def truncate_to_bfloat16(x):
     return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+@pytest.fixture(params=["one pass", "two passes"])
+def passes(request, monkeypatch):
+    """Both ways to an absmax that programs share: over all of a small x, or over what a first pass left."""
+    if request.param == "two passes":
+        monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
+
+
 def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
     out, absmax = poisoned(*codes_shape), poisoned(*absmax_shape, dtype=torch.float32)
     launcher(x, out, absmax)
@@ -44,6 +60,27 @@ def test_quantize_rowwise(dtype, layout, shape):
     check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, shape, shape[:1])
 
 
+@pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
+@layouts
+def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
+    assert quantize_rowwise.row_tile(cols)["CHUNKS"] > 1
+    x = layout(9, cols, torch.bfloat16)
+    check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (9, cols), (9,))
+
+
+def test_the_tile_of_a_row():
+    for cols in range(16_385):
+        tile = quantize_rowwise.row_tile(cols)
+        lanes = tile["CHUNKS"] * tile["BLOCK_COLS"]
+        assert lanes >= cols
+        assert lanes <= cols + max(cols // 4, quantize_rowwise.SMALLEST_CHUNK)
+        loads_16_bytes = tile["BLOCK_ROWS"] * tile["BLOCK_COLS"] >= 8 * 32 * tile["num_warps"]
+        assert loads_16_bytes
+    for cols in (640, 768, 1024, 1280, 4096, 5120, 14_336):
+        tile = quantize_rowwise.row_tile(cols)
+        assert tile["CHUNKS"] * tile["BLOCK_COLS"] == cols
+
+
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
 def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     x = torch.randn(2, cols)
@@ -53,7 +90,7 @@ def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
 @shapes
 @layouts
 @dtypes
-def test_quantize_columnwise_and_transpose(dtype, layout, shape):
+def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
     rows, cols = shape
     check_quantiser(
         quantize_columnwise.quantize_columnwise_and_transpose,
@@ -67,20 +104,31 @@ def test_quantize_columnwise_and_transpose(dtype, layout, shape):
 @shapes
 @layouts
 @dtypes
-def test_quantize_global(dtype, layout, shape):
+def test_quantize_global(dtype, layout, shape, passes):
     check_quantiser(quantize_global.quantize_global, ops.quantize_global, layout(*shape, dtype), shape, (1,))
 
 
 @shapes
 @layouts
 @dtypes
-def test_quantize_global_transpose(dtype, layout, shape):
+def test_quantize_global_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
     check_quantiser(quantize_global.quantize_global_transpose, ops.quantize_global_transpose, x, shape[::-1], (1,))
     expected, absmax = ops.quantize_global_transpose(x)
     out = poisoned(*shape[::-1])
     quantize_global.quantize_transpose_by_absmax(x, absmax, out)
     assert_same(out, expected)
+
+
+@shapes
+@layouts
+@dtypes
+def test_quantize_global_with_transpose(dtype, layout, shape, passes):
+    x = layout(*shape, dtype)
+    out, out_t, absmax = poisoned(*shape), poisoned(*shape[::-1]), poisoned(1, dtype=torch.float32)
+    quantize_global.quantize_global_with_transpose(x, out, out_t, absmax)
+    for actual, expected in zip((out, out_t, absmax), ops.quantize_global_with_transpose(x), strict=True):
+        assert_same(actual, expected)
 
 
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
@@ -109,10 +157,10 @@ def test_dequantize_rowwise(dtype, shape):
 
 
 CONFIGS = {
-    "tma": MatmulConfig(True, 32, 32, 32, group_m=2, num_stages=2, num_warps=4, programs_per_multiprocessor=2),
-    "tma wide": MatmulConfig(True, 16, 64, 64, group_m=3, num_stages=2, num_warps=4),
-    "pointer": MatmulConfig(False, 32, 32, 32, group_m=2, num_stages=2, num_warps=4),
-    "pointer tall": MatmulConfig(False, 64, 16, 64, group_m=3, num_stages=2, num_warps=4),
+    "tma": MatmulConfig("tma", 32, 32, 32, group_m=2, num_stages=2, num_warps=4, programs_per_multiprocessor=2),
+    "tma wide": MatmulConfig("tma", 16, 64, 64, group_m=3, num_stages=2, num_warps=4),
+    "pointer": MatmulConfig("pointer", 32, 32, 32, group_m=2, num_stages=2, num_warps=4),
+    "pointer tall": MatmulConfig("pointer", 64, 16, 64, group_m=3, num_stages=2, num_warps=4),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -141,7 +189,7 @@ def test_products(dtype, has_bias, rowwise, shape, config):
 
 @pytest.mark.parametrize("inner", [133_144, 133_145, 133_152, 262_144])
 def test_products_that_int32_cannot_hold(inner):
-    config = MatmulConfig(True, 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
+    config = MatmulConfig("tma", 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
     a = torch.full((2, inner), 127, dtype=torch.int8)
     a[1] = -127
     ones = torch.full((3,), 127.0)
@@ -162,3 +210,20 @@ def test_the_launchers_of_both_products_pass_their_arguments_on():
 
 def test_the_kernel_folds_no_later_than_the_cpu():
     assert int8_matmul.FOLD <= int8_matmul_op.MAX_INT32_INNER
+
+
+def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
+    config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
+    monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
+    monkeypatch.setattr(int8_matmul, "_replaced", {})
+    a, b, absmax = codes(16, 32), codes(48, 32).t(), torch.rand(16)
+    out = torch.empty(16, 48)
+    expected = ops.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32)
+    with pytest.warns(UserWarning, match="instead of .*warp_specialized.* the interpreter does not run Gluon"):
+        int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
+    assert_same(out, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
+    with pytest.raises(_launch.CannotCompile):
+        int8_matmul.dequantized_product(a, b, absmax, absmax[:1], None, out, absmax_per_col=False, config=config)

@@ -206,7 +206,7 @@ def what_changed(finished: Iterable[Finished]) -> RichTable:
 
 def _short(config: MatmulConfig) -> str:
     return (
-        f"{'tma' if config.tma else 'ptr'} {config.block_m}×{config.block_n}×{config.block_k} g{config.group_m} "
+        f"{config.kernel} {config.block_m}×{config.block_n}×{config.block_k} g{config.group_m} "
         f"s{config.num_stages} w{config.num_warps} p{config.programs_per_multiprocessor}"
     )
 

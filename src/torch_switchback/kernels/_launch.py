@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
+import triton
 
 # Compiled kernels by all that Triton specialises on and more: integers count with their values, so that looking one
 # up takes no analysis. A few launches a layer shape and batch size; emptied before it could grow without bound.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_COMPILED = 10_000
+
+
+class CannotCompile(Exception):
+    """A kernel does not compile here, or needs more than the GPU has."""
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
@@ -19,6 +23,9 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     args are all of the kernel's parameters that are not constexpr, in order; options its constexprs, num_warps and
     num_stages. From its second call on, a launch skips Triton's own analysis of the arguments, which takes
     longer than the launch.
+
+    Raises:
+        CannotCompile: Triton cannot compile or load the kernel.
     """
     if 0 in grid:
         return
@@ -29,7 +36,12 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         compiled, constants = found
         compiled[grid](*args, *constants)
         return
-    compiled = kernel[grid](*args, enable_fp_fusion=False, **options)
+    try:
+        compiled = kernel[grid](*args, enable_fp_fusion=False, **options)
+    except Exception as error:  # whatever Triton, its backend or the driver raise for what they cannot run
+        if triton.knobs.runtime.interpret:
+            raise
+        raise CannotCompile(f"{kernel.__name__} with {options}: {type(error).__name__}: {error}") from error
     if compiled is not None:  # the interpreter compiles nothing
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
@@ -40,9 +52,9 @@ def _signature(arg: Any) -> Any:
     """What of an argument decides how its kernel is compiled, and where it is loaded: of an integer its value."""
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.get_device(), arg.data_ptr() % 16
-    if isinstance(arg, TensorDescriptor):
-        return arg.base.dtype, *arg.block_shape
-    return arg
+    if isinstance(arg, int):
+        return arg
+    return arg.base.dtype, *arg.block_shape  # a tensor descriptor, Triton's or Gluon's
 
 
 @functools.cache

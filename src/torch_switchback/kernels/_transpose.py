@@ -1,57 +1,60 @@
-"""Quantise tiles of x and store them transposed: the second pass of the global and the column-wise quantiser."""
+"""Quantise tiles of x and store them transposed, and plain where asked: the second pass of four quantisers."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ._absmax import MAX_PARTS
-from ._launch import ceil_div, launch
-from ._numerics import bits_to_float, inverse_scale, quantize
+from . import _absmax
+from ._absmax import reduce_absmax, reduce_columnwise_absmax
+from ._launch import ceil_div, launch, next_power_of_2
+from ._numerics import inverse_scale, quantize
 
 BLOCK_ROWS, BLOCK_COLS = 64, 128
+NUM_WARPS = 4
 
 
 @triton.jit
 def quantize_transpose_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
-    partial_ptr,  # [parts, cols] or [parts, 1] int32 bits of absmax
-    codes_ptr,  # [cols, rows] int8, contiguous
-    absmax_ptr,  # [cols] or [1] fp32; unused unless STORE_ABSMAX
+    parts_ptr,  # [parts, cols] if COLUMNWISE, else [parts], fp16/bf16/fp32, with the absmax of x
+    codes_ptr,  # [rows, cols] int8, contiguous; unused unless STORE_PLAIN
+    codes_t_ptr,  # [cols, rows] int8, contiguous
+    absmax_ptr,  # [cols] if COLUMNWISE, else [1], fp32; unused unless STORE_ABSMAX
     rows,
     cols,
     parts,
     stride_row,
     stride_col,
+    stride_part,
+    stride_part_col,
     COLUMNWISE: tl.constexpr,
+    STORE_PLAIN: tl.constexpr,
     STORE_ABSMAX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    # Neighbouring programs write neighbouring pieces of the same rows of the output.
+    # Neighbouring programs write neighbouring pieces of the same rows of the transposed codes.
     row_blocks = tl.maximum(tl.cdiv(rows, BLOCK_ROWS), 1)
     row_block = tl.program_id(0) % row_blocks
     row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = (tl.program_id(0) // row_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-
-    if COLUMNWISE:
-        bits = tl.zeros([BLOCK_COLS], dtype=tl.int32)
-        part_ptrs = partial_ptr + col
-        for _ in range(parts):
-            bits = tl.maximum(bits, tl.load(part_ptrs, mask=col < cols, other=0) & 0x7FFFFFFF)
-            part_ptrs += cols
-        absmax = bits_to_float(bits)
-        inverse = inverse_scale(absmax)[None, :]
-    else:
-        part = tl.arange(0, MAX_PARTS)
-        bits = tl.load(partial_ptr + part, mask=part < parts, other=0) & 0x7FFFFFFF
-        absmax = bits_to_float(tl.max(bits, axis=0))
-        inverse = inverse_scale(absmax)
-
     in_x = (row < rows)[:, None] & (col < cols)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride_row + col[None, :] * stride_col, mask=in_x, other=0.0)
-    in_codes = (col < cols)[:, None] & (row < rows)[None, :]
-    tl.store(codes_ptr + col[:, None] * rows + row[None, :], tl.trans(quantize(x, inverse)), mask=in_codes)
+
+    if COLUMNWISE:
+        absmax = reduce_columnwise_absmax(
+            parts_ptr, col, parts, cols, stride_part, stride_part_col, 0, BLOCK_PARTS, BLOCK_PARTS, BLOCK_COLS
+        )
+        codes = quantize(x, inverse_scale(absmax)[None, :])
+    else:
+        absmax = reduce_absmax(parts_ptr, parts, 0, BLOCK_PARTS, BLOCK_PARTS)
+        codes = quantize(x, inverse_scale(absmax))
+
+    if STORE_PLAIN:
+        tl.store(codes_ptr + row[:, None] * cols + col[None, :], codes, mask=in_x)
+    in_codes_t = (col < cols)[:, None] & (row < rows)[None, :]
+    tl.store(codes_t_ptr + col[:, None] * rows + row[None, :], tl.trans(codes), mask=in_codes_t)
     if STORE_ABSMAX:
         if COLUMNWISE:
             if row_block == 0:
@@ -61,30 +64,41 @@ def quantize_transpose_kernel(
 
 
 def quantize_transpose(
-    x: torch.Tensor, partial: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor | None
+    x: torch.Tensor,
+    parts: torch.Tensor,
+    codes_t: torch.Tensor,
+    absmax: torch.Tensor | None,
+    codes: torch.Tensor | None = None,
+    *,
+    columnwise: bool = False,
 ) -> None:
-    """Fill codes [cols, rows] from x [rows, cols] and the parts of its absmax; and absmax, if it is given.
+    """Fill codes_t [cols, rows], and absmax and codes [rows, cols] if they are given, from x [rows, cols].
 
-    partial: int32 bits, [parts, cols] for one absmax a column, [parts, 1] for one in all.
+    parts: values with the absmax of x, contiguous; if columnwise, [parts, cols] with that of each column, any strides.
     """
     rows, cols = x.shape
+    count = parts.shape[0] if columnwise else parts.numel()
+    block = _absmax.BLOCK_ROWS if columnwise else _absmax.BLOCK
     launch(
         quantize_transpose_kernel,
         # At least one program a block of columns: without rows there is still an absmax to store.
         (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, BLOCK_COLS)),),
         x,
-        partial,
-        codes,
-        codes if absmax is None else absmax,
+        parts,
+        codes_t if codes is None else codes,
+        codes_t,
+        codes_t if absmax is None else absmax,
         rows,
         cols,
-        partial.shape[0],
+        count,
         x.stride(0),
         x.stride(1),
-        COLUMNWISE=partial.shape[1] != 1,
+        *(parts.stride() if columnwise else (1, 1)),
+        COLUMNWISE=columnwise,
+        STORE_PLAIN=codes is not None,
         STORE_ABSMAX=absmax is not None,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS,
-        MAX_PARTS=MAX_PARTS,
-        num_warps=4,
+        BLOCK_PARTS=min(next_power_of_2(count), block),
+        num_warps=NUM_WARPS,
     )

@@ -1,4 +1,4 @@
-"""Column-wise quantisation in two passes: absmax of parts of the columns; then reduce, quantise, store transposed."""
+"""Column-wise quantisation: absmax of parts of the columns; then reduce the parts, quantise, store transposed."""
 
 import torch
 
@@ -7,4 +7,4 @@ from ._transpose import quantize_transpose
 
 
 def quantize_columnwise_and_transpose(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    quantize_transpose(x, partial_columnwise_absmax(x), codes, absmax)
+    quantize_transpose(x, partial_columnwise_absmax(x), codes, absmax, columnwise=True)

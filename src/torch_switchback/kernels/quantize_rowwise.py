@@ -1,5 +1,7 @@
 """Row-wise quantisation and dequantisation: memory-bound, so x is read once where a row fits a program."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,13 +9,20 @@ import triton.language as tl
 from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
 
-# Measured on an H200 (docs/performance.md): one row a program is fastest, however long, and few warps.
+# Measured on an H200 (docs/performance.md), with rows in one chunk: few rows a program and few warps are fastest.
 SMALLEST_TILE = 2048  # elements of x that a program holds; shorter rows share one
-MAX_BLOCK_COLS = 16384  # longer rows are read twice, in chunks of this
+MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
+MAX_CHUNKS = 8  # rows whose length is no power of two are held in up to so many blocks,
+SMALLEST_CHUNK = 128  # none smaller than this
 DEQUANTIZE_TILE = 8192
 
 
 @triton.jit
+def load_chunk(x_rows, in_rows, col, cols, stride_col):
+    return tl.load(x_rows + col * stride_col, mask=in_rows & (col < cols), other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def quantize_rowwise_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     codes_ptr,  # [rows, cols] int8, contiguous
@@ -24,42 +33,43 @@ def quantize_rowwise_kernel(
     stride_col,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    ROW_IN_BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_COLS columns, that hold a row; 0: it is too long to be held and is read twice
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    block = tl.arange(0, BLOCK_COLS)[None, :]
+    block = tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :]
     x_rows = x_ptr + row * stride_row
     code_rows = codes_ptr + row * cols
     in_rows = row < rows
 
-    if ROW_IN_BLOCK:
-        mask = in_rows & (block < cols)
-        x = tl.load(x_rows + block.to(tl.int64) * stride_col, mask=mask, other=0.0)
-        absmax = bits_to_float(tl.max(magnitude_bits(x), axis=1, keep_dims=True))
-        tl.store(code_rows + block, quantize(x, inverse_scale(absmax)), mask=mask)
-    else:
-        bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
+    held = ()
+    for chunk in tl.static_range(CHUNKS):
+        held += (load_chunk(x_rows, in_rows, chunk * BLOCK_COLS + block, cols, stride_col),)
+    bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
+    for chunk in tl.static_range(CHUNKS):
+        bits = tl.maximum(bits, magnitude_bits(held[chunk]))
+    if CHUNKS == 0:
         for start in range(0, cols, BLOCK_COLS):
-            col = start + block.to(tl.int64)
-            x = tl.load(x_rows + col * stride_col, mask=in_rows & (col < cols), other=0.0)
-            bits = tl.maximum(bits, magnitude_bits(x))
-        absmax = bits_to_float(tl.max(bits, axis=1, keep_dims=True))
-        inverse = inverse_scale(absmax)
-        for start in range(0, cols, BLOCK_COLS):
-            col = start + block.to(tl.int64)
-            mask = in_rows & (col < cols)
-            x = tl.load(x_rows + col * stride_col, mask=mask, other=0.0)
-            tl.store(code_rows + col, quantize(x, inverse), mask=mask)
+            bits = tl.maximum(bits, magnitude_bits(load_chunk(x_rows, in_rows, start + block, cols, stride_col)))
+
+    absmax = bits_to_float(tl.max(bits, axis=1, keep_dims=True))
+    inverse = inverse_scale(absmax)
     tl.store(absmax_ptr + row, absmax, mask=in_rows)
+    for chunk in tl.static_range(CHUNKS):
+        col = chunk * BLOCK_COLS + block
+        tl.store(code_rows + col, quantize(held[chunk], inverse), mask=in_rows & (col < cols))
+    if CHUNKS == 0:
+        for start in range(0, cols, BLOCK_COLS):
+            col = start + block
+            x = load_chunk(x_rows, in_rows, col, cols, stride_col)
+            tl.store(code_rows + col, quantize(x, inverse), mask=in_rows & (col < cols))
 
 
 def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     rows, cols = x.shape
-    block_cols = min(next_power_of_2(cols), MAX_BLOCK_COLS)
-    block_rows = max(1, SMALLEST_TILE // block_cols)
+    tile = row_tile(cols)
     launch(
         quantize_rowwise_kernel,
-        (ceil_div(rows, block_rows),),
+        (ceil_div(rows, tile["BLOCK_ROWS"]),),
         x,
         codes,
         absmax,
@@ -67,14 +77,28 @@ def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor)
         cols,
         x.stride(0),
         x.stride(1),
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        ROW_IN_BLOCK=cols <= block_cols,
-        num_warps=2 if block_rows * block_cols <= SMALLEST_TILE else 4,
+        **tile,
     )
 
 
-@triton.jit
+@functools.lru_cache
+def row_tile(cols: int) -> dict[str, int]:
+    """The kernel's constants: as few idle lanes as up to MAX_CHUNKS chunks allow, and then as few chunks."""
+    if cols > MAX_BLOCK_COLS:
+        return {"BLOCK_ROWS": 1, "BLOCK_COLS": MAX_BLOCK_COLS, "CHUNKS": 0, "num_warps": 4}
+    whole = next_power_of_2(cols)
+    sizes = [whole]
+    while sizes[-1] > max(whole // MAX_CHUNKS, SMALLEST_CHUNK):
+        sizes.append(sizes[-1] // 2)
+    block_cols = min(sizes, key=lambda size: ceil_div(cols, size) * size)
+    chunks = max(1, ceil_div(cols, block_cols))
+    block_rows = next_power_of_2(ceil_div(SMALLEST_TILE, block_cols * chunks))
+    # Of each chunk a thread loads at least 8 elements: 16 bytes in 16 bit.
+    num_warps = min(2 if block_rows * block_cols * chunks <= SMALLEST_TILE else 4, block_rows * block_cols // 256)
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "CHUNKS": chunks, "num_warps": num_warps}
+
+
+@triton.jit(do_not_specialize=["rows"])
 def dequantize_rowwise_kernel(
     x_ptr,  # [rows, cols] int8
     absmax_ptr,  # [rows] fp32

@@ -2,7 +2,12 @@
 
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
 from .quantize_columnwise import quantize_columnwise_and_transpose, quantize_rowwise_and_rotated_columnwise
-from .quantize_global import quantize_global, quantize_global_transpose, quantize_transpose_by_absmax
+from .quantize_global import (
+    quantize_global,
+    quantize_global_transpose,
+    quantize_global_with_transpose,
+    quantize_transpose_by_absmax,
+)
 from .quantize_rowwise import dequantize_rowwise, quantize_rowwise
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "quantize_columnwise_and_transpose",
     "quantize_global",
     "quantize_global_transpose",
+    "quantize_global_with_transpose",
     "quantize_rowwise",
     "quantize_rowwise_and_rotated_columnwise",
     "quantize_transpose_by_absmax",

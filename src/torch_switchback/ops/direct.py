@@ -7,7 +7,11 @@ from .quantize_columnwise import (
     quantize_rotated_columnwise_and_transpose_op,
     quantize_rowwise_and_rotated_columnwise_op,
 )
-from .quantize_global import quantize_global_op, quantize_transpose_by_absmax_op
+from .quantize_global import (
+    quantize_global_op,
+    quantize_global_with_transpose_op,
+    quantize_transpose_by_absmax_op,
+)
 from .quantize_rowwise import dequantize_rowwise_op, quantize_rowwise_op
 
 dequantize_rowwise = dequantize_rowwise_op.direct
@@ -15,6 +19,7 @@ int8_matmul_mixed_dequantize = int8_matmul_mixed_dequantize_op.direct
 int8_matmul_rowwise_dequantize = int8_matmul_rowwise_dequantize_op.direct
 quantize_columnwise_and_transpose = quantize_columnwise_and_transpose_op.direct
 quantize_global = quantize_global_op.direct
+quantize_global_with_transpose = quantize_global_with_transpose_op.direct
 quantize_rotated_columnwise_and_transpose = quantize_rotated_columnwise_and_transpose_op.direct
 quantize_rowwise = quantize_rowwise_op.direct
 quantize_rowwise_and_rotated_columnwise = quantize_rowwise_and_rotated_columnwise_op.direct

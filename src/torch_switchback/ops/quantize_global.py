@@ -1,4 +1,4 @@
-"""Global quantisation: one absmax for the whole tensor, as for weights; plain and transposed.
+"""Global quantisation: one absmax for the whole tensor, as for weights; plain, transposed or both.
 
 The INT8 tensor cores want the inner dimension of both operands contiguous. The input gradient's inner dimension
 is the weight's rows, so its codes are stored transposed.
@@ -113,5 +113,41 @@ quantize_transpose_by_absmax_op = define(
     "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
     allocate=lambda x, absmax: _allocate_transpose(x)[0],
     cpu=quantize_transposed,
+    kernels="quantize_global",
+)
+
+
+def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`quantize_global` and :func:`quantize_global_transpose` at once: x is read no oftener than for one of them.
+
+    Args:
+        x: [rows, cols], float16, bfloat16 or float32, any strides.
+
+    Returns:
+        The int8 codes [rows, cols] and, transposed, [cols, rows], both contiguous, and the absmax (1,).
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x is not 2-D.
+    """
+    check_float("quantize_global_with_transpose", "x", x)
+    check_2d("quantize_global_with_transpose", "x", x)
+    return quantize_global_with_transpose_op.dispatched(x)
+
+
+def _allocate_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, absmax = _allocate(x)
+    return codes, x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), absmax
+
+
+def _quantize_global_with_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, absmax = _quantize_global_cpu(x)
+    return codes, codes.t().clone(memory_format=torch.contiguous_format), absmax
+
+
+quantize_global_with_transpose_op = define(
+    "quantize_global_with_transpose(Tensor x) -> (Tensor, Tensor, Tensor)",
+    allocate=_allocate_with_transpose,
+    cpu=_quantize_global_with_transpose_cpu,
     kernels="quantize_global",
 )

@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+# Plain Triton on pointers and on TMA descriptors; Gluon, with warps that load and warps that multiply.
+Kernel = Literal["pointer", "tma", "warp_specialized"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
 @dataclass(frozen=True)
@@ -18,27 +22,38 @@ class MatmulConfig:
     """How an INT8 product is cut up. Results do not depend on it, only the time does.
 
     Raises:
-        ValueError: a field is no bool or positive int, or a block or num_warps is no power of two.
+        ValueError: kernel is none of the three, another field is no positive int, or a block or num_warps is no
+            power of two; or warp_specialized with what its two warp groups cannot do.
     """
 
-    tma: bool  # the persistent kernel on TMA descriptors, where the operands allow it; else one tile a program
+    kernel: Kernel  # the latter two where the operands allow TMA
     block_m: int
     block_n: int
     block_k: int
     group_m: int  # block rows that run side by side, to reuse their operands in L2
     num_stages: int
-    num_warps: int
-    programs_per_multiprocessor: int = 1  # of the persistent kernel
+    num_warps: int  # that multiply
+    programs_per_multiprocessor: int = 1  # of the persistent kernels
+
+    @property
+    def tma(self) -> bool:
+        return self.kernel != "pointer"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "tma":
-                if type(value) is not bool:
-                    raise ValueError(f"MatmulConfig: tma must be a bool, got {value!r}")
+            if name == "kernel":
+                if value not in KERNELS:
+                    raise ValueError(f"MatmulConfig: kernel must be one of {', '.join(KERNELS)}, got {value!r}")
             elif type(value) is not int or value < 1:
                 raise ValueError(f"MatmulConfig: {name} must be a positive int, got {value!r}")
             elif (name.startswith("block_") or name == "num_warps") and value & (value - 1):
                 raise ValueError(f"MatmulConfig: {name} must be a power of two, got {value}")
+        if self.kernel == "warp_specialized" and (
+            min(self.block_m, self.block_n) < 128 or self.num_warps != 8 or self.programs_per_multiprocessor != 1
+        ):
+            raise ValueError(
+                f"MatmulConfig: warp_specialized takes 8 warps, 1 program and tiles of 128 × 128 at least, got {self}"
+            )
 
 
 @dataclass(frozen=True)

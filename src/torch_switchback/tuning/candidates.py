@@ -3,9 +3,12 @@
 import itertools
 from collections.abc import Iterator
 
-from ._tables import MatmulConfig, served, shipped_table
+from ._tables import Kernel, MatmulConfig, served, shipped_table
 
-# (block_m, block_n, block_k)
+Tile = tuple[int, int, int]  # block_m, block_n, block_k
+# Tiles, numbers of stages, warps and programs a multiprocessor that go together.
+Family = tuple[Kernel, tuple[Tile, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
 TMA_TILES = (
     (64, 64, 128),
     (64, 128, 128),
@@ -15,6 +18,7 @@ TMA_TILES = (
     (128, 256, 128),
     (256, 128, 128),
 )
+WARP_SPECIALIZED_TILES = ((128, 128, 128), (128, 256, 128), (256, 128, 128))
 SHORT_TILES = (  # for a few rows, where wgmma's 64 would be mostly padding
     (16, 32, 256),
     (16, 64, 128),
@@ -58,41 +62,48 @@ def candidates(
         ValueError: architecture is no name of that form.
     """
     limits = served(shipped_table(architecture)[1], architecture)
-    short = (False, SHORT_TILES, (2, 3, 4, 5), (1,))
-    families = (
-        [(True, TMA_TILES, (3, 4, 5), (1, 2)), short]
+    short: Family = ("pointer", SHORT_TILES, (2, 3, 4, 5), (4, 8), (1,))
+    families: list[Family] = (
+        [
+            ("warp_specialized", WARP_SPECIALIZED_TILES, (3, 4, 5, 6), (8,), (1,)),
+            ("tma", TMA_TILES, (3, 4, 5), (4, 8), (1, 2)),
+            short,
+        ]
         if limits.tma and tma
-        else [(False, POINTER_TILES, (2, 3, 4, 5), (1,)), short]
+        else [("pointer", POINTER_TILES, (2, 3, 4, 5), (4, 8), (1,)), short]
     )
-    for by_tma, tiles, stages, programs in families:
-        for (block_m, block_n, block_k), num_warps, program in itertools.product(tiles, (4, 8), programs):
+    for kernel, tiles, stages, warps, programs in families:
+        for (block_m, block_n, block_k), num_warps, program in itertools.product(tiles, warps, programs):
             accumulators = block_m * block_n // (32 * num_warps)
             if accumulators > MOST_ACCUMULATORS or (num_warps == 8 and accumulators < LEAST_ACCUMULATORS_OF_8_WARPS):
                 continue
-            if by_tma and num_warps * 16 > block_m:
+            if kernel == "tma" and num_warps * 16 > block_m:
                 continue  # wgmma gives each warp 16 rows; more warps share columns, and the outputs change layout
             if m is not None and not min(m, 64) <= block_m <= max(m, 64):
                 continue
             fitting = []
             for num_stages in stages:
-                config = MatmulConfig(by_tma, block_m, block_n, block_k, 8, num_stages, num_warps, program)
+                config = MatmulConfig(kernel, block_m, block_n, block_k, 8, num_stages, num_warps, program)
                 if _fits(config, limits.shared_memory_kib * 1024):
                     fitting.append(num_stages)
             for num_stages in fitting[-1:] if quick else fitting:
                 for group_m in (8,) if quick else _groups(m, block_m):
-                    yield MatmulConfig(by_tma, block_m, block_n, block_k, group_m, num_stages, num_warps, program)
+                    yield MatmulConfig(kernel, block_m, block_n, block_k, group_m, num_stages, num_warps, program)
 
 
 def shared_memory(config: MatmulConfig, out_bytes: int) -> int:
     """Bytes of shared memory of one program, as Triton 3.9 takes it, less some barriers.
 
-    TMA: the operands of every stage, and half a tile of outputs to be stored. Pointers: one stage less, the operands of
-    the last being on their way to registers; their outputs go where the operands were. (sm_100 keeps every stage, and
-    all candidates still fit it.)
+    TMA: the operands of every stage, and half a tile of outputs to be stored. Warp-specialised: the operands, the
+    epilogue's vectors, and 32 bytes at least of every row of outputs. Pointers: one stage less, the operands of the
+    last being on their way to registers; their outputs go where the operands were. (sm_100 keeps every stage, and all
+    candidates still fit it.)
     """
     operands = (config.block_m + config.block_n) * config.block_k
     if not config.tma:
         return (config.num_stages - 1) * operands
+    if config.kernel == "warp_specialized":
+        return config.num_stages * operands + 256 + 16 * config.block_n + 64 * config.block_m
     return config.num_stages * operands + config.block_m * config.block_n // 2 * out_bytes
 
 

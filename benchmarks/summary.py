@@ -1,0 +1,204 @@
+"""The goals for one H200 beside what the results say, as a Markdown table; with --host where the host's time goes.
+
+    python benchmarks/summary.py benchmarks/results/h200
+
+A goal is reached if its worst case reaches it. GOALS names the file and the field that each is read from.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from measure import Record, new_app
+from shapes import PRODUCTS, SMALL, Shape
+
+app = new_app()
+Cases = Iterator[tuple[str, float | None]]  # what it is of, and the value
+
+VIT, LLAMA = PRODUCTS[:2], PRODUCTS[2:5]
+FEWEST_ELEMENTS = 64 * 1024 * 1024
+
+
+class Goal(NamedTuple):
+    what: str
+    reach: float
+    script: str
+    cases: Callable[[Record], Cases]
+    at_most: bool = False
+    form: str = "{:.2f}"
+
+    def is_reached(self, value: float) -> bool:
+        return value <= self.reach if self.at_most else value >= self.reach
+
+
+def by_shape(value: str, /, shapes: tuple[Shape, ...] | None = None, **wanted: object) -> Callable[[Record], Cases]:
+    """A field of the results with these other fields, of all shapes or of some."""
+
+    def cases(document: Record) -> Cases:
+        for record in document["results"]:
+            if all(record.get(key) == wish for key, wish in wanted.items()):
+                if shapes is None or tuple(record["shape"]) in shapes:
+                    yield shape(record), record[value]
+
+    return cases
+
+
+def shape(record: Record) -> str:
+    return str(Shape(*record["shape"]))
+
+
+def share_of_copy(*operations: str) -> Callable[[Record], Cases]:
+    def cases(document: Record) -> Cases:
+        for record in document["results"]:
+            rows, cols = record["shape"]
+            if record["name"] in operations and rows * cols >= FEWEST_ELEMENTS:
+                yield f"{rows} × {cols}", record["share_of_copy"]
+
+    return cases
+
+
+def share_of_limit(document: Record) -> Cases:
+    for limit in document["limits"]:
+        shown = "share_reached_in_a_graph" if tuple(limit["shape"]) == SMALL else "share_reached"
+        yield f"{shape(limit)}, {limit['name']}", limit[shown]
+
+
+def model(name: str, value: str, competitor: str = "switchback") -> Callable[[Record], Cases]:
+    return lambda document: (
+        (record["model"], record[value])
+        for record in document["results"]
+        if name in record["model"] and record["name"] == competitor and record["mode"] == "compiled"
+    )
+
+
+def later_first_calls(document: Record) -> Cases:
+    """All but the first, which pays for what is not the shape's: importing and setting up Triton."""
+    for one in document["first_calls"][1:]:
+        yield shape(one), one["forward_s"] + one["backward_s"]
+
+
+PEER = "torch._scaled_mm rowwise"
+GOALS = (
+    *(
+        Goal(
+            f"product over fp8 rowwise, forward and grad_input, {pace}",
+            1.0,
+            "bench_matmul",
+            by_shape("switchback_speed_up", name=PEER, pace=pace),
+        )
+        for pace in ("interleaved", "sustained")
+    ),
+    *(
+        Goal(f"{name}, share of copy bandwidth, ≥ 64 M elements", 0.92, "bench_quantize", share_of_copy(name))
+        for name in (
+            "quantize_rowwise",
+            "quantize_global",
+            "quantize_global_transpose",
+            "quantize_global_with_transpose",
+            "quantize_columnwise_and_transpose",
+            "dequantize_rowwise",
+        )
+    ),
+    Goal(
+        "layer step, Llama shapes", 1.45, "bench_linear", by_shape("speed_up", LLAMA, name="switchback", mode="eager")
+    ),
+    Goal("layer step, ViT shapes", 1.30, "bench_linear", by_shape("speed_up", VIT, name="switchback", mode="eager")),
+    Goal(
+        "layer step, memory-efficient",
+        1.38,
+        "bench_linear",
+        by_shape("speed_up", LLAMA + VIT, name="switchback-mem-efficient", mode="eager"),
+    ),
+    Goal(
+        "bytes kept for the backward, memory-efficient, over nn.Linear",
+        0.51,
+        "bench_linear",
+        by_shape("saved_over_linear", LLAMA + VIT, name="switchback-mem-efficient", mode="eager"),
+        at_most=True,
+        form="{:.3f}",
+    ),
+    Goal("layer step, share of Amdahl's limit", 0.95, "bench_linear", share_of_limit),
+    *(
+        Goal(
+            f"layer step at 8192 tokens, {mode}",
+            reach,
+            "bench_host",
+            by_shape("speed_up", what="step", name="switchback", mode=mode),
+        )
+        for mode, reach in (("eager", 1.0), ("graph", 1.15))
+    ),
+    Goal(
+        "peak memory of the ViT-H blocks, memory-efficient, over nn.Linear",
+        0.75,
+        "bench_model",
+        model("ViT", "peak_over_linear", "switchback-mem-efficient"),
+        at_most=True,
+    ),
+    Goal("Llama blocks, compiled", 1.36, "bench_model", model("Llama", "speed_up")),
+    Goal("ViT-H blocks, compiled", 1.20, "bench_model", model("ViT", "speed_up")),
+    Goal("GPT of width 768, compiled, tokens/s", 1.05, "bench_model", model("GPT", "speed_up")),
+    Goal("prepared layer, few tokens", 1.6, "bench_inference", by_shape("speed_up", name="switchback")),
+    Goal("first call on a new shape, s", 1.0, "bench_host", later_first_calls, at_most=True),
+)
+
+
+def row(goal: Goal, document: Record | None) -> tuple[str, ...]:
+    """what, reach, the worst case, whether it is reached, and all cases."""
+    reach = ("≤ " if goal.at_most else "≥ ") + goal.form.format(goal.reach)
+    cases = [] if document is None else list(goal.cases(document))
+    values = [value for _, value in cases if value is not None]
+    if not values:
+        return goal.what, reach, "–", "not measured", ""
+    worst = max(values) if goal.at_most else min(values)
+    reached = sum(goal.is_reached(value) for value in values)
+    verdict = "yes" if reached == len(cases) else f"no ({reached} of {len(cases)})"
+    listed = "; ".join(f"{name}: {'–' if value is None else goal.form.format(value)}" for name, value in cases)
+    return goal.what, reach, goal.form.format(worst), verdict, listed
+
+
+def table(documents: dict[str, Record]) -> str:
+    header = ("goal", "reach", "worst case", "reached", "cases")
+    return markdown(header, (row(goal, documents.get(goal.script)) for goal in GOALS))
+
+
+def host_table(host: Record) -> str:
+    rows = []
+    for record in host["results"]:
+        if record["what"] == "call" and record["median_ms"] is not None:
+            times = [f"{1e3 * record[key]:.1f}" for key in ("median_ms", "p10_ms", "p90_ms")]
+            rows.append((record["group"], record["name"], *times))
+    return markdown(("of", "call", "µs", "10th percentile", "90th"), rows)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows))
+
+
+@app.command(help="The goals beside the results of a folder, as Markdown.")
+def main(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = Path(__file__).parent / "results/h200",
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="a file to write instead")] = None,
+    host: Annotated[bool, typer.Option("--host", help="the host's microseconds instead of the goals")] = False,
+) -> None:
+    documents = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bench_*.json"))
+    }
+    if host and "bench_host" not in documents:
+        raise typer.BadParameter(f"{folder} has no bench_host.json")
+    text = host_table(documents["bench_host"]) if host else table(documents)
+    for name in ["bench_host"] if host else documents:
+        origin = documents[name]["provenance"]
+        text += f"\n{name}: {origin['device']}, torch {origin['torch']}, Triton {origin['triton']}, "
+        text += f"commit {str(origin['git_commit'])[:7]}, {origin['date'][:10]}"
+        text += " (partial: `--quick`)\n" if origin["arguments"]["quick"] else "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,68 @@
+"""What every product kernel shares: the order of its tiles and its epilogue's arithmetic."""
+
+import triton
+import triton.language as tl
+
+from ._numerics import ONE_OVER_127
+
+# Partial sums over this many products of codes fit int32: 131072 * 127² < 2**31 (the limit is 133,144).
+FOLD = 131072
+
+
+@triton.jit
+def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The block row and column of a tile: down GROUP_M block rows, then one block column on, for reuse in L2."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    group = tile // (GROUP_M * blocks_n)
+    group_height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * blocks_n)
+    return group * GROUP_M + within % group_height, within // group_height
+
+
+@triton.jit
+def load_scale(absmax_ptr, index, size):
+    """absmax / 127 of some rows or columns."""
+    return tl.load(absmax_ptr + index, mask=index < size, other=0.0) * ONE_OVER_127
+
+
+@triton.jit
+def load_bias(bias_ptr, col, N):
+    return tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def dequantize(acc, scale_a, scale_b, bias):
+    """fp32(acc) * (scale_a * scale_b) + bias, each operation rounded once, in this order.
+
+    acc: [rows, cols] int32 or int64; scale_a: [rows, 1]; scale_b: [1, cols] or a scalar; bias: [1, cols] or None.
+    """
+    out = acc.to(tl.float32) * (scale_a * scale_b)
+    if bias is not None:
+        out += bias
+    return out
+
+
+@triton.jit
+def dequantize_tile(
+    acc,
+    row,
+    col,
+    absmax_a_ptr,
+    absmax_b_ptr,
+    bias_ptr,
+    M,
+    N,
+    ABSMAX_PER_COL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """:func:`dequantize` of a tile at row [rows] and col [cols]."""
+    scale_a = load_scale(absmax_a_ptr, row, M)[:, None]
+    if ABSMAX_PER_COL:
+        scale_b = load_scale(absmax_b_ptr, col, N)[None, :]
+    else:
+        scale_b = load_scale(absmax_b_ptr, 0, 1)
+    if HAS_BIAS:
+        return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, N)[None, :])
+    else:
+        return dequantize(acc, scale_a, scale_b, None)

@@ -1,0 +1,113 @@
+"""The product as a kernel on pointers, a tile a program: for every GPU, and for operands that TMA cannot take."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import MatmulConfig
+from ._launch import ceil_div, launch
+from ._product import FOLD, dequantize_tile, tile_position
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_matmul_kernel(
+    a_ptr,  # [M, K] int8, K contiguous
+    b_ptr,  # [N, K] int8, K contiguous
+    out_ptr,  # [M, N] fp16/bf16/fp32, contiguous
+    absmax_a_ptr,  # [M] fp32
+    absmax_b_ptr,  # [N] or [1] fp32
+    bias_ptr,  # [N] fp16/bf16/fp32, or unused
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    ABSMAX_PER_COL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FOLD: tl.constexpr,  # sum chunks of this many products in int32 and the chunks in int64; 0: all in int32
+):
+    block_m, block_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_rows = a_ptr + row[:, None] * stride_a
+    b_rows = b_ptr + col[None, :] * stride_b
+    in_a = (row < M)[:, None]
+    in_b = (col < N)[None, :]
+
+    if FOLD:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int64)
+        for start in range(0, K, FOLD):
+            total += inner_product(
+                a_rows, b_rows, in_a, in_b, start, tl.minimum(start + FOLD, K), BLOCK_M, BLOCK_N, BLOCK_K
+            ).to(tl.int64)
+    else:
+        total = inner_product(a_rows, b_rows, in_a, in_b, 0, K, BLOCK_M, BLOCK_N, BLOCK_K)
+
+    out = dequantize_tile(total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS)
+    mask = (row < M)[:, None] & (col < N)[None, :]
+    tl.store(out_ptr + row[:, None] * N + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inner_product(
+    a_rows,  # [BLOCK_M, 1] pointers to int8
+    b_rows,  # [1, BLOCK_N] pointers to int8
+    in_a,
+    in_b,
+    start,
+    stop,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The int32 sums over k in [start, stop)."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(start, stop, BLOCK_K):
+        inner = k + tl.arange(0, BLOCK_K)
+        a = tl.load(a_rows + inner[None, :], mask=in_a & (inner < stop)[None, :], other=0)
+        b = tl.load(b_rows + inner[:, None], mask=in_b & (inner < stop)[:, None], other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    return acc
+
+
+def launch_pointer(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    absmax_a: torch.Tensor,
+    absmax_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    absmax_per_col: bool,
+    config: MatmulConfig,
+) -> None:
+    """Fill out [M, N] with the product of a [M, K] and b [N, K], the inner dimension contiguous in both."""
+    M, K = a.shape
+    N = b.shape[0]
+    launch(
+        int8_matmul_kernel,
+        (ceil_div(M, config.block_m) * ceil_div(N, config.block_n),),
+        a,
+        b,
+        out,
+        absmax_a,
+        absmax_b,
+        absmax_b if bias is None else bias,
+        M,
+        N,
+        K,
+        a.stride(0),
+        b.stride(0),
+        ABSMAX_PER_COL=absmax_per_col,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        FOLD=FOLD if K > FOLD else 0,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
