@@ -189,6 +189,18 @@ def test_prepared_layers_and_evaluation_leave_no_record(model, device):
     assert set(monitor.latest) == {"mlp.0", "mlp.2"}
 
 
+def test_no_tokens_leave_no_record_and_keywords_leave_one(device):
+    layer = ts.SwitchBackLinear(8, 4, device=device)
+    with Monitor(layer) as monitor:
+        layer(torch.randn(0, 8, device=device)).sum().backward()
+        monitor.step()
+        assert monitor.latest == {}
+    with Monitor(layer) as monitor:
+        layer(x=torch.randn(3, 8, device=device)).sum().backward()
+        monitor.step()
+    assert set(monitor.latest) == {""}
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_models_are_sampled_without_compiling_again(backend, model, device):
     compiles = []

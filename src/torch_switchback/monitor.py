@@ -142,10 +142,10 @@ class Monitor:
 def _measured(layer: SwitchBackLinear, name: str, sample: dict[str, Record]) -> Iterator[None]:
     """Inside it, the layer's first forward that has a backward leaves its record in the sample."""
 
-    def after_forward(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not output.requires_grad or layer.is_prepared or name in sample:
+    def after_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        if not output.requires_grad or output.numel() == 0 or layer.is_prepared or name in sample:
             return
-        x = inputs[0].detach().to(output.dtype)  # as autocast did
+        x = (args[0] if args else kwargs["x"]).detach().to(output.dtype)  # as autocast did
 
         def after_backward(grad: torch.Tensor) -> None:
             if name not in sample:
@@ -153,7 +153,7 @@ def _measured(layer: SwitchBackLinear, name: str, sample: dict[str, Record]) -> 
 
         output.register_hook(after_backward)
 
-    handle = layer.register_forward_hook(after_forward)
+    handle = layer.register_forward_hook(after_forward, with_kwargs=True)
     try:
         yield
     finally:

@@ -64,8 +64,13 @@ quantize_columnwise_and_transpose_op = define(
 def _quantize_rotated_columnwise_and_transpose_cpu(
     x: torch.Tensor, rotate_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[0] % rotate_tokens))
-    return _quantize_columnwise_and_transpose_cpu(rotate(x, rotate_tokens))
+    rows, cols = x.shape
+    rotated = torch.zeros((rows + -rows % rotate_tokens, cols), dtype=torch.float32)
+    rotated[:rows] = x
+    at_once = max(1, 2**18 // max(1, cols * rotate_tokens)) * rotate_tokens  # as row_blocks, in whole blocks
+    for part in rotated.split(at_once):
+        part.copy_(rotate(part, rotate_tokens))
+    return _quantize_columnwise_and_transpose_cpu(rotated)
 
 
 quantize_rotated_columnwise_and_transpose_op = define(
