@@ -12,7 +12,6 @@ BLOCKS = [16, 32, 64, 128]
 blocks = pytest.mark.parametrize("block", BLOCKS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-shapes = pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 
 
 def hadamard_matrix(block):
@@ -50,8 +49,9 @@ def test_rotation_leaves_the_product_of_two(block):
     torch.testing.assert_close(rotate(g, block).t() @ rotate(x, block), g.t() @ x, rtol=0, atol=1e-12)
 
 
-@blocks
-@shapes
+@pytest.mark.parametrize(
+    ("block", "shape"), [*((32, shape) for shape in SHAPES[:-1]), (16, (37, 20)), (64, (131, 20)), (128, (131, 20))]
+)
 @layouts
 @dtypes
 def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device):
@@ -64,10 +64,9 @@ def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device
     assert_same(codes, expected_codes)
 
 
-@blocks
 @layouts
 @dtypes
-def test_together_with_the_row_wise_codes(dtype, layout, block, device):
+def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
     x = layout(131, 257, dtype, device)
     expected = (*ts.quantize_rowwise(x), *ts.quantize_columnwise_and_transpose(x, rotate_tokens=block))
     for actual, wanted in zip(ops.quantize_rowwise_and_rotated_columnwise(x, block), expected, strict=True):

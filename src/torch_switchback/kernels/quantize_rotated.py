@@ -19,7 +19,7 @@ TILE = 16384  # elements
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rotated_absmax_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     row_absmax_ptr,  # [rows] int32 bits, zeros at first; unused unless ROWWISE
@@ -55,7 +55,7 @@ def rotated_absmax_kernel(
         tl.atomic_max(row_absmax_ptr + row, bits, mask=row < rows, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_rotated_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     row_absmax_ptr,  # [rows] fp32; unused unless ROWWISE
