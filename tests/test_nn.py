@@ -20,21 +20,17 @@ STRATEGIES = {
     "global mem_efficient": SwitchBackConfig(mem_efficient=True),
     "rowwise": SwitchBackConfig("rowwise"),
     "rowwise mem_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
+    "int8 grad_weight": SwitchBackConfig(grad_weight="int8_always"),
+    "rowwise int8 grad_weight": SwitchBackConfig("rowwise", grad_weight="int8_always", rotate_tokens=16),
 }
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def make_layer(config, in_features=64, out_features=48, device="cpu", dtype=None, bias=True):
-    return SwitchBackLinear(
-        in_features,
-        out_features,
-        bias,
-        device,
-        dtype,
-        vector_wise_quantization=config.weight_scaling == "rowwise",
-        mem_efficient=config.mem_efficient,
-    )
+    layer = SwitchBackLinear(in_features, out_features, bias, device, dtype)
+    layer.config = config
+    return layer
 
 
 def gradients(layer, x, grad):
@@ -197,13 +193,15 @@ def test_functional_form_defaults_to_the_paper(device):
 
 @strategies
 def test_weight_gradient_is_nn_linears(config, device):
-    """Without mem_efficient it is the very same product; with it, X carries int8 noise."""
+    """By default it is the very same product; with mem_efficient X carries int8 noise, in int8 G does too."""
     layer = make_layer(config, device=device, dtype=torch.float32)
     x, grad = torch.randn(300, 64, device=device), torch.randn(300, 48, device=device)
     _, _, ours, bias = gradients(layer, x, grad)
     _, _, theirs, their_bias = gradients(revert_copy(layer), x, grad)
     torch.testing.assert_close(bias, their_bias)
-    if config.mem_efficient:
+    if config.grad_weight != "high_precision":
+        assert signal_to_noise(ours, theirs) > 36.5
+    elif config.mem_efficient:
         assert signal_to_noise(ours, theirs) > 38
     else:
         torch.testing.assert_close(ours, theirs)
@@ -431,7 +429,7 @@ def test_double_backward(config, device):
 
 @strategies
 def test_bytes_kept_for_the_backward(config, device):
-    """Beside the parameter: X in 16 bit, or X in int8 and a float32 a row; Wᵀ in int8 if it came with W."""
+    """Beside the parameter: X in 16 bit or in int8 with a float32 a row or, rotated, a column; Wᵀ in int8 with W."""
     layer = make_layer(config, 1024, 64, device, torch.bfloat16)
     x = torch.randn(256, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
     parameters = {parameter.data_ptr() for parameter in layer.parameters()}
@@ -444,22 +442,24 @@ def test_bytes_kept_for_the_backward(config, device):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     expected = 256 * 1024 + 256 * 4 if config.mem_efficient else 256 * 1024 * 2
+    if config.grad_weight != "high_precision":
+        expected = 256 * 1024 + 1024 * 4
     absmax_of_weight = 4 if config.weight_scaling == "global" else 64 * 4
-    if config == SwitchBackConfig():
+    if config.weight_scaling == "global" and not config.mem_efficient:
         expected += 64 * 1024
     kept_beside_parameters = sum(nbytes for pointer, nbytes in kept.items() if pointer not in parameters)
     assert kept_beside_parameters == expected + absmax_of_weight
 
 
 @strategies
-def test_mem_efficient_frees_the_input(config, device):
+def test_int8_codes_free_the_input(config, device):
     layer = make_layer(config, device=device)
     x = torch.randn(4, 64, device=device, requires_grad=True) * 1.0  # not a leaf: no one else holds it
     freed = weakref.ref(x)
     y = layer(x)
     del x
     gc.collect()
-    assert (freed() is None) == config.mem_efficient
+    assert (freed() is None) == (config.mem_efficient or config.grad_weight != "high_precision")
     y.sum().backward()
     gc.collect()
     assert freed() is None
@@ -488,7 +488,7 @@ def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatc
     y.sum().backward()
     if not needs_input:
         assert calls == ["quantize"]
-    elif config == SwitchBackConfig():
+    elif config.weight_scaling == "global" and not config.mem_efficient:
         assert calls == ["quantize_with_transpose"]
     else:
         assert calls == ["quantize", "quantize_transpose"]

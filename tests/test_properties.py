@@ -1,6 +1,7 @@
 """What holds for every input, on inputs that hypothesis draws: the same 200 for each property, or ``make fuzz``."""
 
 import os
+from functools import partial
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 import torch_switchback as ts
 from cases import DTYPES, assert_same
 from torch_switchback import SwitchBackConfig
+from torch_switchback.config import ROTATIONS
+from torch_switchback.ops._hadamard import rotate
 
 settings.register_profile("fixed", derandomize=True, max_examples=200, deadline=None)
 settings.register_profile(
@@ -53,6 +56,34 @@ def test_codes_are_within_half_a_step(x):
         assert codes.abs().max() <= 127
         step = absmax.double() / 127
         assert ((codes.double() * step - x.double()).abs() <= step / 2 * (1 + 1e-6)).all()
+
+
+@given(matrices(), st.sampled_from(ROTATIONS))
+def test_rotated_codes_are_within_half_a_step(x, block):
+    codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    exact = rotate(torch.nn.functional.pad(x.double(), (0, 0, 0, -x.shape[0] % block)), block)
+    step = absmax.double() / 127
+    sums = 8 * torch.finfo(torch.float32).eps * x.double().abs().sum(0)
+    assert codes.abs().max() <= 127
+    assert ((codes.t().double() * step - exact).abs() <= step / 2 * (1 + 1e-6) + sums).all()
+
+
+@given(matrices(), sizes, seeds, st.sampled_from(ROTATIONS), seeds)
+def test_the_int8_weight_gradient_is_within_the_sum_of_all_roundings(x, out_features, grad_seed, block, seed):
+    grad = torch.randn(x.shape[0], out_features, generator=torch.Generator().manual_seed(grad_seed))
+    config = SwitchBackConfig(grad_weight="int8_always", rotate_tokens=block)
+    layer = layer_for(x, out_features, seed, config)
+    (actual,) = torch.autograd.grad(layer(x.float()), layer.weight, grad)
+    rotated = []
+    for operand in (x.double(), grad.double()):
+        rotated.append(rotate(torch.nn.functional.pad(operand, (0, 0, 0, -x.shape[0] % block)), block).abs())
+    step_x, step_grad = (operand.amax(0) / 127 for operand in rotated)
+    bound = (
+        rotated[1].sum(0)[:, None] * step_x / 2
+        + step_grad[:, None] / 2 * rotated[0].sum(0)
+        + rotated[0].shape[0] / 4 * step_grad[:, None] * step_x
+    )
+    assert ((actual.double() - grad.double().t() @ x.double()).abs() <= bound * (1 + 1e-4)).all()
 
 
 @given(matrices(), sizes, seeds, configs)
@@ -126,6 +157,7 @@ def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
         ts.quantize_global_transpose,
         ts.quantize_global_with_transpose,
         ts.quantize_columnwise_and_transpose,
+        partial(ts.quantize_columnwise_and_transpose, rotate_tokens=16),
     ):
         for actual, expected in zip(quantise(view), quantise(x), strict=True):
             assert_same(actual, expected)

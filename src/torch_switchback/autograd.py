@@ -4,7 +4,7 @@ With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
 
     Y           = X Wᵀ + b    int8
     grad_input  = G W         int8
-    grad_weight = Gᵀ X        16 bit: its inner dimension is the tokens, where int8 noise hurts
+    grad_weight = Gᵀ X        16 bit: its inner dimension is the tokens, where int8 noise hurts; or int8, both rotated
     grad_bias   = Σ G         float32 accumulation
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import _grad_weight
 from .config import SwitchBackConfig
 from .ops import direct as ops
 from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_device, check_shape
@@ -148,7 +149,8 @@ def switchback_linear(
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax, config)
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache)
+    int8_grad_weight = _grad_weight.runs_in_int8(config, x, weight)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, int8_grad_weight)
 
 
 def _check(
@@ -178,7 +180,7 @@ def _check(
 
 
 class SwitchBackFunction(torch.autograd.Function):
-    """Y = X Wᵀ + b whose backward runs grad_input in int8 and grad_weight in the input's dtype."""
+    """Y = X Wᵀ + b whose backward runs grad_input in int8 and grad_weight in the input's dtype or in int8."""
 
     @staticmethod
     def forward(
@@ -189,11 +191,12 @@ class SwitchBackFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         config: SwitchBackConfig,
         weight_cache: WeightCache | None,
+        int8_grad_weight: bool,
     ) -> torch.Tensor:
         scaling = _SCALINGS[config.weight_scaling]
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        x_codes, x_absmax = ops.quantize_rowwise(x_2d)
+        x_codes, x_absmax, *saved_x = _grad_weight.quantize(x_2d, config, rows=True, tokens=int8_grad_weight)
         quantized_t: Quantized | None = None
         if weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
@@ -204,14 +207,13 @@ class SwitchBackFunction(torch.autograd.Function):
             (weight_codes, absmax), quantized_t = _quantize_weight(weight, config, keeps_transpose)
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
 
-        saved_x: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        if needs_weight:
-            saved_x = (x_codes, x_absmax) if config.mem_efficient else (x_2d, None)
+        if needs_weight and not int8_grad_weight:
+            saved_x = [x_codes, x_absmax] if config.mem_efficient else [x_2d, None]
         # Beside its transposed codes the weight is kept for its version: a change before the backward is an error.
         codes_t, absmax_t = (None, absmax) if quantized_t is None else quantized_t
         saved_weight = (weight, absmax_t, codes_t) if needs_input else (None, None, None)
         ctx.save_for_backward(*saved_x, *saved_weight)
-        ctx.config = config
+        ctx.config, ctx.int8_grad_weight = config, int8_grad_weight
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -225,16 +227,23 @@ class SwitchBackFunction(torch.autograd.Function):
         needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
+        needs_int8_weight = needs_weight and ctx.int8_grad_weight
+        grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
+            grad, ctx.config, rows=needs_input, tokens=needs_int8_weight
+        )
         if needs_input:
             scaling = _SCALINGS[ctx.config.weight_scaling]
             if codes_t is None:
                 transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
                 codes_t, absmax = transpose(weight, absmax)
-            grad_codes, grad_absmax = ops.quantize_rowwise(grad)
             grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
                 grad_input = grad_input.view(ctx.input_shape)
-        if needs_weight:
+        if needs_int8_weight:
+            grad_weight = ops.int8_matmul_rowwise_dequantize(
+                grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
+            )
+        elif needs_weight:
             if x_absmax is not None:
                 saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
             grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
@@ -242,7 +251,7 @@ class SwitchBackFunction(torch.autograd.Function):
             # PyTorch accumulates a 16-bit sum in float32 and rounds once: no need to cast if the dtype stays.
             dtype = grad.dtype if grad.dtype == ctx.bias_dtype else torch.float32
             grad_bias = grad.sum(0, dtype=dtype).to(ctx.bias_dtype)
-        return grad_input, grad_weight, None, grad_bias, None, None
+        return grad_input, grad_weight, None, grad_bias, None, None, None
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 WeightScaling = Literal["global", "rowwise"]
+GradWeight = Literal["high_precision", "int8", "int8_always"]
+ROTATIONS = (16, 32, 64, 128)  # rows or columns that a block Hadamard rotation mixes
 
 
 @dataclass(frozen=True)
@@ -24,19 +26,35 @@ class SwitchBackConfig:
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
             LoRA adapter does), an optimiser inside a CUDA graph and FSDP's resharding do not.
+        grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
+            choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
+            the rotated codes of X for the backward, which are as small as mem_efficient's. Where quantising costs more
+            than the product gains (few features, few tokens; the rule is ``_grad_weight.int8_grad_weight_wins``) it
+            stays at high precision, and says so once. ``"int8_always"``: there too.
+        rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantised
+            for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
 
     Raises:
-        ValueError: for a ``weight_scaling`` that does not exist.
+        ValueError: for a ``weight_scaling``, ``grad_weight`` or ``rotate_tokens`` that does not exist.
     """
 
     weight_scaling: WeightScaling = "global"
     mem_efficient: bool = False
     cache_quantized_weight: bool = False
+    grad_weight: GradWeight = "high_precision"
+    rotate_tokens: int | None = 64
 
     def __post_init__(self) -> None:
-        if self.weight_scaling not in get_args(WeightScaling):
-            known = ", ".join(repr(name) for name in get_args(WeightScaling))
-            raise ValueError(f"SwitchBackConfig: weight_scaling must be one of {known}, got {self.weight_scaling!r}")
+        for name, known in (
+            ("weight_scaling", get_args(WeightScaling)),
+            ("grad_weight", get_args(GradWeight)),
+            ("rotate_tokens", (None, *ROTATIONS)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"SwitchBackConfig: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
+                )
 
     def scales_of(self, out_features: int) -> int:
         """How many absmaxes a weight [out_features, in_features] has in the forward product."""
@@ -45,4 +63,8 @@ class SwitchBackConfig:
     @property
     def strategy(self) -> str:
         """The name a person would call it by, as in the README's table: ``"rowwise, mem_efficient"``."""
-        return self.weight_scaling + (", mem_efficient" if self.mem_efficient else "")
+        name = self.weight_scaling + (", mem_efficient" if self.mem_efficient else "")
+        if self.grad_weight == "high_precision":
+            return name
+        rotation = "" if self.rotate_tokens is None else f" rotated by {self.rotate_tokens}"
+        return f"{name}, grad_weight {self.grad_weight}{rotation}"

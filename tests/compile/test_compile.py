@@ -17,6 +17,7 @@ from torch_switchback.kernels import (
     int8_matmul_warp_specialized,
     quantize_columnwise,
     quantize_global,
+    quantize_rotated,
     quantize_rowwise,
 )
 from torch_switchback.tuning import MatmulConfig, matmul_config, matmul_table
@@ -43,6 +44,19 @@ def test_quantisers(architecture, dtype):
     for shape in ((256, 128), (512, 256)):  # which take one pass and two
         for each in quantiser_launches(DTYPES[dtype], *shape).values():
             launches += each
+    compile_all(launches, architecture)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rotating_quantisers(architecture, block):
+    x = torch.empty(block + 1, 256, dtype=torch.bfloat16)
+    outputs = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    outputs_t = torch.empty(256, 2 * block, dtype=torch.int8), torch.empty(256)
+    launches = [
+        *record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, block, *outputs_t),
+        *record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs, *outputs_t),
+    ]
     compile_all(launches, architecture)
 
 
@@ -134,6 +148,14 @@ def test_hopper_products_run_on_int8_wgmma(kernel, per_col):
     assert ".s32.s8.s8" in compiled.asm["ptx"]
 
 
+def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
+    for config in (HOPPER["tma"], HOPPER["warp_specialized"]):
+        launches = product_launches(config, 256, 256, 262_144, bias=True, out_dtype=torch.float32)
+        (compiled,) = compile_all(launches, "sm_90")
+        assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+        assert ".s32.s8.s8" in compiled.asm["ptx"]
+
+
 def test_constants_come_last():
     """The launcher hands a compiled kernel its arguments and then its constants."""
     modules = (
@@ -143,10 +165,11 @@ def test_constants_come_last():
         int8_matmul_tma,
         int8_matmul_warp_specialized,
         quantize_global,
+        quantize_rotated,
         quantize_rowwise,
     )
     kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
-    assert len(kernels) >= 8
+    assert len(kernels) >= 10
     for kernel in kernels:
         is_constant = [parameter.is_constexpr for parameter in kernel.params]
         assert is_constant == sorted(is_constant)

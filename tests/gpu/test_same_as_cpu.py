@@ -1,6 +1,7 @@
 """The same bits on the GPU as on the CPU: codes, products, and a layer's output and input gradient."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 import torch_switchback as ts
 from cases import DTYPES, LAYOUTS, SHAPES, assert_same, codes
 from test_nn import STRATEGIES, make_layer
+from torch_switchback import ops
+from torch_switchback.config import ROTATIONS
 from torch_switchback.kernels import (
     _launch,
     int8_matmul,
@@ -27,13 +30,14 @@ QUANTISERS = [
     ts.quantize_global,
     ts.quantize_global_transpose,
     ts.quantize_global_with_transpose,
+    *(partial(ops.quantize_rowwise_and_rotated_columnwise, rotate_tokens=block) for block in ROTATIONS),
 ]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: getattr(f, "__name__", str(f)))
 def test_quantisers(quantiser, dtype, layout, shape):
     x = layout(*shape, dtype)
     gpu = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="cuda")
@@ -99,6 +103,8 @@ def test_layer(shape, dtype, config):
     (y, grad_input, grad_weight, grad_bias), on_gpu = results
     assert_same(on_gpu[0], y)
     assert_same(on_gpu[1], grad_input)
+    if config.grad_weight != "high_precision":
+        assert_same(on_gpu[2], grad_weight)
     tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]  # cuBLAS's own rounding
     torch.testing.assert_close(on_gpu[2].cpu(), grad_weight, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(on_gpu[3].cpu(), grad_bias, rtol=tolerance, atol=tolerance)

@@ -187,7 +187,7 @@ def test_products(dtype, has_bias, rowwise, shape, config):
         assert_same(out, op(a, b, absmax_a, absmax_b, bias, dtype))
 
 
-@pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
+@pytest.mark.parametrize("inner", [133_144, 133_145, 133_152, 262_144])
 def test_products_that_int32_cannot_hold(inner):
     config = MatmulConfig("tma", 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
     a = torch.full((2, inner), 127, dtype=torch.int8)

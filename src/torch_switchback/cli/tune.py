@@ -27,7 +27,8 @@ Shape = tuple[int, int, int]  # M, N, K
 
 open_gpu = Gpu
 
-# A layer's tokens, in_features and out_features are M, K and N. Then batches of inference and small training steps.
+# A layer's tokens, in_features and out_features are M, K and N; of an int8 weight gradient K, N and M. Then batches of
+# inference and small training steps.
 DEFAULT_SHAPES: tuple[Shape, ...] = (
     (65536, 5120, 1280),
     (65536, 1280, 5120),
@@ -35,6 +36,11 @@ DEFAULT_SHAPES: tuple[Shape, ...] = (
     (16384, 14336, 4096),
     (16384, 4096, 14336),
     (8192, 8192, 8192),
+    (5120, 1280, 65536),
+    (1280, 5120, 65536),
+    (4096, 4096, 16384),
+    (14336, 4096, 16384),
+    (4096, 14336, 16384),
     *((m, n, 4096) for n in (4096, 14336) for m in (1, 16, 64, 256, 1024, 4096)),
 )
 
@@ -54,7 +60,7 @@ def tune(
         typer.Option(
             metavar="M,N,K",
             help="Tune the product [M, K] × [K, N]. For a layer M is the tokens of a step, N its out_features and "
-            "K its in_features. Repeatable; by default 18 shapes of common layers, from 1 to 65536 tokens.",
+            "K its in_features. Repeatable; by default 23 shapes of common layers, from 1 to 65536 tokens.",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 SMALLEST_ABSMAX = tl.constexpr(2.0**-121)
 ONE_OVER_127 = tl.constexpr(1.0 / 127.0)
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: for |v| < 2**22, (v + it) - it is v rounded half to even
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: for |v| < 2**22 the low bits of v + it are v rounded half to even
 
 
 @triton.jit
@@ -34,4 +34,4 @@ def inverse_scale(absmax):
 def quantize(x, inverse):
     """int8 codes rint(x * inverse), half to even; 0 where inverse is 0, whatever x is."""
     scaled = tl.where(inverse > 0.0, x.to(tl.float32), 0.0) * inverse
-    return ((scaled + ROUNDER) - ROUNDER).to(tl.int8)
+    return (scaled + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)

@@ -71,15 +71,15 @@ def dequantized_product(
     a, b = _inner_contiguous(a), _inner_contiguous(b.t())
     operands = (a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous(), out)
     (M, K), N = a.shape, b.shape[0]
-    fits_tma = K <= FOLD and _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
+    fits_tma = _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
     if config is not None:
-        _launcher(config, fits_tma)(*operands, absmax_per_col, config)
+        _launcher(config, fits_tma, K)(*operands, absmax_per_col, config)
         return
     tuned = matmul_config(architecture(a.device), M, N, K, tma=fits_tma)
     while True:
         config = _replaced.get(tuned, tuned)
         try:
-            return _launcher(config, fits_tma)(*operands, absmax_per_col, config)
+            return _launcher(config, fits_tma, K)(*operands, absmax_per_col, config)
         except CannotCompile as error:
             plainer = _PLAINER[config.kernel]
             if config == plainer:
@@ -88,10 +88,10 @@ def dequantized_product(
             warnings.warn(f"torch_switchback runs {plainer} instead of {tuned}: {error}", stacklevel=2)
 
 
-def _launcher(config: MatmulConfig, fits_tma: bool) -> Callable[..., None]:
+def _launcher(config: MatmulConfig, fits_tma: bool, inner: int) -> Callable[..., None]:
     if config.kernel == "pointer" or not fits_tma:
         return launch_pointer
-    return launch_tma if config.kernel == "tma" else _warp_specialized()
+    return launch_tma if config.kernel == "tma" or inner > FOLD else _warp_specialized()
 
 
 @functools.cache

@@ -7,7 +7,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig
 from ._launch import ceil_div, launch, multiprocessors
-from ._product import dequantize_tile, tile_position
+from ._product import FOLD, dequantize_tile, tile_position
+
+# Two accumulators a thread: with 4 warps they spill.
+FOLDING = MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=4, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -27,27 +30,40 @@ def int8_matmul_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FOLD: tl.constexpr,  # carry what is above 16 bits out of acc before each chunk of this many products; 0: never
 ):
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FOLD == 0):
         block_m, block_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         start_m = block_m * BLOCK_M
         start_n = block_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-        for k in range(0, K, BLOCK_K):
-            a = a_desc.load([start_m, k])
-            b = b_desc.load([start_n, k])
-            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        high = acc
+        if FOLD:  # the sum is acc + 2**16 * high; in int64 it would not fit the registers
+            for start in range(0, K, FOLD):
+                high += acc >> 16
+                acc = acc & 0xFFFF
+                for k in range(start, tl.minimum(start + FOLD, K), BLOCK_K):
+                    a = a_desc.load([start_m, k])
+                    b = b_desc.load([start_n, k])
+                    acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        else:
+            for k in range(0, K, BLOCK_K):
+                a = a_desc.load([start_m, k])
+                b = b_desc.load([start_n, k])
+                acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
 
         # Two halves: the first is stored while the second is dequantised, through half the shared memory.
         halves = acc.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
+        high_halves = high.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
         row = start_m + tl.arange(0, BLOCK_M)
         for half in tl.static_range(2):
             start = start_n + half * (BLOCK_N // 2)
             col = start + tl.arange(0, BLOCK_N // 2)
-            out = dequantize_tile(
-                halves[half], row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS
-            )
+            total = halves[half]
+            if FOLD:
+                total = total.to(tl.int64) + (high_halves[half].to(tl.int64) << 16)
+            out = dequantize_tile(total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS)
             out_desc.store([start_m, start], out.to(out_desc.dtype))
 
 
@@ -61,9 +77,14 @@ def launch_tma(
     absmax_per_col: bool,
     config: MatmulConfig,
 ) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K]; all three fit TMA."""
+    """Fill out [M, N] with the product of a [M, K] and b [N, K]; all three fit TMA.
+
+    A K beyond FOLD takes a tile of its own, whichever was configured.
+    """
     M, K = a.shape
     N = b.shape[0]
+    if K > FOLD:
+        config = FOLDING
     tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
     launch(
         int8_matmul_tma_kernel,
@@ -83,6 +104,7 @@ def launch_tma(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        FOLD=FOLD if K > FOLD else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -45,7 +45,7 @@ def quantize_rowwise_kernel(
 
     held = ()
     for chunk in tl.static_range(CHUNKS):
-        held += (load_chunk(x_rows, in_rows, chunk * BLOCK_COLS + block, cols, stride_col),)  # type: ignore[assignment]
+        held += (load_chunk(x_rows, in_rows, chunk * BLOCK_COLS + block, cols, stride_col),)
     bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
     for chunk in tl.static_range(CHUNKS):
         bits = tl.maximum(bits, magnitude_bits(held[chunk]))

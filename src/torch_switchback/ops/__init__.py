@@ -1,7 +1,7 @@
 """The operations: one file a family, each with its check, schema, fake and meaning in plain torch."""
 
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
-from .quantize_columnwise import quantize_columnwise_and_transpose
+from .quantize_columnwise import quantize_columnwise_and_transpose, quantize_rowwise_and_rotated_columnwise
 from .quantize_global import (
     quantize_global,
     quantize_global_transpose,
@@ -19,5 +19,6 @@ __all__ = [
     "quantize_global_transpose",
     "quantize_global_with_transpose",
     "quantize_rowwise",
+    "quantize_rowwise_and_rotated_columnwise",
     "quantize_transpose_by_absmax",
 ]

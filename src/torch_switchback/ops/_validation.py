@@ -2,6 +2,8 @@
 
 import torch
 
+from ..config import ROTATIONS
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -28,6 +30,11 @@ def check_2d(op: str, name: str, x: torch.Tensor) -> None:
 def check_shape(op: str, name: str, x: torch.Tensor, *shape: int) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_rotation(op: str, name: str, block: int) -> None:
+    if block not in ROTATIONS:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, ROTATIONS))}, got {block!r}")
 
 
 def check_same_device(op: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:

@@ -2,7 +2,11 @@
 dispatcher, which takes longer than a kernel's launch."""
 
 from .int8_matmul import int8_matmul_mixed_dequantize_op, int8_matmul_rowwise_dequantize_op
-from .quantize_columnwise import quantize_columnwise_and_transpose_op
+from .quantize_columnwise import (
+    quantize_columnwise_and_transpose_op,
+    quantize_rotated_columnwise_and_transpose_op,
+    quantize_rowwise_and_rotated_columnwise_op,
+)
 from .quantize_global import (
     quantize_global_op,
     quantize_global_with_transpose_op,
@@ -16,5 +20,7 @@ int8_matmul_rowwise_dequantize = int8_matmul_rowwise_dequantize_op.direct
 quantize_columnwise_and_transpose = quantize_columnwise_and_transpose_op.direct
 quantize_global = quantize_global_op.direct
 quantize_global_with_transpose = quantize_global_with_transpose_op.direct
+quantize_rotated_columnwise_and_transpose = quantize_rotated_columnwise_and_transpose_op.direct
 quantize_rowwise = quantize_rowwise_op.direct
+quantize_rowwise_and_rotated_columnwise = quantize_rowwise_and_rotated_columnwise_op.direct
 quantize_transpose_by_absmax = quantize_transpose_by_absmax_op.direct

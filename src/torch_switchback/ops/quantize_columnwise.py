@@ -1,34 +1,49 @@
-"""Column-wise quantisation, stored transposed: one absmax an input feature, for the row-wise strategy's Wᵀ."""
+"""Column-wise quantisation, stored transposed: for the row-wise strategy's Wᵀ and for an int8 weight gradient.
+
+The weight gradient's inner dimension is the tokens, and one token with a large gradient would coarsen every column.
+With R an orthogonal block Hadamard matrix, (R G)ᵀ (R X) = Gᵀ X, and R spreads each token over its block.
+"""
 
 import torch
 
+from ._hadamard import rotate
 from ._library import define
 from ._numerics import absmax_of, quantize_transposed, row_blocks
-from ._validation import check_2d, check_float
+from ._validation import check_2d, check_float, check_rotation
+from .quantize_rowwise import quantize_rowwise_op
 
 
-def quantize_columnwise_and_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each column of x by its own absmax and store the codes transposed.
+def quantize_columnwise_and_transpose(
+    x: torch.Tensor, rotate_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each column of x, rotated along the rows or as it is, by its own absmax and store the codes transposed.
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
+        rotate_tokens: None, or how many rows (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes; zeros fill the
+            last block of rows. Sums are float32's: with values above 3.4e38 / rotate_tokens they may be Inf.
 
     Returns:
-        int8 codes [cols, rows], contiguous, and the float32 absmax [cols]; both equal
-        ``quantize_rowwise(x.t())``.
+        int8 codes [cols, rows], contiguous, and the float32 absmax [cols]; both equal ``quantize_rowwise(x.t())``.
+        Rotated: codes [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x. A NaN or an Inf
+        in a column makes its absmax NaN or Inf and its codes 0.
 
     Raises:
         TypeError: x has another dtype.
-        ValueError: x is not 2-D.
+        ValueError: x is not 2-D, or rotate_tokens is another number.
     """
     check_float("quantize_columnwise_and_transpose", "x", x)
     check_2d("quantize_columnwise_and_transpose", "x", x)
-    return quantize_columnwise_and_transpose_op.dispatched(x)
+    if rotate_tokens is None:
+        return quantize_columnwise_and_transpose_op.dispatched(x)
+    check_rotation("quantize_columnwise_and_transpose", "rotate_tokens", rotate_tokens)
+    return quantize_rotated_columnwise_and_transpose_op.dispatched(x, rotate_tokens)
 
 
-def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _allocate(x: torch.Tensor, rotate_tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
-    return x.new_empty((cols, rows), dtype=torch.int8), x.new_empty((cols,), dtype=torch.float32)
+    padded_rows = (rows + rotate_tokens - 1) // rotate_tokens * rotate_tokens
+    return x.new_empty((cols, padded_rows), dtype=torch.int8), x.new_empty((cols,), dtype=torch.float32)
 
 
 def _quantize_columnwise_and_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,4 +58,64 @@ quantize_columnwise_and_transpose_op = define(
     allocate=_allocate,
     cpu=_quantize_columnwise_and_transpose_cpu,
     kernels="quantize_columnwise",
+)
+
+
+def _quantize_rotated_columnwise_and_transpose_cpu(
+    x: torch.Tensor, rotate_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[0] % rotate_tokens))
+    return _quantize_columnwise_and_transpose_cpu(rotate(x, rotate_tokens))
+
+
+quantize_rotated_columnwise_and_transpose_op = define(
+    "quantize_rotated_columnwise_and_transpose(Tensor x, int rotate_tokens) -> (Tensor, Tensor)",
+    allocate=_allocate,
+    cpu=_quantize_rotated_columnwise_and_transpose_cpu,
+    kernels="quantize_rotated",
+)
+
+
+def quantize_rowwise_and_rotated_columnwise(
+    x: torch.Tensor, rotate_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`quantize_rowwise` and the rotated :func:`quantize_columnwise_and_transpose` together, x read twice in all.
+
+    Args:
+        x: [rows, cols], float16, bfloat16 or float32, any strides.
+        rotate_tokens: 16, 32, 64 or 128.
+
+    Returns:
+        What the two return: row codes and absmax, column codes and absmax.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x is not 2-D, or rotate_tokens is another number.
+    """
+    check_float("quantize_rowwise_and_rotated_columnwise", "x", x)
+    check_2d("quantize_rowwise_and_rotated_columnwise", "x", x)
+    check_rotation("quantize_rowwise_and_rotated_columnwise", "rotate_tokens", rotate_tokens)
+    return quantize_rowwise_and_rotated_columnwise_op.dispatched(x, rotate_tokens)
+
+
+def _allocate_both(
+    x: torch.Tensor, rotate_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, cols = x.shape
+    codes, absmax = x.new_empty((rows, cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
+    return codes, absmax, *_allocate(x, rotate_tokens)
+
+
+def _quantize_rowwise_and_rotated_columnwise_cpu(
+    x: torch.Tensor, rotate_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rowwise = quantize_rowwise_op.dispatched(x)
+    return *rowwise, *_quantize_rotated_columnwise_and_transpose_cpu(x, rotate_tokens)
+
+
+quantize_rowwise_and_rotated_columnwise_op = define(
+    "quantize_rowwise_and_rotated_columnwise(Tensor x, int rotate_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
+    allocate=_allocate_both,
+    cpu=_quantize_rowwise_and_rotated_columnwise_cpu,
+    kernels="quantize_rotated",
 )

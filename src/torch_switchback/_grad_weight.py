@@ -1,0 +1,79 @@
+"""The weight gradient Gᵀ X in int8: when it is worth it, and how its operands are quantised.
+
+Its inner dimension is the tokens. Both operands are rotated along it by the same orthogonal block Hadamard matrix,
+which leaves their product as it is, and quantised with one absmax a column (docs/architecture.md).
+"""
+
+import functools
+import warnings
+
+import torch
+
+from .config import SwitchBackConfig
+from .ops import direct as ops
+
+# Beside the row-wise codes, which the other products need anyway, each of a token's in + out values costs 3 bytes (read
+# once more, written once), and int8 saves half of the time of its in * out products. At an H200's 3.4 TB/s, 650 TFLOP/s
+# in 16 bit and 1250 in int8 the two are equal at in * out / (in + out) = 600.
+LEAST_FEATURES = 640
+LEAST_TOKENS = 2048  # fewer leave launches to weigh as much as the arithmetic
+
+
+def int8_grad_weight_wins(tokens: int, in_features: int, out_features: int) -> bool:
+    """Whether an int8 weight gradient [out_features, tokens] × [tokens, in_features] is faster, quantising included."""
+    return tokens >= LEAST_TOKENS and in_features * out_features >= LEAST_FEATURES * (in_features + out_features)
+
+
+def runs_in_int8(config: SwitchBackConfig, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the forward keeps x's codes for an int8 weight gradient. Says once that a layer is too small for it."""
+    if config.grad_weight == "high_precision" or not (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    out_features, in_features = weight.shape
+    tokens = x.shape[:-1].numel()
+    if config.grad_weight == "int8_always" or int8_grad_weight_wins(tokens, in_features, out_features):
+        return True
+    _say_that_it_stays()
+    return False
+
+
+def _say_that_it_stays() -> None:
+    _warn_once()
+
+
+# What torch.compiler.assume_constant_result sets (itself imports Triton): the compiler calls the function as it traces.
+_say_that_it_stays._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"grad_weight='int8' stays at high precision where quantising takes longer than int8 saves: with fewer than "
+        f"{LEAST_TOKENS} tokens, and where in * out / (in + out) features are below {LEAST_FEATURES}. "
+        "grad_weight='int8_always' does not",
+        stacklevel=5,
+    )
+
+
+def quantize(
+    x: torch.Tensor, config: SwitchBackConfig, *, rows: bool, tokens: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Quantise x [tokens, features], X or G, for the products that need it.
+
+    Args:
+        x: [tokens, features].
+        config: by which rotation.
+        rows: whether the output or the input gradient needs it.
+        tokens: whether an int8 weight gradient does.
+
+    Returns:
+        Codes [tokens, features] and absmax [tokens], or two Nones without rows; then codes [features, tokens, padded to
+        whole blocks] and absmax [features], or two Nones without tokens.
+    """
+    if rows and tokens and config.rotate_tokens is not None:
+        return ops.quantize_rowwise_and_rotated_columnwise(x, config.rotate_tokens)
+    rowwise = ops.quantize_rowwise(x) if rows else (None, None)
+    if not tokens:
+        return *rowwise, None, None
+    if config.rotate_tokens is None:
+        return *rowwise, *ops.quantize_columnwise_and_transpose(x)
+    return *rowwise, *ops.quantize_rotated_columnwise_and_transpose(x, config.rotate_tokens)

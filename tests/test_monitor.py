@@ -1,0 +1,221 @@
+"""The monitor: what it measures, when, where it writes, and that it leaves no trace."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from cases import signal_to_noise
+from torch_switchback import SwitchBackConfig
+from torch_switchback.monitor import CsvWriter, Monitor, measure
+
+QUANTITIES = {
+    *(f"{product}_snr{rows}" for product in ("output", "grad_input", "grad_weight") for rows in ("", "_worst_rows")),
+    *(f"{operand}_{kind}" for operand in ("x", "weight", "grad") for kind in ("crest", "zeros")),
+}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.Linear(64, 64)
+        self.mlp = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+
+    def forward(self, x):
+        return self.mlp(self.attention(x)) + x
+
+
+@pytest.fixture
+def model(device):
+    return ts.convert_to_switchback(Model()).to(device)
+
+
+def train(model, monitor, steps, device):
+    for _ in range(steps):
+        model(torch.randn(2, 40, 64, device=device)).square().mean().backward()
+        monitor.step()
+
+
+class Recorder:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+
+def test_it_writes_every_quantity_of_every_layer_every_so_many_steps(model, device):
+    writer = Recorder()
+    monitor = Monitor(model, every=3, writer=writer)
+    train(model, monitor, 8, device)
+    names = ("attention", "mlp.0", "mlp.2")
+    tags = {f"switchback/{name}/{quantity}" for name in names for quantity in QUANTITIES}
+    written = [(tag, step) for tag, _, step in writer.scalars]
+    assert sorted(written) == sorted((tag, step) for tag in tags for step in (0, 3, 6))
+    assert set(monitor.latest) == set(names)
+    assert all(isinstance(value, float) for _, value, _ in writer.scalars)
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [("*.2", {"mlp.2"}), (["attention", "mlp.*"], {"attention", "mlp.0", "mlp.2"}), ("mlp.?", {"mlp.0", "mlp.2"})],
+)
+def test_it_chooses_layers_by_name(layers, names, model, device):
+    monitor = Monitor(model, layers=layers)
+    train(model, monitor, 1, device)
+    assert set(monitor.latest) == names
+
+
+def test_what_it_refuses(model):
+    with pytest.raises(ValueError, match="Monitor: every must be positive, got 0"):
+        Monitor(model, every=0)
+    with pytest.raises(ValueError, match=r"Monitor: layers matches no SwitchBackLinear of the model, got 'head\.\*'"):
+        Monitor(model, layers="head.*")
+    with pytest.raises(ValueError, match="matches no SwitchBackLinear"):
+        Monitor(nn.Linear(4, 4))
+
+
+def test_no_trace_between_samples_nor_after_closing(model, device):
+    def hooks():
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    with Monitor(model, every=2) as monitor:
+        assert hooks() == 3
+        train(model, monitor, 1, device)
+        assert hooks() == 0
+        train(model, monitor, 1, device)
+        assert hooks() == 3
+    assert hooks() == 0
+
+
+def test_gradients_are_the_same_in_a_sampled_step(model, device):
+    x = torch.randn(40, 64, device=device)
+
+    def gradients():
+        model.zero_grad()
+        model(x).square().mean().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    with Monitor(model) as monitor:
+        for actual, wanted in zip(gradients(), expected, strict=True):
+            assert torch.equal(actual, wanted)
+        monitor.step()
+    assert set(monitor.latest) == {"attention", "mlp.0", "mlp.2"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SwitchBackConfig(), SwitchBackConfig("rowwise"), SwitchBackConfig(grad_weight="int8_always", rotate_tokens=None)],
+    ids=lambda config: config.strategy,
+)
+def test_the_noise_is_that_of_the_layer(config, device):
+    layer = ts.convert_to_switchback(nn.Linear(96, 64), config=config).to(device)
+    x = torch.randn(300, 96, device=device, requires_grad=True)
+    grad = torch.randn(300, 64, device=device) * torch.randn(300, 1, device=device).exp()
+    record = measure(layer, x, grad)
+    y = layer(x)
+    grad_input, grad_weight = torch.autograd.grad(y, (x, layer.weight), grad)
+    weight = layer.weight.detach()
+    for product, actual, exact in (
+        ("output", y, nn.functional.linear(x, weight, layer.bias)),
+        ("grad_input", grad_input, grad @ weight),
+        ("grad_weight", grad_weight, grad.t() @ x),
+    ):
+        exact = exact.detach()
+        if product == "grad_weight" and config.grad_weight == "high_precision":
+            assert record["grad_weight_snr"] > 120
+            continue
+        assert record[f"{product}_snr"] == pytest.approx(signal_to_noise(actual, exact), abs=0.01)
+        rows = sorted(signal_to_noise(*row) for row in zip(actual.detach(), exact, strict=True))
+        worst = rows[max(1, len(rows) // 100) - 1]
+        assert record[f"{product}_snr_worst_rows"] == pytest.approx(worst, abs=0.01)
+
+
+def test_crest_and_zeros(device):
+    layer = ts.SwitchBackLinear(64, 8, device=device)
+    x = torch.zeros(200, 64, device=device)
+    x[:, 0] = 1.0
+    record = measure(layer, x, torch.ones(200, 8, device=device))
+    assert record["x_crest"] == pytest.approx(8.0)
+    assert record["x_zeros"] == pytest.approx(63 / 64)
+    assert record["grad_crest"] == pytest.approx(1.0)
+    assert record["grad_zeros"] == 0.0
+    weight = layer.weight.detach()
+    assert record["weight_crest"] == pytest.approx((weight.abs().max() / weight.square().mean().sqrt()).item())
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_layer_without_signal_or_with_nan_is_survived(value, model, device):
+    with Monitor(model) as monitor:
+        model(torch.full((3, 64), value, device=device)).sum().backward()
+        monitor.step()
+    assert set(monitor.latest["mlp.0"]) == QUANTITIES
+
+
+def test_autocast_is_measured_in_its_dtype(model, device, monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(
+        "torch_switchback.monitor.measure", lambda layer, x, grad: dtypes.append((x.dtype, grad.dtype)) or {}
+    )
+    with Monitor(model) as monitor:
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(torch.randn(5, 64, device=device)).float().sum()
+        loss.backward()
+        monitor.step()
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 3
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_and_accumulation_give_one_record_a_layer(use_reentrant, model, device, monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch_switchback.monitor.measure", lambda layer, x, grad: calls.append(layer) or {})
+    with Monitor(model) as monitor:
+        for _ in range(2):
+            x = torch.randn(5, 64, device=device, requires_grad=True)
+            torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+        monitor.step()
+    assert len(calls) == len(set(calls)) == 3
+
+
+def test_prepared_layers_and_evaluation_leave_no_record(model, device):
+    model.attention.prepare_for_eval()
+    with Monitor(model) as monitor:
+        with torch.no_grad():
+            model(torch.randn(5, 64, device=device))
+        train(model, monitor, 1, device)
+    assert set(monitor.latest) == {"mlp.0", "mlp.2"}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_models_are_sampled_without_compiling_again(backend, model, device):
+    compiles = []
+
+    def counting(graph, inputs):
+        compiles.append(1)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    with Monitor(compiled, every=2) as monitor:
+        for step in range(5):
+            monitor.latest = {}
+            train(compiled, monitor, 1, device)
+            assert set(monitor.latest) == (set() if step % 2 else {"attention", "mlp.0", "mlp.2"})
+    train(compiled, monitor, 1, device)
+    assert compiles == [1]
+
+
+def test_csv(model, device, tmp_path):
+    path = tmp_path / "noise.csv"
+    for _ in range(2):  # the second appends
+        writer = CsvWriter(path)
+        with Monitor(model, layers="attention", writer=writer) as monitor:
+            train(model, monitor, 1, device)
+        writer.close()
+    header, *rows = csv.reader(path.read_text().splitlines())
+    assert header == ["step", "tag", "value"]
+    assert len(rows) == 2 * len(QUANTITIES)
+    assert {row[1] for row in rows} == {f"switchback/attention/{quantity}" for quantity in QUANTITIES}
+    assert all(float(row[2]) == float(row[2]) for row in rows)
