@@ -66,8 +66,10 @@ def test_prepared(backend, device):
         torch.testing.assert_close(actual, model(x), rtol=1e-3, atol=1e-6)
 
 
-def test_a_changing_batch_recompiles_at_most_twice(device):
-    model = make_model(ts.SwitchBackConfig(), device)
+@pytest.mark.parametrize("grad_weight", ["high_precision", "int8", "int8_always"])
+@pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")
+def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
+    model = make_model(ts.SwitchBackConfig(grad_weight=grad_weight), device)
     compiles = []
 
     def backend(graph, inputs):

@@ -47,17 +47,22 @@ def test_quantisers(architecture, dtype):
     compile_all(launches, architecture)
 
 
-@pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rotating_quantisers(architecture, block):
-    x = torch.empty(block + 1, 256, dtype=torch.bfloat16)
-    outputs = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
-    outputs_t = torch.empty(256, 2 * block, dtype=torch.int8), torch.empty(256)
-    launches = [
-        *record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, block, *outputs_t),
-        *record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs, *outputs_t),
-    ]
+def test_rotating_quantisers(architecture):
+    x, codes = torch.empty(65, 256, dtype=torch.bfloat16), torch.empty(65, 256, dtype=torch.int8)
+    outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
+    launches = record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, 64, *outputs)
     compile_all(launches, architecture)
+
+
+def test_rotation_stays_in_registers():
+    """Nothing goes through shared memory but the codes, a byte each of a tile."""
+    x, codes = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
+    launches = record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, 16, codes, torch.empty(256))
+    first_pass, second_pass = compile_all(launches, "sm_90")
+    assert first_pass.metadata.shared <= 1024
+    assert second_pass.metadata.shared <= quantize_rotated.TILE
+    assert "st.global.v4.b32" in second_pass.asm["ptx"]
 
 
 def quantiser_launches(dtype, rows, cols):

@@ -37,7 +37,7 @@ def rotated_absmax_kernel(
     start = tl.program_id(0).to(tl.int64) * TILE_ROWS
     col = tl.program_id(1).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
     tile = x_ptr + start * stride_row + col * stride_col
-    inside = tl.where(col < cols, rows - start, 0)
+    inside = tl.where(col < cols, (rows - start).to(tl.int32), 0)
     parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS, MASKED), BLOCK)
     bits = magnitude_bits(parts[0])
     for i in tl.static_range(1, TILE_ROWS):
@@ -77,7 +77,7 @@ def quantize_rotated_kernel(
     row = start + tl.arange(0, TILE_ROWS)
     col = tl.program_id(1).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
     tile = x_ptr + start * stride_row + col * stride_col
-    inside = tl.where(col < cols, rows - start, 0)
+    inside = tl.where(col < cols, (rows - start).to(tl.int32), 0)
     parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS, MASKED), BLOCK)
     inverse = inverse_scale(tl.load(col_absmax_ptr + col, mask=col < cols, other=0.0))
     codes = ()
