@@ -43,6 +43,7 @@ from measure import (
 from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, random_inputs, training_step
 from shapes import LAYERS, PRODUCTS, SMALL, TINY, Shape
 from torch_switchback import SwitchBackConfig, ops
+from torch_switchback.autograd import column_sums
 
 app = new_app()
 STRATEGIES = {name: config for name, config in RECIPES.items() if config is not None}
@@ -50,7 +51,7 @@ STRATEGIES = {name: config for name, config in RECIPES.items() if config is not 
 SLOW_TO_COMPILE = ("linear", "switchback", TORCHAO_INT8)
 COMPILED_SHAPES = (PRODUCTS[2], SMALL, *TINY)
 PART = "part: "
-FUSED = "quantize_global_with_transpose(W)"
+ROTATE_TOKENS = SwitchBackConfig().rotate_tokens or 64
 
 
 def competitors(shape: Shape, *, compile_all: bool) -> list[tuple[str, Mode]]:
@@ -62,26 +63,20 @@ def competitors(shape: Shape, *, compile_all: bool) -> list[tuple[str, Mode]]:
     return entries
 
 
-def ways(config: SwitchBackConfig) -> list[tuple[str, ...]]:
-    """What a strategy's step consists of; more than one list where the weight can be quantised in several ways."""
-    rowwise = config.weight_scaling == "rowwise"
+def parts_of(config: SwitchBackConfig) -> list[str]:
+    """What a strategy's step consists of."""
+    rowwise, int8 = config.weight_scaling == "rowwise", config.grad_weight != "high_precision"
     product = "rowwise" if rowwise else "mixed"
-    common = [
-        "quantize_rowwise(X)",
-        f"output, {product}",
-        "quantize_rowwise(G)",
-        f"grad_input, {product}",
-        "grad_weight, 16 bit",
-        "grad_bias",
-    ]
-    if config.mem_efficient:
-        common.append("dequantize_rowwise(X)")
+    quantize = "quantize_rowwise_and_rotated_columnwise" if int8 else "quantize_rowwise"
+    names = [f"{quantize}(X)", f"output, {product}", f"{quantize}(G)", f"grad_input, {product}"]
+    names += [f"grad_weight, {'int8' if int8 else '16 bit'}", "grad_bias"]
+    if config.mem_efficient and not int8:
+        names.append("dequantize_rowwise(X)")
     if rowwise:
-        weight = [("quantize_rowwise(W)", "quantize_columnwise_and_transpose(W)")]
-    else:
-        weight = [("quantize_global(W)", "quantize_transpose_by_absmax(W)")]
-        weight += [(FUSED,)] if hasattr(ops, "quantize_global_with_transpose") else []
-    return [(*common, *names) for names in weight]
+        return [*names, "quantize_rowwise(W)", "quantize_columnwise_and_transpose(W)"]
+    if config.mem_efficient:
+        return [*names, "quantize_global(W)", "quantize_transpose_by_absmax(W)"]
+    return [*names, "quantize_global_with_transpose(W)"]
 
 
 def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> list[Contestant]:
@@ -102,9 +97,21 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
         (a_codes, a_absmax), (b_codes, b_absmax) = ops.quantize_rowwise(a), ops.quantize_rowwise(weight)
         return partial(ops.int8_matmul_rowwise_dequantize, a_codes, b_codes.t(), a_absmax, b_absmax, bias, a.dtype)
 
+    def int8_grad_weight(x: Tensor, grad: Tensor) -> Callable[[], object]:
+        (a_codes, a_absmax), (b_codes, b_absmax) = (
+            ops.quantize_columnwise_and_transpose(t, rotate_tokens=ROTATE_TOKENS) for t in (grad, x)
+        )
+        return partial(ops.int8_matmul_rowwise_dequantize, a_codes, b_codes.t(), a_absmax, b_absmax, None, x.dtype)
+
     builds: dict[str, Callable[[], Cycle]] = {
         "quantize_rowwise(X)": lambda: [partial(ops.quantize_rowwise, x) for x in xs],
         "quantize_rowwise(G)": lambda: [partial(ops.quantize_rowwise, grad) for grad in grads],
+        "quantize_rowwise_and_rotated_columnwise(X)": lambda: [
+            partial(ops.quantize_rowwise_and_rotated_columnwise, x, ROTATE_TOKENS) for x in xs
+        ],
+        "quantize_rowwise_and_rotated_columnwise(G)": lambda: [
+            partial(ops.quantize_rowwise_and_rotated_columnwise, grad, ROTATE_TOKENS) for grad in grads
+        ],
         "dequantize_rowwise(X)": lambda: [
             partial(ops.dequantize_rowwise, *ops.quantize_rowwise(x), torch.bfloat16) for x in xs
         ],
@@ -112,7 +119,9 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
         "quantize_transpose_by_absmax(W)": lambda: [
             partial(ops.quantize_transpose_by_absmax, weight, absmax) for weight in weights
         ],
-        FUSED: lambda: [partial(ops.quantize_global_with_transpose, weight) for weight in weights],
+        "quantize_global_with_transpose(W)": lambda: [
+            partial(ops.quantize_global_with_transpose, weight) for weight in weights
+        ],
         "quantize_rowwise(W)": lambda: [partial(ops.quantize_rowwise, weight) for weight in weights],
         "quantize_columnwise_and_transpose(W)": lambda: [
             partial(ops.quantize_columnwise_and_transpose, weight) for weight in weights
@@ -122,17 +131,18 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
         "grad_input, mixed": lambda: [mixed(grad, weights[0].t(), None) for grad in grads],
         "grad_input, rowwise": lambda: [rowwise(grad, weights[0].t(), None) for grad in grads],
         "grad_weight, 16 bit": lambda: [partial(torch.mm, grad.t(), x) for x, grad in zip(xs, grads, strict=True)],
-        "grad_bias": lambda: [partial(torch.sum, grad, 0) for grad in grads],
+        "grad_weight, int8": lambda: [int8_grad_weight(x, grad) for x, grad in zip(xs, grads, strict=True)],
+        "grad_bias": lambda: [partial(column_sums, grad, grad.dtype) for grad in grads],
     }
-    wanted = dict.fromkeys(part for config in STRATEGIES.values() for way in ways(config) for part in way)
+    wanted = dict.fromkeys(part for config in STRATEGIES.values() for part in parts_of(config))
     return [Contestant(PART + name, builds[name], "graph") for name in wanted]
 
 
 def limit(records: list[Record], name: str, config: SwitchBackConfig) -> Record:
     """Amdahl's limit of a strategy over nn.Linear, and the shares of it that its steps reached."""
     times = {record["name"]: record["median_ms"] for record in records if record["name"].startswith(PART)}
-    sums = [sum(times[PART + part] for part in way) for way in ways(config) if all(times[PART + part] for part in way)]
-    sum_ms = min(sums, default=None)
+    own = [times[PART + part] for part in parts_of(config)]
+    sum_ms = None if None in own else sum(own)
     return {
         "name": name,
         "sum_of_parts_ms": sum_ms,

@@ -1,6 +1,6 @@
 """The competitors among layers: nn.Linear, SwitchBack's strategies and torchao's low-precision training.
 
-A strategy is a recipe of the demo (examples/presets.py): a line there puts it into every benchmark of layers.
+Strategies are the demo's recipes (examples/presets.py) and those of RECIPES: a line puts one into every benchmark.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from demo import RECIPES
+from demo import RECIPES as DEMO_RECIPES
 from measure import Contestant, Cycle, Mode, saved_bytes
 from shapes import Shape
-from torch_switchback import convert_to_switchback
+from torch_switchback import SwitchBackConfig, convert_to_switchback
 
+# None leaves nn.Linear as it is.
+RECIPES = DEMO_RECIPES | {"int8-grad-weight": SwitchBackConfig(grad_weight="int8")}
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
 TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)

@@ -30,6 +30,8 @@ import summary
 from blocks import LlamaBlock, Stack, ViTBlock
 from torch_switchback import SwitchBackLinear
 
+pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
+
 CPU = torch.device("cpu")
 SCRIPTS = {
     script.__name__: script.app
@@ -103,7 +105,7 @@ def test_limit_is_linear_over_the_sum_of_a_strategys_parts(results):
     limits = {limit["name"]: limit for limit in document["limits"]}
     assert limits.keys() == bench_linear.STRATEGIES.keys()
     for name, config in bench_linear.STRATEGIES.items():
-        parts = min(sum(times[bench_linear.PART + part, "graph"] for part in way) for way in bench_linear.ways(config))
+        parts = sum(times[bench_linear.PART + part, "graph"] for part in bench_linear.parts_of(config))
         assert limits[name]["sum_of_parts_ms"] == pytest.approx(parts)
         assert limits[name]["limit"] == pytest.approx(times["linear", "graph"] / parts)
         assert limits[name]["share_reached"] == pytest.approx(parts / times[name, "eager"])

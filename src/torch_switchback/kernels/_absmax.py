@@ -13,12 +13,12 @@ from ._launch import ceil_div, launch, multiprocessors, next_power_of_2
 from ._numerics import bits_to_float, magnitude_bits
 
 BLOCK = 8192
-BLOCK_ROWS, BLOCK_COLS = 64, 128
+BLOCK_ROWS, BLOCK_COLS = 128, 64
 MAX_PARTS = 1024
 
-# Elements that every program of the second pass may read by itself, so that the first need not be launched. They are
-# 128 KiB in 16 bit, which a multiprocessor takes from L2 in about 2 µs: what the first pass and the gap behind it take.
-MAX_SMALL = 2**16
+# Elements that every program of the second pass may read by itself, so that the first need not be launched: as many as
+# take an H200 no longer than the first pass and the gap behind it.
+MAX_SMALL = 2**14
 
 
 @triton.jit

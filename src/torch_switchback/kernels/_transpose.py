@@ -9,7 +9,7 @@ from ._absmax import reduce_absmax, reduce_columnwise_absmax
 from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import inverse_scale, quantize
 
-BLOCK_ROWS, BLOCK_COLS = 64, 128
+BLOCK_ROWS, BLOCK_COLS = 128, 64
 NUM_WARPS = 4
 
 

@@ -25,7 +25,7 @@ def quantize_global_kernel(
     BLOCK_PARTS: tl.constexpr,
 ):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offset, mask=offset < elements, other=0.0)
+    x = tl.load(x_ptr + offset, mask=offset < elements, other=0.0, eviction_policy="evict_first")
     absmax = reduce_absmax(parts_ptr, parts, 0, BLOCK_PARTS, BLOCK_PARTS)
     tl.store(codes_ptr + offset, quantize(x, inverse_scale(absmax)), mask=offset < elements)
     if tl.program_id(0) == 0:

@@ -9,11 +9,13 @@ import triton.language as tl
 from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
 
-# Measured on an H200 (docs/performance.md), with rows in one chunk: few rows a program and few warps are fastest.
-SMALLEST_TILE = 2048  # elements of x that a program holds; shorter rows share one
+# Measured on an H200 (docs/performance.md): one row a program, few warps with much to do each, and rows whose length is
+# no power of two in blocks that fit it.
+SMALLEST_TILE = 1024  # elements of x that a program holds at least; shorter rows share one
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
-MAX_CHUNKS = 8  # rows whose length is no power of two are held in up to so many blocks,
+MAX_CHUNKS = 8  # blocks that a row is held in at most,
 SMALLEST_CHUNK = 128  # none smaller than this
+ELEMENTS_A_THREAD = 80  # about
 DEQUANTIZE_TILE = 8192
 
 
@@ -93,8 +95,7 @@ def row_tile(cols: int) -> dict[str, int]:
     block_cols = min(sizes, key=lambda size: ceil_div(cols, size) * size)
     chunks = max(1, ceil_div(cols, block_cols))
     block_rows = next_power_of_2(ceil_div(SMALLEST_TILE, block_cols * chunks))
-    # Of each chunk a thread loads at least 8 elements: 16 bytes in 16 bit.
-    num_warps = min(2 if block_rows * block_cols * chunks <= SMALLEST_TILE else 4, block_rows * block_cols // 256)
+    num_warps = min(next_power_of_2(ceil_div(block_rows * block_cols * chunks, 32 * ELEMENTS_A_THREAD)), 8)
     return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "CHUNKS": chunks, "num_warps": num_warps}
 
 
