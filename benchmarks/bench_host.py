@@ -81,9 +81,9 @@ def layer_calls(name: str, shape: Shape, device: torch.device) -> Calls:
         "forward": partial(layer, x),
         "forward + backward": partial(gradients, layer, x, grad),
     }
-    backward = layer(x).grad_fn
     if name != "linear":
-        calls["backward, without autograd's engine"] = partial(backward.apply, grad)
+        y = layer(x)  # alive as long as the call: what the forward saved goes with it
+        calls["backward, without autograd's engine"] = lambda: y.grad_fn.apply(grad)
     return calls
 
 
@@ -188,8 +188,7 @@ def measure_calls(bench: Bench, shape: Shape) -> None:
     rows = []
     for group, calls in groups.items():
         records = bench.compare(
-            [Contestant(name, lambda call=call: [call], "host") for name, call in calls.items()],
-            sample_ms=SAMPLE_MS,
+            [Contestant(name, lambda call=call: [call], "host", SAMPLE_MS) for name, call in calls.items()],
             what="call",
             group=group,
             shape=few,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from measure import (
     SAMPLE_MS,
+    SUSTAINED_MS,
     Bench,
     BudgetFlag,
     Contestant,
@@ -94,7 +95,6 @@ CONTESTANTS: dict[str, Product] = {
 
 
 SUSTAINED = ("bf16", OURS, "torch._scaled_mm rowwise")
-SUSTAINED_MS = 150.0
 
 
 def random_operands(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -132,8 +132,7 @@ def main(
 
         for pace, names, sample_ms in (("interleaved", CONTESTANTS, SAMPLE_MS), ("sustained", SUSTAINED, SUSTAINED_MS)):
             records = bench.compare(
-                [Contestant(name, partial(build, CONTESTANTS[name])) for name in names],
-                sample_ms=sample_ms,
+                [Contestant(name, partial(build, CONTESTANTS[name]), sample_ms=sample_ms) for name in names],
                 shape=shape,
                 roles=PRODUCT_ROLES.get(shape),
                 pace=pace,

@@ -1,13 +1,15 @@
 """Timing, memory, provenance and the flags that all benchmarks share.
 
-Power and clocks move results by 15 % between runs, so competitors are measured in turns, A B C A B C …, in one
-process, and only their ratios carry over to another machine. A speed-up is the median of the ratios in each round.
+Power and clocks move results by 15 % between runs, so competitors are measured in turns, in one process, and only their
+ratios carry over to another machine; a turn feels the clocks that the one before it left, so each round takes them in
+another order. A speed-up is the median of the ratios in each round.
 """
 
 import gc
 import itertools
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -30,7 +32,8 @@ Cycle = Sequence[Callable[[], object]]  # calls of one competitor, each on its o
 Mode = Literal["eager", "compiled", "graph", "host"]
 Record = dict[str, Any]  # a Measured as the JSON has it, with labels
 
-SAMPLE_MS = 10.0  # a sample repeats its call until it takes this long, so that launching and clock ticks vanish
+SAMPLE_MS = 10.0  # long enough that launching and clock ticks vanish
+SUSTAINED_MS = 120.0  # long enough that the power limit sets the clocks, as in training
 WARM_UP_ROUNDS = 2  # not counted: clocks and temperature settle
 MIN_ROUNDS = 5
 SKIPPED = "skipped: no time was left for it (--budget)"
@@ -61,6 +64,8 @@ class Contestant:
     mode: Mode = "eager"
     """"graph" captures the whole cycle in one CUDA graph; "compiled" is up to build; of "host" calls the time counts
     that the host takes to issue them."""
+    sample_ms: float = SAMPLE_MS
+    """A turn repeats the call until it takes this long. Clocks settle under a call within SUSTAINED_MS or so."""
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Measured:
 class _Runner:
     """A competitor, built and warm."""
 
-    def __init__(self, contestant: Contestant, device: torch.device, sample_ms: float) -> None:
+    def __init__(self, contestant: Contestant, device: torch.device) -> None:
         self.device = device
         self.result = Measured(contestant.name, contestant.mode)
         self._by_device = device.type == "cuda" and contestant.mode != "host"
@@ -97,9 +102,9 @@ class _Runner:
         else:
             self._measure_peak(allocated)
         rehearsal_ms = self._time(1)
-        if rehearsal_ms < sample_ms:
+        if rehearsal_ms < contestant.sample_ms:
             rehearsal_ms = self._time(5) / 5
-        self._repeats = max(1, math.ceil(sample_ms / rehearsal_ms)) if device.type == "cuda" else 1
+        self._repeats = max(1, math.ceil(contestant.sample_ms / rehearsal_ms)) if device.type == "cuda" else 1
         self.result.calls_per_round = self._repeats * self._calls_in_one
         self.sample_ms = rehearsal_ms * self._repeats
 
@@ -164,7 +169,6 @@ def compare(
     *,
     seconds: float,
     device: torch.device,
-    sample_ms: float = SAMPLE_MS,
     deadline: float = math.inf,
 ) -> list[Measured]:
     """Time competitors in turns for about so many seconds, after building and warming up each.
@@ -180,14 +184,17 @@ def compare(
             results.append(Measured(contestant.name, contestant.mode, reason=SKIPPED))
             continue
         try:
-            runners.append(_Runner(contestant, device, sample_ms))
+            runners.append(_Runner(contestant, device))
             results.append(runners[-1].result)
         except Exception as error:  # a peer can fail in any way
             results.append(Measured(contestant.name, contestant.mode, reason=_reason(error)))
     a_round_ms = sum(runner.sample_ms for runner in runners)
     rounds = max(MIN_ROUNDS, int(seconds * 1e3 / a_round_ms)) if runners else 0
+    shuffle = random.Random(0).shuffle
+    order = list(range(len(runners)))
     for _ in range(WARM_UP_ROUNDS + rounds):
-        for index in range(len(runners)):  # not by a name that would outlive the loop and keep the last one's memory
+        shuffle(order)
+        for index in order:  # not by a name that would outlive the loop and keep the last one's memory
             _sample(runners[index])
     while runners:
         if runners[-1].result.reason is None:
@@ -358,13 +365,9 @@ class Bench:
             self._deadline = now + (self._end - now) / (len(chosen) - done) - self.seconds
             yield case
 
-    def compare(
-        self, contestants: Iterable[Contestant], *, sample_ms: float = SAMPLE_MS, **labels: object
-    ) -> list[Record]:
+    def compare(self, contestants: Iterable[Contestant], **labels: object) -> list[Record]:
         """:func:`compare`, the results as records under these labels, which the JSON will hold."""
-        results = compare(
-            contestants, seconds=self.seconds, device=self.device, sample_ms=sample_ms, deadline=self._deadline
-        )
+        results = compare(contestants, seconds=self.seconds, device=self.device, deadline=self._deadline)
         records = [labels | asdict(result) for result in results]
         self.results += records
         return records

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from demo import RECIPES as DEMO_RECIPES
-from measure import Contestant, Cycle, Mode, saved_bytes
+from measure import SUSTAINED_MS, Contestant, Cycle, Mode, saved_bytes
 from shapes import Shape
 from torch_switchback import SwitchBackConfig, convert_to_switchback
 
@@ -98,7 +98,7 @@ def training_step(
     kept: dict[tuple[str, Mode], int] | None = None,
     tiny: bool,
 ) -> Contestant:
-    """A layer's forward and backward on each of the inputs.
+    """A layer's forward and backward on each of the inputs, in sustained turns.
 
     kept: takes, when the competitor is built, the bytes that it keeps for its backward.
     """
@@ -111,4 +111,4 @@ def training_step(
             kept[name, mode] = saved_bytes(layer, inputs[0][0])
         return [partial(gradients, layer, x, grad) for x, grad in inputs]
 
-    return Contestant(name, build, mode)
+    return Contestant(name, build, mode, SUSTAINED_MS)

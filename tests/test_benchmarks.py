@@ -113,7 +113,7 @@ def test_limit_is_linear_over_the_sum_of_a_strategys_parts(results):
 
 def test_every_strategy_of_the_demo_is_measured(results):
     measured = {(record["name"], record["mode"]) for record in load(results, "bench_linear")["results"]}
-    assert measured >= {(name, mode) for name in peers.RECIPES for mode in ("eager", "graph")}
+    assert measured >= {(name, "eager") for name in peers.RECIPES}
 
 
 def test_memory_efficient_keeps_half(results):
@@ -280,7 +280,8 @@ def test_competitors_take_turns_and_cycle_through_their_inputs():
     ]
     measure.compare(contestants, seconds=0, device=CPU)
     turns = [call[0] for call in calls[-2 * measure.MIN_ROUNDS :]]
-    assert turns == ["a", "b"] * measure.MIN_ROUNDS
+    rounds = {tuple(turns[i : i + 2]) for i in range(0, len(turns), 2)}
+    assert rounds == {("a", "b"), ("b", "a")}  # each once a round, in changing order
     of_a = [call for call in calls if call[0] == "a"]
     assert of_a[2:] == (["a1", "a2"] * len(of_a))[: len(of_a) - 2]
 
