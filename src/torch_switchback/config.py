@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 WeightScaling = Literal["global", "rowwise"]
+AllGather = Literal["high_precision", "int8"]
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,25 @@ class SwitchBackConfig:
             element of the weight from the first forward and backward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
-            LoRA adapter does), an optimiser inside a CUDA graph and FSDP's resharding do not.
+            LoRA adapter does) and an optimiser inside a CUDA graph do not.
+        all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
+            policy. ``"int8"``: as the codes that the layer computes with, quantised from the shards by the absmax
+            over all of them (docs/scaling.md). Without FSDP2 it makes no difference.
 
     Raises:
-        ValueError: for a ``weight_scaling`` that does not exist.
+        ValueError: for a ``weight_scaling`` or ``all_gather`` that does not exist.
     """
 
     weight_scaling: WeightScaling = "global"
     mem_efficient: bool = False
     cache_quantized_weight: bool = False
+    all_gather: AllGather = "high_precision"
 
     def __post_init__(self) -> None:
-        if self.weight_scaling not in get_args(WeightScaling):
-            known = ", ".join(repr(name) for name in get_args(WeightScaling))
-            raise ValueError(f"SwitchBackConfig: weight_scaling must be one of {known}, got {self.weight_scaling!r}")
+        for name, values in (("weight_scaling", WeightScaling), ("all_gather", AllGather)):
+            if getattr(self, name) not in get_args(values):
+                known = ", ".join(map(repr, get_args(values)))
+                raise ValueError(f"SwitchBackConfig: {name} must be one of {known}, got {getattr(self, name)!r}")
 
     def scales_of(self, out_features: int) -> int:
         """How many absmaxes a weight [out_features, in_features] has in the forward product."""

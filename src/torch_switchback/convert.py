@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from .config import SwitchBackConfig
+from .distributed.fsdp import use_int8_all_gather
 from .nn import SwitchBackLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +57,8 @@ def convert_to_switchback(
             continue
         module.__class__ = SwitchBackLinear
         module.config = config  # type: ignore[assignment]
+    if config.all_gather == "int8":
+        use_int8_all_gather(model)
     return model
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from .autograd import WeightCache, quantize_weight, switchback_linear
 from .config import SwitchBackConfig
+from .distributed.fsdp import unwrap, wrap_like
 from .ops import dequantize_rowwise
 
 
@@ -52,6 +53,12 @@ class SwitchBackLinear(nn.Linear):
         self.config = SwitchBackConfig(
             weight_scaling="rowwise" if vector_wise_quantization else "global", mem_efficient=mem_efficient
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Also how FSDP2 puts a gathered weight in: often in the same memory, and at the same version."""
+        if name == "weight":
+            self.__dict__.pop("_weight_cache", None)
+        super().__setattr__(name, value)
 
     @property
     def is_prepared(self) -> bool:
@@ -118,6 +125,11 @@ class SwitchBackLinear(nn.Linear):
             self._weight_dtype = fn(self.weight_absmax.new_empty(0, dtype=self._weight_dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not (keep_vars or self.is_prepared):
+            destination[f"{prefix}weight"] = unwrap(destination[f"{prefix}weight"])
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -149,6 +161,8 @@ class SwitchBackLinear(nn.Linear):
             if dtype not in (None, tensor.dtype):
                 error_msgs.append(f"dtype mismatch for {prefix}{name}: got {tensor.dtype}, the layer has {dtype}.")
                 return
+        if local_metadata.get("assign_to_params_buffers") and not becomes_prepared and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = wrap_like(state_dict[f"{prefix}weight"], self.weight)
         if becomes_prepared and not self.is_prepared:
             device = self.weight.device
             self._become_prepared(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in expected.values()))

@@ -1,6 +1,7 @@
 """The operations: one file a family, each with its check, schema, fake and meaning in plain torch."""
 
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
+from .quantize_by_absmax import quantize_by_absmax
 from .quantize_columnwise import quantize_columnwise_and_transpose
 from .quantize_global import quantize_global, quantize_global_transpose, quantize_transpose_by_absmax
 from .quantize_rowwise import dequantize_rowwise, quantize_rowwise
@@ -9,6 +10,7 @@ __all__ = [
     "dequantize_rowwise",
     "int8_matmul_mixed_dequantize",
     "int8_matmul_rowwise_dequantize",
+    "quantize_by_absmax",
     "quantize_columnwise_and_transpose",
     "quantize_global",
     "quantize_global_transpose",
