@@ -21,8 +21,8 @@ from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Scaling(NamedTuple):
-    """What one absmax of the weight covers decides these four; a new scheme is a new row of _SCALINGS."""
+class Scaling(NamedTuple):
+    """What one absmax of the weight covers decides the first four; a new scheme is a new row of _SCALINGS."""
 
     quantize: Callable[[torch.Tensor], Quantized]
     """W -> its codes [out, in] and absmax."""
@@ -31,6 +31,9 @@ class _Scaling(NamedTuple):
     transpose_codes: Callable[[torch.Tensor, torch.Tensor], Quantized]
     """The same from the codes and absmax of a weight that was quantised for good."""
     matmul: Callable[..., torch.Tensor]
+    quantize_input: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
+    """X [tokens, in] -> its codes and absmax, one a row; and so the next."""
+    quantize_grad: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
 
 
 def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
@@ -38,13 +41,13 @@ def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantiz
 
 
 _SCALINGS = {
-    "global": _Scaling(
+    "global": Scaling(
         quantize=ops.quantize_global,
         quantize_transpose=lambda weight, absmax: (ops.quantize_transpose_by_absmax(weight, absmax), absmax),
         transpose_codes=lambda codes, absmax: (codes.t().contiguous(), absmax),
         matmul=ops.int8_matmul_mixed_dequantize,
     ),
-    "rowwise": _Scaling(
+    "rowwise": Scaling(
         quantize=ops.quantize_rowwise,
         quantize_transpose=lambda weight, absmax: ops.quantize_columnwise_and_transpose(weight),
         transpose_codes=_requantize_columnwise,
@@ -95,9 +98,13 @@ def _cached(
     return quantize() if cache is None else cache.get(which, weight, config, quantize)
 
 
+def scaling_of(config: SwitchBackConfig) -> Scaling:
+    return _SCALINGS[config.weight_scaling]
+
+
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
-    return _SCALINGS[config.weight_scaling].quantize(weight)
+    return scaling_of(config).quantize(weight)
 
 
 def switchback_linear(
@@ -133,7 +140,16 @@ def switchback_linear(
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax, config)
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache)
+    if _is_distributed(x) or _is_distributed(weight):
+        from .distributed import tensor_parallel
+
+        return tensor_parallel.switchback_linear(x, weight, bias, config)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, scaling_of(config))
+
+
+def _is_distributed(x: torch.Tensor) -> bool:
+    """Whether x is a DTensor, without importing torch.distributed.tensor for those that are none."""
+    return hasattr(x, "device_mesh")
 
 
 def _check(
@@ -174,10 +190,10 @@ class SwitchBackFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         config: SwitchBackConfig,
         weight_cache: WeightCache | None,
+        scaling: Scaling,
     ) -> torch.Tensor:
-        scaling = _SCALINGS[config.weight_scaling]
         x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        x_codes, x_absmax = ops.quantize_rowwise(x_2d)
+        x_codes, x_absmax = scaling.quantize_input(x_2d)
         if weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
         else:
@@ -190,7 +206,7 @@ class SwitchBackFunction(torch.autograd.Function):
             saved_x = (x_codes, x_absmax) if config.mem_efficient else (x_2d, None)
         saved_weight = (weight, absmax) if needs_input else (None, None)
         ctx.save_for_backward(*saved_x, *saved_weight)
-        ctx.config, ctx.weight_cache = config, weight_cache
+        ctx.config, ctx.weight_cache, ctx.scaling = config, weight_cache, scaling
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -205,12 +221,12 @@ class SwitchBackFunction(torch.autograd.Function):
         grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            scaling = _SCALINGS[ctx.config.weight_scaling]
+            scaling = ctx.scaling
             transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
             codes_t, absmax_t = _cached(
                 ctx.weight_cache, "transposed", weight, ctx.config, lambda: transpose(weight, absmax)
             )
-            grad_codes, grad_absmax = ops.quantize_rowwise(grad)
+            grad_codes, grad_absmax = scaling.quantize_grad(grad)
             grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
                 grad_input = grad_input.view(ctx.input_shape)
@@ -222,7 +238,7 @@ class SwitchBackFunction(torch.autograd.Function):
             # PyTorch accumulates a 16-bit sum in float32 and rounds once: no need to cast if the dtype stays.
             dtype = grad.dtype if grad.dtype == ctx.bias_dtype else torch.float32
             grad_bias = grad.sum(0, dtype=dtype).to(ctx.bias_dtype)
-        return grad_input, grad_weight, None, grad_bias, None, None
+        return grad_input, grad_weight, None, grad_bias, None, None, None
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

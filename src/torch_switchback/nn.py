@@ -81,12 +81,14 @@ class SwitchBackLinear(nn.Linear):
         :meth:`prepare_for_training` undoes it.
 
         Raises:
-            RuntimeError: the weight is not a parameter of this layer but computed from others.
+            RuntimeError: the weight is not a parameter of this layer but computed from others, or is a DTensor.
         """
         if self.is_prepared:
             return
         if self._parameters.get("weight") is None:
             raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrised, or pruned?")
+        if hasattr(self.weight, "device_mesh"):
+            raise RuntimeError("prepare_for_eval: weight is sharded over processes; load its state into a plain model")
         with torch.inference_mode(False), torch.no_grad():
             codes, absmax = quantize_weight(self.weight, self.config)
         self._become_prepared(codes, absmax)

@@ -142,8 +142,7 @@ class ShardWeight(torch.Tensor):
         (codes,) = all_gather_outputs
         if out is None:
             return GatheredWeight(codes, metadata, param_dtype), (codes,)
-        gathered = out if isinstance(out, GatheredWeight) else out._local_tensor  # type: ignore[attr-defined]
-        gathered._absmax = metadata
+        _local(out)._absmax = metadata
         return None
 
 
@@ -302,21 +301,32 @@ def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     Raises:
         ValueError: no layer of the model gathers its weight as int8.
     """
-    from torch.distributed.tensor import DTensor
-
     layers = [module for module in model.modules() if _gathers_int8(module)]
     if not layers:
         raise ValueError("precompute_absmax_for_fsdp: no layer was converted with all_gather='int8'")
     together: dict[tuple[dist.ProcessGroup, ...], list[_Shard]] = {}
     for weight in dict.fromkeys(layer.weight for layer in layers):
-        if isinstance(weight, DTensor) and isinstance(local := weight._local_tensor, ShardWeight):
-            # FSDP2 puts its own dimensions of the mesh before those of tensor parallelism, and its shards' last.
-            mesh_dim = weight.device_mesh.ndim - local._absmax.tensor_parallel_dims - 1
-            if mesh_dim >= 0:
-                shard = _Shard(local, weight.device_mesh, mesh_dim)
-                together.setdefault(shard.groups, []).append(shard)
+        local = _local(weight)
+        if isinstance(local, ShardWeight) and (mesh_dim := _shard_dim(weight)) is not None:
+            shard = _Shard(local, weight.device_mesh, mesh_dim)  # type: ignore[attr-defined]
+            together.setdefault(shard.groups, []).append(shard)
     for shards in together.values():
         _find_absmaxes(shards)
+
+
+def _shard_dim(weight: Any) -> int | None:
+    """Of the mesh that a wrapped weight lies on the dimension that FSDP2 shards over; None before fully_shard.
+
+    FSDP2 puts its dimensions before those of tensor parallelism, and of its own the shards' last.
+    """
+    mesh = getattr(weight, "device_mesh", None)
+    dims = 0 if mesh is None else mesh.ndim - _local(weight)._absmax.tensor_parallel_dims
+    return dims - 1 if dims else None
+
+
+def _local(tensor: Any) -> Any:
+    """A DTensor's part on this rank; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _gathers_int8(module: nn.Module) -> bool:
@@ -335,28 +345,62 @@ def use_int8_all_gather(model: nn.Module) -> None:
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
+    wanted = {
+        weight: places
+        for weight, places in _places(model).items()
+        if any(place.gathers_int8 for place in places) and not isinstance(_local(weight), ShardWeight)
+    }
+    for places in wanted.values():
+        for place in places:
+            if not place.gathers_int8 or place.module.config != places[0].module.config:
+                raise ValueError(
+                    f"all_gather='int8': {places[0].fqn} shares its weight with {place.fqn}.{place.name}, which needs "
+                    "it otherwise; leave the layer out with module_filter_fn"
+                )
+    for weight, places in wanted.items():
+        _replace(places, _wrap(weight.detach(), places[0].module.config), weight.requires_grad)
+
+
+def undo_int8_all_gather(model: nn.Module) -> None:
+    """Unwrap the weights again.
+
+    Raises:
+        RuntimeError: fully_shard has cut them up.
+    """
+    for weight, places in _places(model).items():
+        local = _local(weight)
+        if isinstance(local, GatheredWeight) or (isinstance(local, ShardWeight) and _shard_dim(weight) is not None):
+            raise RuntimeError(f"{places[0].fqn}: fully_shard gathers its weight as int8, which cannot be undone")
+        if isinstance(local, ShardWeight):
+            _replace(places, unwrap(weight.detach()), weight.requires_grad)
+
+
+class _Place(NamedTuple):
+    """Where a parameter is registered."""
+
+    fqn: str
+    module: nn.Module
+    name: str
+
+    @property
+    def gathers_int8(self) -> bool:
+        return self.name == "weight" and _gathers_int8(self.module)
+
+
+def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
+    """All places of each parameter, several where it is shared."""
+    places: dict[nn.Parameter, list[_Place]] = {}
     for fqn, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter, []).append((fqn, module, name))
-    wanted = {
-        weight: places
-        for weight, places in owners.items()
-        if not _is_wrapped(weight) and any(_gathers_int8(module) and name == "weight" for _, module, name in places)
-    }
-    for places in wanted.values():
-        for fqn, module, name in places:
-            if not (_gathers_int8(module) and name == "weight") or module.config != places[0][1].config:
-                raise ValueError(f"all_gather='int8': a weight is shared with {fqn}.{name}, which needs it otherwise")
-    for weight, places in wanted.items():
-        wrapped = nn.Parameter(_wrap(weight.detach(), places[0][1].config), requires_grad=weight.requires_grad)
-        for _, module, name in places:
-            setattr(module, name, wrapped)
+                places.setdefault(parameter, []).append(_Place(fqn, module, name))
+    return places
 
 
-def _is_wrapped(weight: torch.Tensor) -> bool:
-    return isinstance(getattr(weight, "_local_tensor", weight), ShardWeight)
+def _replace(places: list[_Place], weight: torch.Tensor, requires_grad: bool) -> None:
+    parameter = nn.Parameter(weight, requires_grad)
+    for place in places:
+        setattr(place.module, place.name, parameter)
 
 
 def _wrap(weight: torch.Tensor, config: SwitchBackConfig) -> torch.Tensor:
@@ -382,7 +426,7 @@ def unwrap(weight: torch.Tensor) -> torch.Tensor:
 
     Who gets it may write to it, so the weight's absmax is forgotten, on every rank alike.
     """
-    local = getattr(weight, "_local_tensor", weight)
+    local = _local(weight)
     if not isinstance(local, ShardWeight):
         return weight
     local._absmax.known = None
@@ -391,7 +435,7 @@ def unwrap(weight: torch.Tensor) -> torch.Tensor:
 
 def wrap_like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A tensor, or DTensor, in a weight's place: wrapped if the weight is."""
-    wrapped, local = getattr(weight, "_local_tensor", weight), getattr(tensor, "_local_tensor", tensor)
+    wrapped, local = _local(weight), _local(tensor)
     if not isinstance(wrapped, ShardWeight) or isinstance(local, ShardWeight):
         return tensor
     shard = ShardWeight(local, wrapped._absmax.copy())

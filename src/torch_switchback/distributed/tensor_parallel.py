@@ -1,0 +1,110 @@
+"""Tensor parallelism: the layer on DTensors, as ``parallelize_module`` makes them.
+
+Every absmax is that of the whole tensor, so every rank's codes are its part of a single process's. Where an absmax
+spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output's gradient, → how it is cut):
+
+    weight            X            Y            spans the shards
+    Shard(0), column  whole        by features  W's global absmax; a column's of W; a row's of G
+    Shard(1), row     by features  partial sum  W's global absmax; a row's of W; a row's of X
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ..autograd import Scaling, SwitchBackFunction, scaling_of
+from ..config import SwitchBackConfig
+from ..ops import direct as ops
+from . import sharding_rules  # noqa: F401  (registers them)
+from .absmax import absmax_bits, all_reduce_max
+from .fsdp import GatheredWeight
+
+
+def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) -> DTensor:
+    """:func:`torch_switchback.switchback_linear` of DTensors on one mesh of one dimension.
+
+    Args:
+        x: DTensor (*, in_features), redistributed to what the weight's placement asks for.
+        weight: DTensor [out_features, in_features], Shard(0), Shard(1) or Replicate().
+        bias: DTensor [out_features], Shard(0) with such a weight, otherwise Replicate(); or None.
+
+    Returns:
+        DTensor (*, out_features): Shard(-1), Partial() or Replicate(), in the order of the weight's placements.
+
+    Raises:
+        TypeError: one of the tensors is no DTensor.
+        ValueError: their meshes differ or have several dimensions, or a placement is another.
+    """
+    op = "switchback_linear"
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{op}: x, weight and bias must all be DTensors or none, {name} is a {type(tensor).__name__}; a sharded "
+                "weight is for parallelize_module (ColwiseParallel, RowwiseParallel) or fully_shard to prepare"
+            )
+        if tensor is not None and (tensor.device_mesh != weight.device_mesh or tensor.device_mesh.ndim != 1):
+            raise ValueError(
+                f"{op}: x, weight and bias must be on one mesh of one dimension, {name} is on {tensor.device_mesh}, "
+                f"weight on {weight.device_mesh}"
+            )
+    mesh, (placement,) = weight.device_mesh, weight.placements
+    group, last = mesh.get_group(), x.ndim - 1
+    x_placement: Placement
+    y_placement: Placement
+    if placement == Shard(0):
+        x_placement, y_placement, bias_placement = Replicate(), Shard(last), Shard(0)
+    elif placement == Shard(1):
+        x_placement, y_placement, bias_placement = Shard(last), Partial(), Replicate()
+    elif placement == Replicate():
+        x_placement, y_placement, bias_placement = Replicate(), Replicate(), Replicate()
+    else:
+        raise ValueError(f"{op}: weight must be placed as Shard(0), Shard(1) or Replicate(), got {placement}")
+    if bias is not None and bias.placements != (bias_placement,):
+        raise ValueError(f"{op}: with weight {placement}, bias must be {bias_placement}, got {bias.placements[0]}")
+
+    # Each rank of a column-parallel layer has the gradient of X that its own features give.
+    x_grad = Partial() if placement == Shard(0) else x_placement
+    local_x = x.redistribute(placements=[x_placement]).to_local(grad_placements=[x_grad])
+    local_weight = weight.to_local()
+    local_bias = None
+    if bias is not None and placement == Shard(1):
+        # The sum over the ranks has it once.
+        local_bias = bias.to_local(grad_placements=[Partial()]) * (mesh.get_local_rank() == 0)
+    elif bias is not None:
+        local_bias = bias.to_local()
+    scaling = _sharded(scaling_of(config), config, placement, local_weight, group)
+    y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, config, None, scaling)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(y, mesh, [y_placement], run_check=False, shape=shape, stride=stride)
+
+
+def _sharded(
+    scaling: Scaling, config: SwitchBackConfig, placement: Placement, weight: torch.Tensor, group: dist.ProcessGroup
+) -> Scaling:
+    """A scaling whose absmaxes are those of the whole tensors."""
+    if placement == Replicate():
+        return scaling
+
+    def quantize(dim: int | None) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        def quantize_by_spanning_absmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            absmax = all_reduce_max(absmax_bits(x, dim), [group])
+            return ops.quantize_by_absmax(x, absmax), absmax
+
+        return quantize_by_spanning_absmax
+
+    if placement == Shard(0):
+        scaling = scaling._replace(quantize_grad=quantize(1))
+    else:
+        scaling = scaling._replace(quantize_input=quantize(1))
+    if isinstance(weight, GatheredWeight):  # FSDP2 gathered it by the absmax of the whole weight
+        return scaling
+    if config.weight_scaling == "global":
+        return scaling._replace(quantize=quantize(None))
+    if placement == Shard(1):
+        return scaling._replace(quantize=quantize(1))
+    quantize_rows = quantize(1)
+    return scaling._replace(quantize_transpose=lambda weight, absmax: quantize_rows(weight.t()))
