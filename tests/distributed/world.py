@@ -1,17 +1,17 @@
 """Test bodies that run in every process of a gloo group at once."""
 
 import datetime
+import faulthandler
 import importlib
 import inspect
 import multiprocessing
 import os
-import tempfile
 import traceback
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = datetime.timedelta(seconds=90)
+TIMEOUT = datetime.timedelta(seconds=int(os.environ.get("WORLD_TIMEOUT", "60")))
 # Imported once, by the process that the workers are forked from.
 PRELOAD = ["torch_switchback.distributed.tensor_parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 
@@ -41,12 +41,12 @@ class World:
     def __init__(self, size):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self._directory = tempfile.TemporaryDirectory()
+        # Here and not on rank 0, which would have to find a free port.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._connections, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, os.path.join(self._directory.name, "store"), theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, self._store.port, theirs), daemon=True)
             process.start()
             self._connections.append(ours)
             self._processes.append(process)
@@ -74,24 +74,24 @@ class World:
         for process in self._processes:
             process.kill()
             process.join()
-        self._directory.cleanup()
 
 
-def _serve(rank, size, store, connection):
+def _serve(rank, size, port, connection):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=TIMEOUT
-    )
+    store = dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     while True:
         try:
             module, name, arguments = connection.recv()
         except EOFError:
             return
         torch.manual_seed(0)
+        faulthandler.dump_traceback_later(0.8 * TIMEOUT.total_seconds())  # where it hangs
         try:
             function = getattr(importlib.import_module(module), name)
             getattr(function, "body", function)(**arguments)
             dist.barrier()
+            faulthandler.cancel_dump_traceback_later()
         except BaseException:
             connection.send(traceback.format_exc())
             return

@@ -27,7 +27,7 @@ _OPS = torch.ops.torch_switchback
 
 
 class _Absmax:
-    """How a weight is scaled, and its absmax for as long as the weight's version stays."""
+    """How a weight is scaled and, until the weight changes, its absmax. All views of the weight share it."""
 
     def __init__(
         self,
@@ -43,18 +43,23 @@ class _Absmax:
         """The group of the other parts, if one absmax covers them too."""
         self.tensor_parallel_dims = tensor_parallel_dims
         """How many dimensions of the sharded weight's mesh are tensor parallelism's."""
-        self.known: torch.Tensor | None = None
-        self._version = -1
+        self.writes = 0
+        """Through wrappers. Autograd's version counter does not run below them, and counts those past them."""
+        self._known: torch.Tensor | None = None
+        self._seen = (-1, -1)
 
     def copy(self) -> _Absmax:
         """For a weight in other memory."""
         return _Absmax(self.scaling, self.shape, self.tensor_parallel, self.tensor_parallel_dims)
 
-    def set(self, absmax: torch.Tensor, shard: torch.Tensor) -> None:
-        self.known, self._version = absmax, shard._version
+    def set(self, absmax: torch.Tensor | None, data: torch.Tensor) -> None:
+        self._known, self._seen = absmax, (self.writes, data._version)
 
-    def get(self, shard: torch.Tensor) -> torch.Tensor | None:
-        return self.known if shard._version == self._version else None
+    def get(self, data: torch.Tensor) -> torch.Tensor | None:
+        return self._known if self._seen == (self.writes, data._version) else None
+
+    def forget(self) -> None:
+        self._known = None
 
 
 class ShardWeight(torch.Tensor):
@@ -90,19 +95,20 @@ class ShardWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _ATEN.copy_.default and isinstance(args[0], ShardWeight):
+            return _copy(*args)
+        if func is _ATEN.detach.default:
+            return ShardWeight(args[0]._data, args[0]._absmax)
         result = func(*_unwrapped(args), **_unwrapped(kwargs))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write:
-                _count_writes(value)
-        if func in _WRITES_FIRST:
-            return args[0]
+                tree_map_only(ShardWeight, _count_write, value)
         if func in _VIEWS:
             return tree_map_only(torch.Tensor, lambda data: ShardWeight(data, args[0]._absmax), result)
         if func in _COPIES:
             copy = ShardWeight(result, args[0]._absmax.copy())
-            known = args[0]._absmax.get(args[0]._data)
-            if known is not None and func in _SAME_VALUES and result.dtype == args[0].dtype:
-                copy._absmax.set(known, result)
+            if func in _SAME_VALUES and result.dtype == args[0].dtype:
+                copy._absmax.set(args[0]._absmax.get(args[0]._data), result)
             return copy
         return result
 
@@ -149,7 +155,6 @@ class ShardWeight(torch.Tensor):
 _VIEWS = {
     _ATEN.alias.default,
     _ATEN.as_strided.default,
-    _ATEN.detach.default,
     _ATEN.slice.Tensor,
     _ATEN.split.Tensor,
     _ATEN.split_with_sizes.default,
@@ -157,16 +162,28 @@ _VIEWS = {
 }
 _SAME_VALUES = {_ATEN._pin_memory.default, _ATEN._to_copy.default, _ATEN.clone.default}
 _COPIES = {*_SAME_VALUES, _ATEN.empty_like.default, _ATEN.new_zeros.default}
-_WRITES_FIRST = {_ATEN.copy_.default}
 
 
 def _unwrapped(values: Any) -> Any:
     return tree_map_only(ShardWeight, lambda weight: weight._data, values)
 
 
-def _count_writes(value: Any) -> None:
-    """What autograd's version counter does, which does not run below __torch_dispatch__."""
-    tree_map_only(ShardWeight, lambda weight: torch.autograd.graph.increment_version(weight._data), value)
+def _copy(target: ShardWeight, source: torch.Tensor, non_blocking: bool = False) -> ShardWeight:
+    """target.copy_(source). Whether an absmax is known must be the same on all ranks, or some wait for the others.
+
+    FSDP2 moves uneven shards, and those alone, to new zeros that are padded; so the absmax moves along.
+    """
+    absmax = source._absmax.get(source._data) if isinstance(source, ShardWeight) else None
+    is_first = target._absmax.writes == 0
+    target._data.copy_(_unwrapped(source), non_blocking)
+    _count_write(target)
+    if is_first and absmax is not None:
+        target._absmax.set(absmax, target._data)
+    return target
+
+
+def _count_write(weight: ShardWeight) -> None:
+    weight._absmax.writes += 1
 
 
 class GatheredWeight(torch.Tensor):
@@ -429,7 +446,7 @@ def unwrap(weight: torch.Tensor) -> torch.Tensor:
     local = _local(weight)
     if not isinstance(local, ShardWeight):
         return weight
-    local._absmax.known = None
+    local._absmax.forget()
     return local._data if local is weight else _from_local(local._data, weight)
 
 
