@@ -35,21 +35,25 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
         DTensor (*, out_features): Shard(-1), Partial() or Replicate(), in the order of the weight's placements.
 
     Raises:
-        TypeError: one of the tensors is no DTensor.
+        TypeError: one of the tensors is no DTensor, or the weight has been quantised for good.
         ValueError: their meshes differ or have several dimensions, or a placement is another.
     """
     op = "switchback_linear"
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not isinstance(tensor, DTensor):
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
             raise TypeError(
                 f"{op}: x, weight and bias must all be DTensors or none, {name} is a {type(tensor).__name__}; a sharded "
                 "weight is for parallelize_module (ColwiseParallel, RowwiseParallel) or fully_shard to prepare"
             )
-        if tensor is not None and (tensor.device_mesh != weight.device_mesh or tensor.device_mesh.ndim != 1):
+    for name, tensor in tensors.items():
+        if tensor.device_mesh != weight.device_mesh or tensor.device_mesh.ndim != 1:
             raise ValueError(
                 f"{op}: x, weight and bias must be on one mesh of one dimension, {name} is on {tensor.device_mesh}, "
                 f"weight on {weight.device_mesh}"
             )
+    if weight.dtype == torch.int8:
+        raise TypeError(f"{op}: a layer that was prepared for evaluation cannot be tensor-parallel")
     mesh, (placement,) = weight.device_mesh, weight.placements
     group, last = mesh.get_group(), x.ndim - 1
     x_placement: Placement
@@ -68,13 +72,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     # Each rank of a column-parallel layer has the gradient of X that its own features give.
     x_grad = Partial() if placement == Shard(0) else x_placement
     local_x = x.redistribute(placements=[x_placement]).to_local(grad_placements=[x_grad])
-    local_weight = weight.to_local()
-    local_bias = None
-    if bias is not None and placement == Shard(1):
-        # The sum over the ranks has it once.
-        local_bias = bias.to_local(grad_placements=[Partial()]) * (mesh.get_local_rank() == 0)
-    elif bias is not None:
-        local_bias = bias.to_local()
+    local_weight, local_bias = weight.to_local(), None if bias is None else bias.to_local()
     scaling = _sharded(scaling_of(config), config, placement, local_weight, group)
     y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, config, None, scaling)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
@@ -99,7 +97,7 @@ def _sharded(
     if placement == Shard(0):
         scaling = scaling._replace(quantize_grad=quantize(1))
     else:
-        scaling = scaling._replace(quantize_input=quantize(1))
+        scaling = scaling._replace(quantize_input=quantize(1), matmul=_with_bias_once(scaling.matmul, group))
     if isinstance(weight, GatheredWeight):  # FSDP2 gathered it by the absmax of the whole weight
         return scaling
     if config.weight_scaling == "global":
@@ -108,3 +106,13 @@ def _sharded(
         return scaling._replace(quantize=quantize(1))
     quantize_rows = quantize(1)
     return scaling._replace(quantize_transpose=lambda weight, absmax: quantize_rows(weight.t()))
+
+
+def _with_bias_once(matmul: Callable[..., torch.Tensor], group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
+    """A product that is a term of the sum over a group: the first rank's adds the bias."""
+    is_first = group.rank() == 0
+
+    def with_bias_once(a: Any, b: Any, state_x: Any, state_w: Any, bias: Any, out_dtype: torch.dtype) -> torch.Tensor:
+        return matmul(a, b, state_x, state_w, bias if is_first else None, out_dtype)
+
+    return with_bias_once
