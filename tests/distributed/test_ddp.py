@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
-
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
+from torch.nn.parallel import DistributedDataParallel
 from world import in_processes
 
 STRATEGIES = [
@@ -51,4 +50,3 @@ def test_accumulation_with_no_sync_and_a_weight_cache(scaling):
             outputs.append(y)
         assert torch.equal(*outputs)
     assert "_weight_cache" in vars(models[0].module[0])
-

@@ -6,18 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from world import in_processes
 
 import torch_switchback as ts
-from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch_switchback.distributed import precompute_absmax_for_fsdp
-from torch_switchback.distributed.fsdp import GatheredWeight, ShardWeight
-from world import in_processes
+from torch_switchback.distributed.fsdp import ShardWeight
 
 SCALINGS = ["global", "rowwise"]
 
@@ -308,7 +308,9 @@ def test_built_on_the_meta_device():
     expected = mlp().state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.distributed.tensor.distribute_tensor(expected[name], parameter.device_mesh, [Shard(0)]))
+            parameter.copy_(
+                torch.distributed.tensor.distribute_tensor(expected[name], parameter.device_mesh, [Shard(0)])
+            )
     assert torch.equal(model(batch()), converted(mlp())(batch()))
 
 

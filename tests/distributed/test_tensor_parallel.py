@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from models import assert_close, batch, converted, loss_of, mlp, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,13 +14,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from world import in_processes
 
 import torch_switchback as ts
 from cases import codes as random_codes
-from models import assert_close, batch, converted, loss_of, mlp, sgd
 from torch_switchback import ops
 from torch_switchback.distributed import precompute_absmax_for_fsdp, sharding_rules  # noqa: F401  (registers them)
-from world import in_processes
 
 SCALINGS = ["global", "rowwise"]
 STRATEGIES = [(scaling, mem_efficient) for scaling in SCALINGS for mem_efficient in (False, True)]
@@ -89,7 +89,9 @@ def test_a_block(scaling):
         if cuts_sequence:
             plan["2"] = RowwiseParallel(output_layouts=Shard(1))
             plan["0"] = ColwiseParallel(input_layouts=Shard(1))
-            plan[""] = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
+            plan[""] = PrepareModuleInput(
+                input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True
+            )
         parallelize_module(model, tensor_parallel(), plan)
         optimizers = [sgd(alone), sgd(model)]
         for step in range(2):
@@ -122,7 +124,10 @@ def test_one_bad_value_reaches_what_it_does_in_one_process(scaling, value):
         alone.weight[15, 19] = value  # the last rank's, however it is cut
     bad_x = batch()
     bad_x[3, 19] = value
-    for parallel, layouts in ((column_parallel, {"output_layouts": Replicate()}), (row_parallel, {"input_layouts": Replicate()})):
+    for parallel, layouts in (
+        (column_parallel, {"output_layouts": Replicate()}),
+        (row_parallel, {"input_layouts": Replicate()}),
+    ):
         layer = converted(nn.Linear(20, 16), weight_scaling=scaling)
         layer.load_state_dict(alone.state_dict())
         parallel(layer, **layouts)

@@ -43,8 +43,8 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
             raise TypeError(
-                f"{op}: x, weight and bias must all be DTensors or none, {name} is a {type(tensor).__name__}; a sharded "
-                "weight is for parallelize_module (ColwiseParallel, RowwiseParallel) or fully_shard to prepare"
+                f"{op}: x, weight and bias must all be DTensors or none, {name} is a {type(tensor).__name__}; "
+                "parallelize_module (ColwiseParallel, RowwiseParallel) and fully_shard see to it"
             )
     for name, tensor in tensors.items():
         if tensor.device_mesh != weight.device_mesh or tensor.device_mesh.ndim != 1:
