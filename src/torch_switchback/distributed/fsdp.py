@@ -7,6 +7,7 @@ What it gathers becomes the :class:`GatheredWeight` that the layer computes with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class ShardWeight(torch.Tensor):
         self._data, self._absmax = data, absmax
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self._data!r}, scaling={self._absmax.scaling!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], _Absmax]:
@@ -93,7 +94,9 @@ class ShardWeight(torch.Tensor):
         return ShardWeight(inner["_data"], absmax)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is _ATEN.copy_.default and isinstance(args[0], ShardWeight):
             return _copy(*args)
@@ -204,7 +207,7 @@ class GatheredWeight(torch.Tensor):
         self._codes, self._absmax = codes, absmax
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self._codes!r}, {self._absmax!r}, {self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -217,7 +220,9 @@ class GatheredWeight(torch.Tensor):
         return GatheredWeight(inner["_codes"], inner["_absmax"], dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         weight = args[0]
         if func in _QUANTISERS and isinstance(weight, GatheredWeight):
@@ -245,7 +250,7 @@ def _requantized_columnwise(weight: GatheredWeight) -> tuple[torch.Tensor, torch
     return quantize_columnwise_and_transpose(dequantize_rowwise(weight._codes, weight._absmax, torch.float32))
 
 
-_QUANTISERS = {
+_QUANTISERS: dict[Any, Callable[..., Any]] = {
     _OPS.quantize_global.default: lambda weight: _codes_and_absmax(weight, 1),
     _OPS.quantize_rowwise.default: lambda weight: _codes_and_absmax(weight, weight.shape[0]),
     _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._codes,
@@ -322,10 +327,11 @@ def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     if not layers:
         raise ValueError("precompute_absmax_for_fsdp: no layer was converted with all_gather='int8'")
     together: dict[tuple[dist.ProcessGroup, ...], list[_Shard]] = {}
-    for weight in dict.fromkeys(layer.weight for layer in layers):
+    weights: dict[Any, None] = dict.fromkeys(layer.weight for layer in layers)
+    for weight in weights:
         local = _local(weight)
         if isinstance(local, ShardWeight) and (mesh_dim := _shard_dim(weight)) is not None:
-            shard = _Shard(local, weight.device_mesh, mesh_dim)  # type: ignore[attr-defined]
+            shard = _Shard(local, weight.device_mesh, mesh_dim)
             together.setdefault(shard.groups, []).append(shard)
     for shards in together.values():
         _find_absmaxes(shards)
@@ -420,7 +426,7 @@ def _replace(places: list[_Place], weight: torch.Tensor, requires_grad: bool) ->
         setattr(place.module, place.name, parameter)
 
 
-def _wrap(weight: torch.Tensor, config: SwitchBackConfig) -> torch.Tensor:
+def _wrap(weight: torch.Tensor, config: Any) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(weight, DTensor):

@@ -51,7 +51,7 @@ def _dequantize_rowwise(x: Any, absmax: Any, out_dtype: Any) -> list[Rule]:
 def _int8_matmul(a: Any, b: Any, state_x: Any, state_w: Any, bias: Any, out_dtype: Any) -> list[Rule]:
     by_columns = _R if state_w.shape[0] == 1 else _S0
     has_bias = bias is not None
-    rules = [
+    rules: list[Rule] = [
         ([_R], [_R, _R, _R, _R, _R if has_bias else None, None]),
         ([_S0], [_S0, _R, _S0, _R, _R if has_bias else None, None]),
         ([_S1], [_R, _S1, _R, by_columns, _S0 if has_bias else None, None]),

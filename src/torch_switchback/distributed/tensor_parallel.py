@@ -58,6 +58,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     group, last = mesh.get_group(), x.ndim - 1
     x_placement: Placement
     y_placement: Placement
+    bias_placement: Placement
     if placement == Shard(0):
         x_placement, y_placement, bias_placement = Replicate(), Shard(last), Shard(0)
     elif placement == Shard(1):
