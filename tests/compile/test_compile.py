@@ -10,6 +10,7 @@ from torch_switchback.kernels import (
     _absmax,
     _transpose,
     int8_matmul,
+    quantize_by_absmax,
     quantize_columnwise,
     quantize_global,
     quantize_rowwise,
@@ -42,6 +43,8 @@ def test_quantisers(architecture, dtype):
         *record(quantize_global.quantize_global, x, codes, one),
         *record(quantize_global.quantize_global_transpose, x, codes.t(), one),
         *record(quantize_global.quantize_transpose_by_absmax, x, one, codes.t()),
+        *record(quantize_by_absmax.quantize_by_absmax, x, one, codes),
+        *record(quantize_by_absmax.quantize_by_absmax, x, absmax, codes),
         *record(quantize_columnwise.quantize_columnwise_and_transpose, x, codes.t(), absmax),
     ]
     compile_all(launches, architecture)

@@ -5,7 +5,13 @@ import torch
 
 from cases import DTYPES, LAYOUTS, assert_same, codes
 from torch_switchback import ops
-from torch_switchback.kernels import int8_matmul, quantize_columnwise, quantize_global, quantize_rowwise
+from torch_switchback.kernels import (
+    int8_matmul,
+    quantize_by_absmax,
+    quantize_columnwise,
+    quantize_global,
+    quantize_rowwise,
+)
 from torch_switchback.ops import int8_matmul as int8_matmul_op
 from torch_switchback.tuning import MatmulConfig
 
@@ -81,6 +87,25 @@ def test_quantize_global_transpose(dtype, layout, shape):
     out = poisoned(*shape[::-1])
     quantize_global.quantize_transpose_by_absmax(x, absmax, out)
     assert_same(out, expected)
+
+
+@shapes
+@layouts
+@dtypes
+@pytest.mark.parametrize("by_row", [False, True])
+def test_quantize_by_absmax(by_row, dtype, layout, shape):
+    x = layout(*shape, dtype)
+    _, absmax = (ops.quantize_rowwise if by_row else ops.quantize_global)(x)
+    out = poisoned(*shape)
+    quantize_by_absmax.quantize_by_absmax(x, absmax, out)
+    assert_same(out, ops.quantize_by_absmax(x, absmax))
+
+
+def test_quantize_by_absmax_of_rows_longer_than_a_block():
+    x = torch.randn(7, 2500)
+    out, absmax = poisoned(7, 2500), (torch.rand(14) + 5)[::2]
+    quantize_by_absmax.quantize_by_absmax(x, absmax, out)
+    assert_same(out, ops.quantize_by_absmax(x, absmax))
 
 
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
