@@ -16,8 +16,7 @@ _LARGER_ARGUMENT = {
 class CollectiveBytes(TorchDispatchMode):
     """While entered, counts bytes by collective and dtype: ``{"all-gather int8": 1234, …}``.
 
-    FSDP2 gathers weights in int8 and biases in 16 bit together, as bytes: "all-gather uint8". Compiled code runs
-    eagerly meanwhile.
+    FSDP2 gathers weights in int8 and biases in 16 bit together, as bytes: "all-gather uint8".
     """
 
     def __init__(self) -> None:

@@ -125,7 +125,8 @@ class ShardedRun:
     def counted_step(self) -> Tensor:
         if self.step + 1 < self.settings.steps:
             return self.train_step()
-        with CollectiveBytes() as counted:
+        # Compiled code cannot run while they are counted, and must not be compiled anew for it.
+        with torch.compiler.set_stance("force_eager"), CollectiveBytes() as counted:
             loss = self.train_step()
         self.bytes_per_step = dict(counted.bytes)
         return loss

@@ -1,5 +1,7 @@
 """One absmax over what several processes hold."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,14 +19,9 @@ def absmax_bits(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
 
 def foreach_absmax_bits(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """:func:`absmax_bits` over all of each tensor, in a few launches together."""
-    bits = [torch.zeros(1, dtype=torch.int32, device=x.device) for x in tensors if x.numel() == 0]
     filled = [x for x in tensors if x.numel()]
-    if filled:
-        # Sizes differ only in what is empty, so the two lists merge back in order.
-        norms = iter(to_bits(torch.stack(torch._foreach_norm(filled, float("inf")))).split(1))
-        empty = iter(bits)
-        bits = [next(norms) if x.numel() else next(empty) for x in tensors]
-    return bits
+    bits = iter(to_bits(torch.stack([*torch._foreach_norm(filled, float("inf"))])).split(1) if filled else [])
+    return [next(bits) if x.numel() else absmax_bits(x) for x in tensors]
 
 
 def to_bits(absmax: torch.Tensor) -> torch.Tensor:
