@@ -1,6 +1,7 @@
 """fully_shard: unchanged on a converted model, and with weights that are gathered as int8."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_high_precision(scaling, cache, dtype, reshard):
                 assert_close(parameter.grad.full_tensor(), value.grad)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@in_processes(2)
+def test_a_weight_cache_when_the_next_weight_lies_in_the_same_memory():
+    """As a caching allocator has it, and at the same version: FSDP2 leaves no other sign of the change."""
+    outputs = []
+    for cache in (False, True):
+        model = sharded(converted(mlp(), cache_quantized_weight=cache))
+        optimizer = sgd(model)
+        with mock.patch("torch.distributed.fsdp._fully_shard._fsdp_param.free_storage"):
+            for step in range(2):
+                y = model(own(batch(step=step)))
+                loss_of(y).backward()
+                optimizer.step()
+        outputs.append(y)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("out", [7, 3, 8], ids=lambda out: f"{out} rows")
