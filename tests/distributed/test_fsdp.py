@@ -430,6 +430,12 @@ def test_without_fully_shard_it_is_a_plain_layer():
             optimizer.zero_grad()
     assert torch.equal(model(batch()), plain(batch()))
     assert torch.equal(copy.deepcopy(model)(batch()), plain(batch()))
+    with torch.no_grad():
+        assert model[0].weight.mul_(2) is model[0].weight
+        assert torch.add(model[2].weight, 1, out=model[2].weight) is model[2].weight
+        plain[0].weight.mul_(2)
+        plain[2].weight.add_(1)
+    assert torch.equal(model(batch()), plain(batch()))
     state = model.state_dict()
     assert {name: type(value) for name, value in state.items()} == dict.fromkeys(plain.state_dict(), torch.Tensor)
     ts.revert_switchback(model)

@@ -103,9 +103,12 @@ class ShardWeight(torch.Tensor):
         if func is _ATEN.detach.default:
             return ShardWeight(args[0]._data, args[0]._absmax)
         result = func(*_unwrapped(args), **_unwrapped(kwargs))
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for position, argument in enumerate(func._schema.arguments):
             if argument.is_write:
-                tree_map_only(ShardWeight, _count_write, value)
+                written = args[position] if position < len(args) else kwargs.get(argument.name)
+                tree_map_only(ShardWeight, _count_write, written)
+                if isinstance(written, ShardWeight):
+                    return written
         if func in _VIEWS:
             return tree_map_only(torch.Tensor, lambda data: ShardWeight(data, args[0]._absmax), result)
         if func in _COPIES:
