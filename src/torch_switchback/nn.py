@@ -129,8 +129,9 @@ class SwitchBackLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not (keep_vars or self.is_prepared):
-            destination[f"{prefix}weight"] = unwrap(destination[f"{prefix}weight"])
+        name = f"{prefix}weight"  # not there while prepared, and of a parametrised layer
+        if name in destination and not keep_vars:
+            destination[name] = unwrap(destination[name])
 
     def _load_from_state_dict(
         self,
