@@ -11,7 +11,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-TIMEOUT = datetime.timedelta(seconds=int(os.environ.get("WORLD_TIMEOUT", "60")))
+TIMEOUT = datetime.timedelta(seconds=int(os.environ.get("WORLD_TIMEOUT", "180")))
 # Imported once, by the process that the workers are forked from.
 PRELOAD = ["torch_switchback.distributed.tensor_parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 
