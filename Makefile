@@ -34,7 +34,7 @@ lint: $(VENV)/.test  ## style and types
 # tests of the bitsandbytes bridge run once without bitsandbytes and once with it.
 test: lint  ## lint, types and every test that needs no GPU
 	$(RUN)/pip uninstall --quiet --yes bitsandbytes
-	$(RUN)/pytest -n 2 tests
+	$(RUN)/pytest -n 2 --dist loadgroup tests
 	TRITON_INTERPRET=1 $(RUN)/pytest -n 2 tests/kernels
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[bitsandbytes]'
 	$(RUN)/pytest tests/test_bitsandbytes.py tests/test_seeds.py

@@ -74,9 +74,7 @@ def parts_of(config: SwitchBackConfig) -> list[str]:
         names.append("dequantize_rowwise(X)")
     if rowwise:
         return [*names, "quantize_rowwise(W)", "quantize_columnwise_and_transpose(W)"]
-    if config.mem_efficient:
-        return [*names, "quantize_global(W)", "quantize_transpose_by_absmax(W)"]
-    return [*names, "quantize_global_with_transpose(W)"]
+    return [*names, "quantize_global(W)", "quantize_transpose_by_absmax(W)"]
 
 
 def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> list[Contestant]:
@@ -118,9 +116,6 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
         "quantize_global(W)": lambda: [partial(ops.quantize_global, weight) for weight in weights],
         "quantize_transpose_by_absmax(W)": lambda: [
             partial(ops.quantize_transpose_by_absmax, weight, absmax) for weight in weights
-        ],
-        "quantize_global_with_transpose(W)": lambda: [
-            partial(ops.quantize_global_with_transpose, weight) for weight in weights
         ],
         "quantize_rowwise(W)": lambda: [partial(ops.quantize_rowwise, weight) for weight in weights],
         "quantize_columnwise_and_transpose(W)": lambda: [

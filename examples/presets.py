@@ -57,6 +57,20 @@ PRESETS = {
         validation_batches=4,
         final_validation_batches=32,
     ),
+    # For train_fsdp.py: 202 M parameters, so that gathering the weights is work.
+    "large": Preset(
+        device="cuda",
+        bf16=True,
+        compile=True,
+        model=GPTConfig(context=1024, width=1024, depth=16, heads=16),
+        batch_size=32,
+        steps=300,
+        learning_rate=4e-4,
+        steps_per_sync=10,
+        validation_interval=100,
+        validation_batches=4,
+        final_validation_batches=32,
+    ),
     # Says only whether everything runs.
     "tiny": Preset(
         device="cpu",

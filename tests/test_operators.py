@@ -36,6 +36,14 @@ def test_quantize_transpose_by_absmax(dtype, layout, device):
     torch.library.opcheck(OPS.quantize_transpose_by_absmax.default, (layout(17, 83, dtype, device), absmax))
 
 
+@layouts
+@dtypes
+@pytest.mark.parametrize("scales", [1, 17])
+def test_quantize_by_absmax(scales, dtype, layout, device):
+    absmax = torch.full((scales,), 1e5, device=device)
+    torch.library.opcheck(OPS.quantize_by_absmax.default, (layout(17, 83, dtype, device), absmax))
+
+
 @dtypes
 def test_dequantize_rowwise(dtype, device):
     for x in (codes(17, 83, device), codes(83, 17, device).t()):

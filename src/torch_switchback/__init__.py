@@ -3,6 +3,7 @@
 from .autograd import switchback_linear
 from .config import SwitchBackConfig
 from .convert import convert_to_switchback, revert_switchback
+from .distributed import precompute_absmax_for_fsdp
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import (
     SwitchBackLinear,
@@ -34,6 +35,7 @@ __all__ = [
     "install_as_bitsandbytes",
     "int8_matmul_mixed_dequantize",
     "int8_matmul_rowwise_dequantize",
+    "precompute_absmax_for_fsdp",
     "quantize_columnwise_and_transpose",
     "quantize_global",
     "quantize_global_transpose",

@@ -6,6 +6,7 @@ which leaves their product as it is, and quantised with one absmax a column (doc
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -55,25 +56,29 @@ def _warn_once() -> None:
 
 
 def quantize(
-    x: torch.Tensor, config: SwitchBackConfig, *, rows: bool, tokens: bool
+    x: torch.Tensor,
+    config: SwitchBackConfig,
+    *,
+    rowwise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
+    tokens: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Quantise x [tokens, features], X or G, for the products that need it.
 
     Args:
         x: [tokens, features].
         config: by which rotation.
-        rows: whether the output or the input gradient needs it.
-        tokens: whether an int8 weight gradient does.
+        rowwise: how its rows are quantised for the output or the input gradient; None: neither is wanted.
+        tokens: whether an int8 weight gradient is; then rowwise is ``quantize_rowwise``.
 
     Returns:
-        Codes [tokens, features] and absmax [tokens], or two Nones without rows; then codes [features, tokens, padded to
-        whole blocks] and absmax [features], or two Nones without tokens.
+        Codes [tokens, features] and absmax [tokens], or two Nones without rowwise; then codes [features, tokens, padded
+        to whole blocks] and absmax [features], or two Nones without tokens.
     """
-    if rows and tokens and config.rotate_tokens is not None:
+    if rowwise is not None and tokens and config.rotate_tokens is not None:
         return ops.quantize_rowwise_and_rotated_columnwise(x, config.rotate_tokens)
-    rowwise = ops.quantize_rowwise(x) if rows else (None, None)
+    rows = (None, None) if rowwise is None else rowwise(x)
     if not tokens:
-        return *rowwise, None, None
+        return *rows, None, None
     if config.rotate_tokens is None:
-        return *rowwise, *ops.quantize_columnwise_and_transpose(x)
-    return *rowwise, *ops.quantize_rotated_columnwise_and_transpose(x, config.rotate_tokens)
+        return *rows, *ops.quantize_columnwise_and_transpose(x)
+    return *rows, *ops.quantize_rotated_columnwise_and_transpose(x, config.rotate_tokens)

@@ -22,20 +22,21 @@ from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Scaling(NamedTuple):
-    """What one absmax of the weight covers decides these; a new scheme is a new row of _SCALINGS."""
+class Scaling(NamedTuple):
+    """What one absmax of the weight covers decides all but the last two; a new scheme is a new row of _SCALINGS."""
 
     quantize: Callable[[torch.Tensor], Quantized]
     """W -> its codes [out, in] and absmax."""
     quantize_with_transpose: Callable[[torch.Tensor], tuple[Quantized, Quantized]]
     """W -> the same, and the codes of Wᵀ [in, out] and their absmax."""
-    transpose_saves_a_read: bool
-    """Whether quantize_with_transpose reads W less often than quantize and quantize_transpose do."""
     quantize_transpose: Callable[[torch.Tensor, torch.Tensor], Quantized]
     """W and the absmax that the forward found -> the codes of Wᵀ [in, out] and their absmax."""
     transpose_codes: Callable[[torch.Tensor, torch.Tensor], Quantized]
     """The same from the codes and absmax of a weight that was quantised for good."""
     matmul: Callable[..., torch.Tensor]
+    quantize_input: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
+    """X [tokens, in] -> its codes and absmax, one a row; and so the next."""
+    quantize_grad: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
 
 
 def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
@@ -48,21 +49,19 @@ def _quantize_global_with_transpose(weight: torch.Tensor) -> tuple[Quantized, Qu
 
 
 _SCALINGS = {
-    "global": _Scaling(
+    "global": Scaling(
         quantize=ops.quantize_global,
         quantize_with_transpose=_quantize_global_with_transpose,
-        transpose_saves_a_read=True,
         quantize_transpose=lambda weight, absmax: (ops.quantize_transpose_by_absmax(weight, absmax), absmax),
         transpose_codes=lambda codes, absmax: (codes.t().contiguous(), absmax),
         matmul=ops.int8_matmul_mixed_dequantize,
     ),
-    "rowwise": _Scaling(
+    "rowwise": Scaling(
         quantize=ops.quantize_rowwise,
         quantize_with_transpose=lambda weight: (
             ops.quantize_rowwise(weight),
             ops.quantize_columnwise_and_transpose(weight),
         ),
-        transpose_saves_a_read=False,
         quantize_transpose=lambda weight, absmax: ops.quantize_columnwise_and_transpose(weight),
         transpose_codes=_requantize_columnwise,
         matmul=ops.int8_matmul_rowwise_dequantize,
@@ -70,18 +69,13 @@ _SCALINGS = {
 }
 
 
+def scaling_of(config: SwitchBackConfig) -> Scaling:
+    return _SCALINGS[config.weight_scaling]
+
+
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
-    return _SCALINGS[config.weight_scaling].quantize(weight)
-
-
-def _quantize_weight(
-    weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool
-) -> tuple[Quantized, Quantized | None]:
-    """Codes and absmax of W and, with_transpose, those of Wᵀ."""
-    if with_transpose:
-        return _SCALINGS[config.weight_scaling].quantize_with_transpose(weight)
-    return quantize_weight(weight, config), None
+    return scaling_of(config).quantize(weight)
 
 
 class WeightCache:
@@ -105,14 +99,17 @@ class WeightCache:
     def get(
         self, weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool
     ) -> tuple[Quantized, Quantized | None]:
-        """What _quantize_weight returned when it was last called for this state of the weight; else call it."""
+        """Codes and absmax of W and, with_transpose, of Wᵀ: as last quantised if W has not changed since."""
         state = (weight.data_ptr(), weight._version, weight.dtype, config)
         if state != self._state:
             # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
             self._seen, self._state, self._quantized = weight.detach(), state, None
         if self._quantized is None or (with_transpose and self._quantized[1] is None):
             with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
-                self._quantized = _quantize_weight(weight, config, with_transpose)
+                scaling = scaling_of(config)
+                self._quantized = (
+                    scaling.quantize_with_transpose(weight) if with_transpose else (scaling.quantize(weight), None)
+                )
         return self._quantized
 
 
@@ -150,7 +147,17 @@ def switchback_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax, config)
     int8_grad_weight = _grad_weight.runs_in_int8(config, x, weight)
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, int8_grad_weight)
+    if _is_distributed(x) or _is_distributed(weight):
+        from .distributed import tensor_parallel
+
+        return tensor_parallel.switchback_linear(x, weight, bias, config)
+    scaling = scaling_of(config)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, scaling, int8_grad_weight)
+
+
+def _is_distributed(x: torch.Tensor) -> bool:
+    """Whether x is a DTensor, without importing torch.distributed.tensor for those that are none."""
+    return hasattr(x, "device_mesh")
 
 
 def _check(
@@ -191,20 +198,21 @@ class SwitchBackFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         config: SwitchBackConfig,
         weight_cache: WeightCache | None,
+        scaling: Scaling,
         int8_grad_weight: bool,
     ) -> torch.Tensor:
-        scaling = _SCALINGS[config.weight_scaling]
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        x_codes, x_absmax, *saved_x = _grad_weight.quantize(x_2d, config, rows=True, tokens=int8_grad_weight)
+        x_codes, x_absmax, *saved_x = _grad_weight.quantize(
+            x_2d, config, rowwise=scaling.quantize_input, tokens=int8_grad_weight
+        )
         quantized_t: Quantized | None = None
         if weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
         elif weight_cache is not None:
             (weight_codes, absmax), quantized_t = weight_cache.get(weight, config, with_transpose=needs_input)
         else:
-            keeps_transpose = needs_input and scaling.transpose_saves_a_read and not config.mem_efficient
-            (weight_codes, absmax), quantized_t = _quantize_weight(weight, config, keeps_transpose)
+            weight_codes, absmax = scaling.quantize(weight)
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
 
         if needs_weight and not int8_grad_weight:
@@ -213,7 +221,7 @@ class SwitchBackFunction(torch.autograd.Function):
         codes_t, absmax_t = (None, absmax) if quantized_t is None else quantized_t
         saved_weight = (weight, absmax_t, codes_t) if needs_input else (None, None, None)
         ctx.save_for_backward(*saved_x, *saved_weight)
-        ctx.config, ctx.int8_grad_weight = config, int8_grad_weight
+        ctx.config, ctx.scaling, ctx.int8_grad_weight = config, scaling, int8_grad_weight
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -228,11 +236,11 @@ class SwitchBackFunction(torch.autograd.Function):
         grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         needs_int8_weight = needs_weight and ctx.int8_grad_weight
+        scaling = ctx.scaling
         grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
-            grad, ctx.config, rows=needs_input, tokens=needs_int8_weight
+            grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, tokens=needs_int8_weight
         )
         if needs_input:
-            scaling = _SCALINGS[ctx.config.weight_scaling]
             if codes_t is None:
                 transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
                 codes_t, absmax = transpose(weight, absmax)
@@ -249,7 +257,7 @@ class SwitchBackFunction(torch.autograd.Function):
             grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
         if needs_bias:
             grad_bias = column_sums(grad, ctx.bias_dtype)
-        return grad_input, grad_weight, None, grad_bias, None, None, None
+        return grad_input, grad_weight, None, grad_bias, None, None, None, None
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 WeightScaling = Literal["global", "rowwise"]
 GradWeight = Literal["high_precision", "int8", "int8_always"]
 ROTATIONS = (16, 32, 64, 128)  # rows or columns that a block Hadamard rotation mixes
+AllGather = Literal["high_precision", "int8"]
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,13 @@ class SwitchBackConfig:
             input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
         mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
             dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
-            sees the quantised input. The backward also reads the weight again, where otherwise, with global scaling,
-            the forward leaves it the transposed int8 weight, 1 byte an element.
+            sees the quantised input.
         cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
             accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
             element of the weight from the first training forward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
-            LoRA adapter does), an optimiser inside a CUDA graph and FSDP's resharding do not.
+            LoRA adapter does) and an optimiser inside a CUDA graph do not.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
             the rotated codes of X for the backward, which are as small as mem_efficient's. Where quantising costs more
@@ -34,8 +34,12 @@ class SwitchBackConfig:
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantised
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
 
+        all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
+            policy. ``"int8"``: as the codes that the layer computes with, quantised from the shards by the absmax
+            over all of them (docs/scaling.md). Without FSDP2 it makes no difference.
+
     Raises:
-        ValueError: for a ``weight_scaling``, ``grad_weight`` or ``rotate_tokens`` that does not exist.
+        ValueError: for a ``weight_scaling``, ``grad_weight``, ``rotate_tokens`` or ``all_gather`` that does not exist.
     """
 
     weight_scaling: WeightScaling = "global"
@@ -43,12 +47,14 @@ class SwitchBackConfig:
     cache_quantized_weight: bool = False
     grad_weight: GradWeight = "high_precision"
     rotate_tokens: int | None = 64
+    all_gather: AllGather = "high_precision"
 
     def __post_init__(self) -> None:
         for name, known in (
             ("weight_scaling", get_args(WeightScaling)),
             ("grad_weight", get_args(GradWeight)),
             ("rotate_tokens", (None, *ROTATIONS)),
+            ("all_gather", get_args(AllGather)),
         ):
             value = getattr(self, name)
             if value not in known:

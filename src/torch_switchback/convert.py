@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from .config import SwitchBackConfig
+from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .nn import SwitchBackLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +36,8 @@ def convert_to_switchback(
 
     Raises:
         TypeError: config is something else.
+        RuntimeError: all_gather is "int8" and fully_shard has been called already.
+        ValueError: all_gather is "int8" and a layer shares its weight with a module that needs it in full.
     """
     config = SwitchBackConfig() if config is None else config
     if not isinstance(config, SwitchBackConfig):
@@ -56,6 +59,8 @@ def convert_to_switchback(
             continue
         module.__class__ = SwitchBackLinear
         module.config = config  # type: ignore[assignment]
+    if config.all_gather == "int8":
+        use_int8_all_gather(model)
     return model
 
 
@@ -70,7 +75,11 @@ def revert_switchback(model: Model) -> Model:
 
     Returns:
         The same model.
+
+    Raises:
+        RuntimeError: fully_shard has cut up weights that are gathered as int8.
     """
+    undo_int8_all_gather(model)
     for module in model.modules():
         if type(module) is SwitchBackLinear:
             module.prepare_for_training()

@@ -9,6 +9,7 @@ from torch import nn
 
 from .autograd import WeightCache, quantize_weight, switchback_linear
 from .config import SwitchBackConfig
+from .distributed.fsdp import unwrap, wrap_like
 from .ops import dequantize_rowwise
 
 
@@ -53,6 +54,12 @@ class SwitchBackLinear(nn.Linear):
             weight_scaling="rowwise" if vector_wise_quantization else "global", mem_efficient=mem_efficient
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Also how FSDP2 puts a gathered weight in: often in the same memory, and at the same version."""
+        if name == "weight":
+            self.__dict__.pop("_weight_cache", None)
+        super().__setattr__(name, value)
+
     @property
     def is_prepared(self) -> bool:
         """Whether the weight has been replaced by its int8 codes."""
@@ -74,12 +81,14 @@ class SwitchBackLinear(nn.Linear):
         :meth:`prepare_for_training` undoes it.
 
         Raises:
-            RuntimeError: the weight is not a parameter of this layer but computed from others.
+            RuntimeError: the weight is not a parameter of this layer but computed from others, or is a DTensor.
         """
         if self.is_prepared:
             return
         if self._parameters.get("weight") is None:
             raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrised, or pruned?")
+        if hasattr(self.weight, "device_mesh"):
+            raise RuntimeError("prepare_for_eval: weight is sharded over processes; load its state into a plain model")
         with torch.inference_mode(False), torch.no_grad():
             codes, absmax = quantize_weight(self.weight, self.config)
         self._become_prepared(codes, absmax)
@@ -118,6 +127,12 @@ class SwitchBackLinear(nn.Linear):
             self._weight_dtype = fn(self.weight_absmax.new_empty(0, dtype=self._weight_dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}weight"  # not there while prepared, and of a parametrised layer
+        if name in destination and not keep_vars:
+            destination[name] = unwrap(destination[name])
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -149,6 +164,8 @@ class SwitchBackLinear(nn.Linear):
             if dtype not in (None, tensor.dtype):
                 error_msgs.append(f"dtype mismatch for {prefix}{name}: got {tensor.dtype}, the layer has {dtype}.")
                 return
+        if local_metadata.get("assign_to_params_buffers") and not becomes_prepared and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = wrap_like(state_dict[f"{prefix}weight"], self.weight)
         if becomes_prepared and not self.is_prepared:
             device = self.weight.device
             self._become_prepared(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in expected.values()))

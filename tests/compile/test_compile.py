@@ -15,6 +15,7 @@ from torch_switchback.kernels import (
     int8_matmul_pointer,
     int8_matmul_tma,
     int8_matmul_warp_specialized,
+    quantize_by_absmax,
     quantize_columnwise,
     quantize_global,
     quantize_rotated,
@@ -78,6 +79,7 @@ def quantiser_launches(dtype, rows, cols):
         (quantize_global.quantize_transpose_by_absmax, x, absmax, codes_t),
         (quantize_global.quantize_global_with_transpose, x, codes, codes_t, absmax),
         (quantize_columnwise.quantize_columnwise_and_transpose, x, codes_t, absmax_col),
+        (quantize_by_absmax.quantize_by_absmax, x, absmax_row, codes),
     ]
     return {launcher.__name__: record(launcher, *args) for launcher, *args in calls}
 
@@ -95,6 +97,7 @@ def test_launches():
         "quantize_transpose_by_absmax": 1,
         "quantize_global_with_transpose": 2,
         "quantize_columnwise_and_transpose": 2,
+        "quantize_by_absmax": 1,
     }
 
 

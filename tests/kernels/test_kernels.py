@@ -11,6 +11,7 @@ from torch_switchback.kernels import (
     _absmax,
     _launch,
     int8_matmul,
+    quantize_by_absmax,
     quantize_columnwise,
     quantize_global,
     quantize_rowwise,
@@ -129,6 +130,25 @@ def test_quantize_global_with_transpose(dtype, layout, shape, passes):
     quantize_global.quantize_global_with_transpose(x, out, out_t, absmax)
     for actual, expected in zip((out, out_t, absmax), ops.quantize_global_with_transpose(x), strict=True):
         assert_same(actual, expected)
+
+
+@shapes
+@layouts
+@dtypes
+@pytest.mark.parametrize("by_row", [False, True])
+def test_quantize_by_absmax(by_row, dtype, layout, shape):
+    x = layout(*shape, dtype)
+    _, absmax = (ops.quantize_rowwise if by_row else ops.quantize_global)(x)
+    out = poisoned(*shape)
+    quantize_by_absmax.quantize_by_absmax(x, absmax, out)
+    assert_same(out, ops.quantize_by_absmax(x, absmax))
+
+
+def test_quantize_by_absmax_of_rows_longer_than_a_block():
+    x = torch.randn(7, 2500)
+    out, absmax = poisoned(7, 2500), (torch.rand(14) + 5)[::2]
+    quantize_by_absmax.quantize_by_absmax(x, absmax, out)
+    assert_same(out, ops.quantize_by_absmax(x, absmax))
 
 
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():

@@ -1,6 +1,7 @@
 """The operations: one file a family, each with its check, schema, fake and meaning in plain torch."""
 
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
+from .quantize_by_absmax import quantize_by_absmax
 from .quantize_columnwise import quantize_columnwise_and_transpose, quantize_rowwise_and_rotated_columnwise
 from .quantize_global import (
     quantize_global,
@@ -14,6 +15,7 @@ __all__ = [
     "dequantize_rowwise",
     "int8_matmul_mixed_dequantize",
     "int8_matmul_rowwise_dequantize",
+    "quantize_by_absmax",
     "quantize_columnwise_and_transpose",
     "quantize_global",
     "quantize_global_transpose",

@@ -2,6 +2,7 @@
 dispatcher, which takes longer than a kernel's launch."""
 
 from .int8_matmul import int8_matmul_mixed_dequantize_op, int8_matmul_rowwise_dequantize_op
+from .quantize_by_absmax import quantize_by_absmax_op
 from .quantize_columnwise import (
     quantize_columnwise_and_transpose_op,
     quantize_rotated_columnwise_and_transpose_op,
@@ -17,6 +18,7 @@ from .quantize_rowwise import dequantize_rowwise_op, quantize_rowwise_op
 dequantize_rowwise = dequantize_rowwise_op.direct
 int8_matmul_mixed_dequantize = int8_matmul_mixed_dequantize_op.direct
 int8_matmul_rowwise_dequantize = int8_matmul_rowwise_dequantize_op.direct
+quantize_by_absmax = quantize_by_absmax_op.direct
 quantize_columnwise_and_transpose = quantize_columnwise_and_transpose_op.direct
 quantize_global = quantize_global_op.direct
 quantize_global_with_transpose = quantize_global_with_transpose_op.direct

@@ -1,0 +1,122 @@
+"""Tensor parallelism: the layer on DTensors, as ``parallelize_module`` makes them.
+
+Every absmax is that of the whole tensor, so every rank's codes are its part of a single process's. Where an absmax
+spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output's gradient, → how it is cut):
+
+    weight            X            Y            spans the shards
+    Shard(0), column  whole        by features  W's global absmax; a column's of W; a row's of G
+    Shard(1), row     by features  partial sum  W's global absmax; a row's of W; a row's of X
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ..autograd import Scaling, SwitchBackFunction, scaling_of
+from ..config import SwitchBackConfig
+from ..ops import direct as ops
+from . import sharding_rules  # noqa: F401  (registers them)
+from .absmax import absmax_bits, all_reduce_max
+from .fsdp import GatheredWeight
+
+
+def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) -> DTensor:
+    """:func:`torch_switchback.switchback_linear` of DTensors on one mesh of one dimension.
+
+    Args:
+        x: DTensor (*, in_features), redistributed to what the weight's placement asks for.
+        weight: DTensor [out_features, in_features], Shard(0), Shard(1) or Replicate().
+        bias: DTensor [out_features], Shard(0) with such a weight, otherwise Replicate(); or None.
+
+    Returns:
+        DTensor (*, out_features): Shard(-1), Partial() or Replicate(), in the order of the weight's placements.
+
+    Raises:
+        TypeError: one of the tensors is no DTensor, or the weight has been quantised for good.
+        ValueError: their meshes differ or have several dimensions, a placement is another, or the config asks for an
+            int8 weight gradient.
+    """
+    op = "switchback_linear"
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{op}: x, weight and bias must all be DTensors or none, {name} is a {type(tensor).__name__}; "
+                "parallelize_module (ColwiseParallel, RowwiseParallel) and fully_shard see to it"
+            )
+    for name, tensor in tensors.items():
+        if tensor.device_mesh != weight.device_mesh or tensor.device_mesh.ndim != 1:
+            raise ValueError(
+                f"{op}: x, weight and bias must be on one mesh of one dimension, {name} is on {tensor.device_mesh}, "
+                f"weight on {weight.device_mesh}"
+            )
+    if weight.dtype == torch.int8:
+        raise TypeError(f"{op}: a layer that was prepared for evaluation cannot be tensor-parallel")
+    if config.grad_weight != "high_precision":
+        raise ValueError(f"{op}: grad_weight={config.grad_weight!r} is not available for tensor-parallel layers")
+    mesh, (placement,) = weight.device_mesh, weight.placements
+    group, last = mesh.get_group(), x.ndim - 1
+    x_placement: Placement
+    y_placement: Placement
+    bias_placement: Placement
+    if placement == Shard(0):
+        x_placement, y_placement, bias_placement = Replicate(), Shard(last), Shard(0)
+    elif placement == Shard(1):
+        x_placement, y_placement, bias_placement = Shard(last), Partial(), Replicate()
+    elif placement == Replicate():
+        x_placement, y_placement, bias_placement = Replicate(), Replicate(), Replicate()
+    else:
+        raise ValueError(f"{op}: weight must be placed as Shard(0), Shard(1) or Replicate(), got {placement}")
+    if bias is not None and bias.placements != (bias_placement,):
+        raise ValueError(f"{op}: with weight {placement}, bias must be {bias_placement}, got {bias.placements[0]}")
+
+    # Each rank of a column-parallel layer has the gradient of X that its own features give.
+    x_grad = Partial() if placement == Shard(0) else x_placement
+    local_x = x.redistribute(placements=[x_placement]).to_local(grad_placements=[x_grad])
+    local_weight, local_bias = weight.to_local(), None if bias is None else bias.to_local()
+    scaling = _sharded(scaling_of(config), config, placement, local_weight, group)
+    y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, config, None, scaling, False)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(y, mesh, [y_placement], run_check=False, shape=shape, stride=stride)
+
+
+def _sharded(
+    scaling: Scaling, config: SwitchBackConfig, placement: Placement, weight: torch.Tensor, group: dist.ProcessGroup
+) -> Scaling:
+    """A scaling whose absmaxes are those of the whole tensors."""
+    if placement == Replicate():
+        return scaling
+
+    def quantize(dim: int | None) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        def quantize_by_spanning_absmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            absmax = all_reduce_max(absmax_bits(x, dim), [group])
+            return ops.quantize_by_absmax(x, absmax), absmax
+
+        return quantize_by_spanning_absmax
+
+    if placement == Shard(0):
+        scaling = scaling._replace(quantize_grad=quantize(1))
+    else:
+        scaling = scaling._replace(quantize_input=quantize(1), matmul=_with_bias_once(scaling.matmul, group))
+    if isinstance(weight, GatheredWeight):  # FSDP2 gathered it by the absmax of the whole weight
+        return scaling
+    if config.weight_scaling == "global":
+        return scaling._replace(quantize=quantize(None))
+    if placement == Shard(1):
+        return scaling._replace(quantize=quantize(1))
+    quantize_rows = quantize(1)
+    return scaling._replace(quantize_transpose=lambda weight, absmax: quantize_rows(weight.t()))
+
+
+def _with_bias_once(matmul: Callable[..., torch.Tensor], group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
+    """A product that is a term of the sum over a group: the first rank's adds the bias."""
+    is_first = group.rank() == 0
+
+    def with_bias_once(a: Any, b: Any, state_x: Any, state_w: Any, bias: Any, out_dtype: torch.dtype) -> torch.Tensor:
+        return matmul(a, b, state_x, state_w, bias if is_first else None, out_dtype)
+
+    return with_bias_once

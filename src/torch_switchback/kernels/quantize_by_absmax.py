@@ -1,0 +1,52 @@
+"""Quantisation by known absmaxes in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import ceil_div, launch, next_power_of_2
+from ._numerics import inverse_scale, quantize
+
+BLOCK = 4096
+
+
+@triton.jit
+def quantize_by_absmax_kernel(
+    x_ptr,  # [rows, cols] fp16/bf16/fp32
+    absmax_ptr,  # [1] or [rows] fp32
+    codes_ptr,  # [rows, cols] int8, contiguous
+    rows,
+    cols,
+    stride_row,
+    stride_col,
+    stride_absmax,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.program_id(1).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    inverse = inverse_scale(tl.load(absmax_ptr + row * stride_absmax, mask=row < rows, other=0.0))
+    x = tl.load(x_ptr + row[:, None] * stride_row + col[None, :] * stride_col, mask=mask, other=0.0)
+    tl.store(codes_ptr + row[:, None] * cols + col[None, :], quantize(x, inverse[:, None]), mask=mask)
+
+
+def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
+    rows, cols = x.shape
+    block_cols = min(next_power_of_2(max(cols, 1)), 1024)
+    block_rows = BLOCK // block_cols
+    launch(
+        quantize_by_absmax_kernel,
+        (ceil_div(rows, block_rows), ceil_div(cols, block_cols)),
+        x,
+        absmax,
+        codes,
+        rows,
+        cols,
+        x.stride(0),
+        x.stride(1),
+        0 if absmax.numel() == 1 else absmax.stride(0),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=8,
+    )

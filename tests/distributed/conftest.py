@@ -1,0 +1,27 @@
+import pytest
+import torch.distributed as dist
+from world import World
+
+collect_ignore_glob = [] if dist.is_available() and dist.is_gloo_available() else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """All in one of xdist's workers: starting the processes takes longer than most tests."""
+    for item in items:
+        if "world" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
+@pytest.fixture(scope="session")
+def world():
+    """From a number of processes to the World that has them."""
+    worlds = {}
+
+    def of(size):
+        if size not in worlds or not worlds[size].is_alive:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield of
+    for each in worlds.values():
+        each.stop()

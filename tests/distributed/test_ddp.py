@@ -1,0 +1,52 @@
+"""DistributedDataParallel: the gradients are those of one process with the whole batch."""
+
+import pytest
+import torch
+from models import assert_close, batch, converted, loss_of, mlp, own, sgd
+from torch.nn.parallel import DistributedDataParallel
+from world import in_processes
+
+STRATEGIES = [
+    {"weight_scaling": scaling, "mem_efficient": mem_efficient}
+    for scaling in ("global", "rowwise")
+    for mem_efficient in (False, True)
+]
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize("config", STRATEGIES, ids=str)
+@in_processes(2)
+def test_gradients(config, static_graph):
+    alone = converted(mlp(), **config)
+    parallel = DistributedDataParallel(converted(mlp(), **config), static_graph=static_graph)
+    for step in range(3):
+        x = batch(step=step)
+        for model, rows in ((alone, x), (parallel, own(x))):
+            model.zero_grad()
+            loss_of(model(rows)).backward()
+        for actual, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
+            assert_close(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("scaling", ["global", "rowwise"])
+@in_processes(2)
+def test_accumulation_with_no_sync_and_a_weight_cache(scaling):
+    """The cache serves the microbatches of a step and is renewed by the optimizer."""
+    models = [
+        DistributedDataParallel(converted(mlp(), weight_scaling=scaling, cache_quantized_weight=cache))
+        for cache in (True, False)
+    ]
+    optimizers = [sgd(model) for model in models]
+    for step in range(3):
+        outputs = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            first, second = own(batch(step=step)).chunk(2)
+            with model.no_sync():
+                loss_of(model(first)).backward()
+            y = model(second)
+            loss_of(y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            outputs.append(y)
+        assert torch.equal(*outputs)
+    assert "_weight_cache" in vars(models[0].module[0])
