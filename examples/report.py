@@ -76,11 +76,11 @@ def _cpu_name() -> str:
 
 
 def _git() -> dict[str, Any]:
-    """The commit of this checkout; of a copy without its history, what the variable GIT_COMMIT says."""
+    """The commit: what the variable GIT_COMMIT says, for copies whose history is another's; else this checkout's."""
+    if "GIT_COMMIT" in os.environ:
+        return {"git_commit": os.environ["GIT_COMMIT"], "git_dirty": None}
     commit, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
-    if commit is None:
-        return {"git_commit": os.environ.get("GIT_COMMIT"), "git_dirty": None}
-    return {"git_commit": commit, "git_dirty": bool(changes)}
+    return {"git_commit": commit, "git_dirty": None if commit is None else bool(changes)}
 
 
 def _output(*command: str) -> str | None:

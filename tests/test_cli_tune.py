@@ -211,7 +211,7 @@ def test_nothing_runs(fake):
 def test_the_default_shapes(fake):
     fake.architecture = "sm_90"
     run("--quick", shapes=())
-    assert len(fake.measured) == len(set(fake.measured)) == 23
+    assert len(fake.measured) == len(set(fake.measured)) == 25
     assert {(65536, 5120, 1280), (16384, 4096, 14336), (1, 14336, 4096)} <= set(fake.measured)
 
 

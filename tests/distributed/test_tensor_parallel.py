@@ -207,6 +207,8 @@ def test_what_is_refused():
     prepared.prepare_for_eval()
     with pytest.raises(TypeError, match="prepared for evaluation"):
         column_parallel(prepared)(batch())
+    with pytest.raises(ValueError, match="grad_weight='int8_always' is not available"):
+        column_parallel(converted(nn.Linear(20, 16), grad_weight="int8_always"))(batch())
 
 
 @in_processes(2)

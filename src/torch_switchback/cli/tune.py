@@ -42,6 +42,9 @@ DEFAULT_SHAPES: tuple[Shape, ...] = (
     (14336, 4096, 16384),
     (4096, 14336, 16384),
     *((m, n, 4096) for n in (4096, 14336) for m in (1, 16, 64, 256, 1024, 4096)),
+    # An odd width, which TMA cannot take.
+    (256, 4096, 4095),
+    (16384, 4096, 4095),
 )
 
 
@@ -60,7 +63,7 @@ def tune(
         typer.Option(
             metavar="M,N,K",
             help="Tune the product [M, K] × [K, N]. For a layer M is the tokens of a step, N its out_features and "
-            "K its in_features. Repeatable; by default 23 shapes of common layers, from 1 to 65536 tokens.",
+            "K its in_features. Repeatable; by default 25 shapes of common layers, from 1 to 65536 tokens.",
             show_default=False,
         ),
     ] = None,
