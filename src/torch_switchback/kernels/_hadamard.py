@@ -5,18 +5,32 @@ import triton.language as tl
 
 
 @triton.jit
-def load_parts(part, step, inside, PARTS: tl.constexpr, MASKED: tl.constexpr):
+def load_parts(part, step, inside, PARTS: tl.constexpr):
     """PARTS tensors as a tuple in float32: one from the pointers ``part``, each next one ``step`` elements further on.
 
-    If MASKED, only the first ``inside`` of what a pointer gives are loaded; the others are zeros.
+    inside: [n], of how many of its PARTS values each pointer may load; the others are zeros.
     """
+    if tl.min(inside, axis=0) >= PARTS:  # no masks: they would be an instruction an element
+        parts = load_all(part, step, PARTS)
+    else:
+        parts = load_some(part, step, inside, PARTS)
+    return parts
+
+
+@triton.jit
+def load_all(part, step, PARTS: tl.constexpr):
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts += (tl.load(part).to(tl.float32),)
+        part += step
+    return parts
+
+
+@triton.jit
+def load_some(part, step, inside, PARTS: tl.constexpr):
     parts = ()
     for i in tl.static_range(PARTS):
-        if MASKED:
-            x = tl.load(part, mask=inside > i, other=0.0)
-        else:
-            x = tl.load(part)
-        parts += (x.to(tl.float32),)
+        parts += (tl.load(part, mask=inside > i, other=0.0).to(tl.float32),)
         part += step
     return parts
 

@@ -32,13 +32,12 @@ def rotated_absmax_kernel(
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * TILE_ROWS
     col = tl.program_id(1).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
     tile = x_ptr + start * stride_row + col * stride_col
     inside = tl.where(col < cols, (rows - start).to(tl.int32), 0)
-    parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS, MASKED), BLOCK)
+    parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS), BLOCK)
     bits = magnitude_bits(parts[0])
     for i in tl.static_range(1, TILE_ROWS):
         bits = tl.maximum(bits, magnitude_bits(parts[i]))
@@ -71,14 +70,13 @@ def quantize_rotated_kernel(
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * TILE_ROWS
     row = start + tl.arange(0, TILE_ROWS)
     col = tl.program_id(1).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
     tile = x_ptr + start * stride_row + col * stride_col
     inside = tl.where(col < cols, (rows - start).to(tl.int32), 0)
-    parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS, MASKED), BLOCK)
+    parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS), BLOCK)
     inverse = inverse_scale(tl.load(col_absmax_ptr + col, mask=col < cols, other=0.0))
     codes = ()
     for i in tl.static_range(TILE_ROWS):
@@ -129,7 +127,6 @@ def _quantize(
         "BLOCK": rotate_tokens,
         "TILE_ROWS": tile_rows,
         "TILE_COLS": tile_cols,
-        "MASKED": rows % tile_rows != 0 or cols % tile_cols != 0,
         "num_warps": NUM_WARPS,
     }
     col_absmax.zero_()
