@@ -1,8 +1,11 @@
-"""What every product kernel shares: the order of its tiles and its epilogue's arithmetic."""
+"""What every product kernel shares: the order of its tiles, its epilogue's arithmetic and most of its constants."""
 
+import torch
 import triton
 import triton.language as tl
 
+from ..tuning import MatmulConfig
+from ._launch import ceil_div
 from ._numerics import ONE_OVER_127
 
 # Partial sums over this many products of codes fit int32: 131072 * 127² < 2**31 (the limit is 133,144).
@@ -66,3 +69,19 @@ def dequantize_tile(
         return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, N)[None, :])
     else:
         return dequantize(acc, scale_a, scale_b, None)
+
+
+def count_tiles(config: MatmulConfig, M: int, N: int) -> int:
+    return ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
+
+
+def product_constants(config: MatmulConfig, absmax_per_col: bool, bias: torch.Tensor | None) -> dict[str, int]:
+    """The constants that all product kernels take."""
+    return {
+        "ABSMAX_PER_COL": absmax_per_col,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }

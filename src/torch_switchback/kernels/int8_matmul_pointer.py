@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from ..tuning import MatmulConfig
-from ._launch import ceil_div, launch
-from ._product import FOLD, dequantize_tile, tile_position
+from ._launch import launch
+from ._product import FOLD, count_tiles, dequantize_tile, product_constants, tile_position
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -89,7 +89,7 @@ def launch_pointer(
     N = b.shape[0]
     launch(
         int8_matmul_kernel,
-        (ceil_div(M, config.block_m) * ceil_div(N, config.block_n),),
+        (count_tiles(config, M, N),),
         a,
         b,
         out,
@@ -101,12 +101,7 @@ def launch_pointer(
         K,
         a.stride(0),
         b.stride(0),
-        ABSMAX_PER_COL=absmax_per_col,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
+        **product_constants(config, absmax_per_col, bias),
         FOLD=FOLD if K > FOLD else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

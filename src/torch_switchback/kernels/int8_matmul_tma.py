@@ -6,8 +6,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._launch import ceil_div, launch, multiprocessors
-from ._product import FOLD, dequantize_tile, tile_position
+from ._launch import launch, multiprocessors
+from ._product import FOLD, count_tiles, dequantize_tile, product_constants, tile_position
 
 # Two accumulators a thread: with 4 warps they spill.
 FOLDING = MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=4, num_warps=8)
@@ -85,10 +85,9 @@ def launch_tma(
     N = b.shape[0]
     if K > FOLD:
         config = FOLDING
-    tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
     launch(
         int8_matmul_tma_kernel,
-        (min(tiles, config.programs_per_multiprocessor * multiprocessors(a.device)),),
+        (min(count_tiles(config, M, N), config.programs_per_multiprocessor * multiprocessors(a.device)),),
         _descriptor(a, config.block_m, config.block_k),
         _descriptor(b, config.block_n, config.block_k),
         _descriptor(out, config.block_m, config.block_n // 2),
@@ -98,12 +97,7 @@ def launch_tma(
         M,
         N,
         K,
-        ABSMAX_PER_COL=absmax_per_col,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
+        **product_constants(config, absmax_per_col, bias),
         FOLD=FOLD if K > FOLD else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

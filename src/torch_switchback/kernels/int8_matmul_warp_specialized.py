@@ -16,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._launch import ceil_div, launch, multiprocessors
-from ._product import dequantize, load_bias, load_scale, tile_position
+from ._launch import launch, multiprocessors
+from ._product import count_tiles, dequantize, load_bias, load_scale, product_constants, tile_position
 
 GROUPS = gl.constexpr(2)  # warp groups that multiply
 OUT_BUFFERS = gl.constexpr(2)  # of a warp group: one is stored while the next is filled
@@ -235,7 +235,7 @@ def launch_warp_specialized(
     width = out_width(config, absmax_per_col + (bias is not None), out.element_size())
     launch(
         int8_matmul_warp_specialized_kernel,
-        (min(ceil_div(M, config.block_m) * ceil_div(N, config.block_n), multiprocessors(a.device)),),
+        (min(count_tiles(config, M, N), multiprocessors(a.device)),),
         _descriptor(a, half, config.block_k),
         _descriptor(b, config.block_n, config.block_k),
         _descriptor(out, half, width),
@@ -245,12 +245,7 @@ def launch_warp_specialized(
         M,
         N,
         K,
-        ABSMAX_PER_COL=absmax_per_col,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
+        **product_constants(config, absmax_per_col, bias),
         STAGES=config.num_stages,
         WIDTH=width,
         num_warps=4,
