@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -99,23 +100,34 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+COMPARED = ("validation\nloss", "to\nnn.Linear", "tokens/s", "peak\nmemory")
+
+
+def compared(result: Any, results: Sequence[Any]) -> tuple[str, ...]:
+    """A row's cells under COMPARED: a recipe's result beside that of nn.Linear among all results."""
+    loss, baseline = result.final_validation_loss, None
+    if result.recipe != "linear":
+        baseline = next((other.final_validation_loss for other in results if other.recipe == "linear"), None)
+    return (
+        f"{loss:.4f}",
+        "-" if baseline is None else f"{loss / baseline - 1:+.2%}",
+        "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}",
+        "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB",
+    )
+
+
 def table(results: list[Result], settings: Settings) -> Table:
     """One row a recipe; the difference to nn.Linear is of the validation losses."""
     title = f"{settings.preset} preset, {settings.steps} steps, {results[0].environment['device']}"
     # Without inner padding the longest recipe name fits a terminal of 80 columns.
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
-    for header in ("validation\nloss", "to\nnn.Linear", "tokens/s", "peak\nmemory", "time in\nlinear"):
+    for header in (*COMPARED, "time in\nlinear"):
         table.add_column(header, justify="right", no_wrap=True)
-    baseline = next((result.final_validation_loss for result in results if result.recipe == "linear"), None)
     for result in results:
-        compared = None if result.recipe == "linear" else baseline
         table.add_row(
             result.recipe,
-            f"{result.final_validation_loss:.4f}",
-            "-" if compared is None else f"{result.final_validation_loss / compared - 1:+.2%}",
-            "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}",
-            "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB",
+            *compared(result, results),
             f"{result.linear_share:.0%}",
         )
     if PRESETS[settings.preset].device == "cpu":

@@ -40,10 +40,10 @@ from collectives import CollectiveBytes, total
 from corpus import Corpus, load_corpus
 from gpt import GPT
 from presets import PRESETS
-from report import environment, peak_memory_bytes
+from report import COMPARED, compared, environment, peak_memory_bytes
 from torch_switchback import SwitchBackConfig, convert_to_switchback
 from torch_switchback.distributed import precompute_absmax_for_fsdp
-from training import UNTIMED_STEPS, Curve, DivergedError, Settings, learning_rate_at
+from training import UNTIMED_STEPS, Curve, DivergedError, Settings, descend, learning_rate_at
 
 RECIPES: dict[str, SwitchBackConfig | None] = {
     "linear": None,
@@ -133,20 +133,14 @@ class ShardedRun:
 
     def train_step(self) -> Tensor:
         """One optimizer step on this rank's part of the step's batch. Returns that part's loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.settings)
         batch = self.corpus.train_batch(
             self.preset.batch_size, self.preset.model.context, seed=self.settings.seed, step=self.step
         )
-        loss = self.loss(*batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss = descend(self.loss(*batch), self.model, self.optimizer, learning_rate_at(self.step, self.settings))
         if self.config is not None and self.config.all_gather == "int8":
             precompute_absmax_for_fsdp(self.model)
         self.step += 1
-        return loss.detach()
+        return loss
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         own = slice(dist.get_rank(), None, dist.get_world_size())
@@ -327,24 +321,12 @@ def table(results: list[Result], settings: Settings) -> Table:
     )
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
-    for header in (
-        "validation\nloss",
-        "to\nnn.Linear",
-        "tokens/s",
-        "peak\nmemory",
-        "gathered\na step",
-        "reduced\na step",
-    ):
+    for header in (*COMPARED, "gathered\na step", "reduced\na step"):
         table.add_column(header, justify="right", no_wrap=True)
-    baseline = next((result.final_validation_loss for result in results if result.recipe == "linear"), None)
     for result in results:
-        compared = None if result.recipe == "linear" else baseline
         table.add_row(
             result.recipe,
-            f"{result.final_validation_loss:.4f}",
-            "-" if compared is None else f"{result.final_validation_loss / compared - 1:+.2%}",
-            "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}",
-            "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB",
+            *compared(result, results),
             f"{total(result.bytes_per_step, 'all-gather') / 1e6:,.1f} MB",
             f"{total(result.bytes_per_step, 'reduce-scatter') / 1e6:,.1f} MB",
         )

@@ -51,6 +51,17 @@ def learning_rate_at(step: int, settings: Settings) -> float:
     return settings.learning_rate * min((step + 1) / warmup, (1 + math.cos(math.pi * progress)) / 2)
 
 
+def descend(loss: Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float) -> Tensor:
+    """Backward and one optimizer step, the gradient clipped to norm 1. Returns the loss, detached."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
 class Run:
     """One recipe's model, optimizer, position and curve."""
 
@@ -101,18 +112,12 @@ class Run:
 
     def train_step(self) -> Tensor:
         """One optimizer step on the batch that belongs to it. Returns the loss, a scalar on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.settings)
         batch = self.corpus.train_batch(
             self.preset.batch_size, self.preset.model.context, seed=self.settings.seed, step=self.step
         )
-        loss = self._loss(*batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss = descend(self._loss(*batch), self.model, self.optimizer, learning_rate_at(self.step, self.settings))
         self.step += 1
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def validation_loss(self, batches: int) -> float:

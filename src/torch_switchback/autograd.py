@@ -146,11 +146,11 @@ def switchback_linear(
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax, config)
-    int8_grad_weight = _grad_weight.runs_in_int8(config, x, weight)
     if _is_distributed(x) or _is_distributed(weight):
         from .distributed import tensor_parallel
 
         return tensor_parallel.switchback_linear(x, weight, bias, config)
+    int8_grad_weight = _grad_weight.runs_in_int8(config, x, weight)
     scaling = scaling_of(config)
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, scaling, int8_grad_weight)
 

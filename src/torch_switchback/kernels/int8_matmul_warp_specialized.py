@@ -24,7 +24,7 @@ OUT_BUFFERS = gl.constexpr(2)  # of a warp group: one is stored while the next i
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 BARRIERS = 256  # bytes at most
 
-# Triton 3.8 renamed them.
+# Renamed after Triton 3.7.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
