@@ -71,6 +71,20 @@ PRESETS = {
         validation_batches=4,
         final_validation_batches=32,
     ),
+    # 805 M parameters in layers as wide as an 8 B model's: the GPUs bind, not the host.
+    "wide": Preset(
+        device="cuda",
+        bf16=True,
+        compile=True,
+        model=GPTConfig(context=1024, width=4096, depth=4, heads=32),
+        batch_size=32,
+        steps=200,
+        learning_rate=2e-4,
+        steps_per_sync=10,
+        validation_interval=100,
+        validation_batches=4,
+        final_validation_batches=32,
+    ),
     # Says only whether everything runs.
     "tiny": Preset(
         device="cpu",

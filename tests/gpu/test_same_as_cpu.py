@@ -36,7 +36,7 @@ QUANTISERS = [
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: getattr(f, "__name__", str(f)))
+@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: getattr(f, "func", f).__name__)
 def test_quantisers(quantiser, dtype, layout, shape):
     x = layout(*shape, dtype)
     gpu = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="cuda")
