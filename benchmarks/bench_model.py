@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blocks import LlamaBlock, Stack, ViTBlock, new_on
 from demo import GPT, GPTConfig
 from measure import (
+    SUSTAINED_MS,
     Bench,
     BudgetFlag,
     Contestant,
@@ -163,7 +164,7 @@ def main(
         entries: list[tuple[str, Mode]] = [(name, "eager") for name in EAGER]
         entries += [(name, "compiled") for name in COMPILED]
         records = bench.compare(
-            [Contestant(name, partial(build, name, mode), mode) for name, mode in entries],
+            [Contestant(name, partial(build, name, mode), mode, SUSTAINED_MS) for name, mode in entries],
             model=model.name,
             batch=model.batch,
             context=model.context,

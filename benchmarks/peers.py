@@ -46,7 +46,8 @@ def convert(model: nn.Module, name: str) -> nn.Module:
         from torchao.quantization import quantize_
 
         _tune_quickly()
-        quantize_(model, int8_mixed_precision_training(), filter_fn=is_ours)
+        # Without module_swap torchao 0.18 computes nn.Linear's own output, bit for bit, on torch 2.11 to 2.13.
+        quantize_(model, int8_mixed_precision_training(module_swap=True), filter_fn=is_ours)
     elif RECIPES[name] is not None:
         convert_to_switchback(model, config=RECIPES[name], module_filter_fn=is_ours)
     return model

@@ -179,9 +179,18 @@ def test_it_is_no_state(layers, device):
     assert "_weight_cache" in vars(caching)
     assert "_weight_cache" not in vars(copy.deepcopy(caching))
     assert torch.equal(copy.deepcopy(caching)(x), expected)
-    assert torch.equal(torch.compile(caching, fullgraph=True, backend="aot_eager")(x), expected)
     ts.revert_switchback(caching)
     assert "_weight_cache" not in vars(caching)
+
+
+@pytest.mark.parametrize("scaling", ["global", "rowwise"])
+def test_the_compiler_sees_none(scaling, device):
+    config = ts.SwitchBackConfig(scaling, cache_quantized_weight=True)
+    layer = ts.convert_to_switchback(nn.Linear(64, 48, device=device), config=config)
+    x = torch.randn(5, 64, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert "_weight_cache" not in vars(layer)
+    assert torch.equal(compiled, layer(x))
 
 
 def test_preparing_frees_it(layers, device):
