@@ -16,7 +16,7 @@ from shapes import Shape
 from torch_switchback import SwitchBackConfig, convert_to_switchback
 
 # None leaves nn.Linear as it is.
-RECIPES = DEMO_RECIPES | {"int8-grad-weight": SwitchBackConfig(grad_weight="int8")}
+RECIPES = DEMO_RECIPES | {"int8-grad-weight": SwitchBackConfig(grad_weight="int8_always")}
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
 TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)

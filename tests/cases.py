@@ -53,6 +53,17 @@ def assert_same(actual, expected):
     assert torch.equal(actual, expected)
 
 
+def assert_same_to_a_code(actual, expected):
+    """Codes and absmax of quantised sums in another order: of 10,000 codes, ten may be one apart."""
+    (codes, absmax), (expected_codes, expected_absmax) = ([each.cpu() for each in pair] for pair in (actual, expected))
+    assert codes.is_contiguous()
+    assert torch.equal(absmax.isfinite(), expected_absmax.isfinite())
+    torch.testing.assert_close(*(each.nan_to_num(0.0, 0.0) for each in (absmax, expected_absmax)), rtol=1e-5, atol=0.0)
+    apart = (codes.int() - expected_codes.int()).abs()
+    assert apart.amax() <= 1 if apart.numel() else True
+    assert apart.sum() <= max(1, 1e-3 * apart.numel())
+
+
 def codes(rows, cols, device="cpu"):
     return torch.randint(-127, 128, (rows, cols), device=device, dtype=torch.int8)
 

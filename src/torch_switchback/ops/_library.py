@@ -32,7 +32,8 @@ def define(
         schema: the operation's signature in torch.library's language; its first argument is a tensor.
         allocate: from the operation's arguments to its empty outputs. It serves as the fake and hands the
             launcher its outputs, so the two cannot differ in shape, dtype or layout.
-        cpu: the operation's meaning in plain torch. The kernels must equal it bit for bit.
+        cpu: the operation's meaning in plain torch. The kernels must equal it bit for bit, save where an operation
+            says what else it promises.
         kernels: the module of ``torch_switchback.kernels`` whose function of the operation's name takes the
             arguments and then the outputs. It is imported, and Triton with it, by the first CUDA call.
     """

@@ -25,8 +25,9 @@ def quantize_columnwise_and_transpose(
 
     Returns:
         int8 codes [cols, rows], contiguous, and the float32 absmax [cols]; both equal ``quantize_rowwise(x.t())``.
-        Rotated: codes [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x. A NaN or an Inf
-        in a column makes its absmax NaN or Inf and its codes 0.
+        Rotated: codes [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x. On a GPU its
+        sums are in the hardware's order: the same from run to run, a few codes one from the CPU's. A NaN or an Inf in
+        a column makes its absmax NaN or Inf and its codes 0.
 
     Raises:
         TypeError: x has another dtype.
