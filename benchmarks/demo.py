@@ -1,4 +1,4 @@
-"""What the benchmarks share with the demo in examples/: its GPT, its training, its recipes, and where numbers come from."""
+"""What the benchmarks share with the demo in examples/: GPT, training, recipes, and where numbers come from."""
 
 import sys
 from pathlib import Path

@@ -22,13 +22,13 @@ TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)
 
 
-def convert(model: nn.Module, name: str, recipes: Mapping[str, SwitchBackConfig | None] = RECIPES) -> nn.Module:
+def convert(model: nn.Module, name: str, recipes: Mapping[str, Any] = RECIPES) -> nn.Module:
     """Give the linear layers of a model, but the one called "head", to a competitor; in place.
 
     Args:
         model: not an nn.Linear itself.
         name: one of recipes, or of TORCHAO.
-        recipes: our own competitors.
+        recipes: our own competitors, a SwitchBackConfig or None each.
 
     Returns:
         The same model. Raises what torchao raises, ImportError if it is not installed.

@@ -14,6 +14,7 @@ from measure import Record
 from training_runs import AGAIN
 
 BASELINE = "linear"
+BASELINES = (BASELINE, AGAIN)
 
 
 class Effect(NamedTuple):
@@ -42,7 +43,7 @@ def finished(records: Sequence[Record], task: str) -> list[Record]:
 
 def effects(records: Sequence[Record], figure: str) -> Effects:
     """Least squares over finished runs of one task; nn.Linear's second runs count as nn.Linear's."""
-    named = [(BASELINE if record["name"] == AGAIN else record["name"], record) for record in records]
+    named = [(BASELINE if record["name"] in BASELINES else record["name"], record) for record in records]
     recipes = [BASELINE, *(name for name in dict.fromkeys(name for name, _ in named) if name != BASELINE)]
     seeds = sorted({record["seed"] for record in records})
     design = torch.zeros(len(named), len(seeds) + len(recipes) - 1, dtype=torch.float64)
@@ -71,7 +72,7 @@ def effects(records: Sequence[Record], figure: str) -> Effects:
 def repeated_scatter(records: Sequence[Record], figure: str) -> float:
     """Standard deviation of one run of nn.Linear, from pairs that start a millionth apart."""
     first, second = (
-        {record["seed"]: record[figure] for record in records if record["name"] == name} for name in (BASELINE, AGAIN)
+        {record["seed"]: record[figure] for record in records if record["name"] == name} for name in BASELINES
     )
     squares = [(first[seed] - second[seed]) ** 2 / 2 for seed in first.keys() & second.keys()]
     return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
