@@ -42,7 +42,7 @@ class Workers:
             previous = os.environ.get("CUDA_VISIBLE_DEVICES")
             if device is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = device
-            pool.submit(os.getpid)  # starts the process, which imports while the corpus is read
+            pool.submit(os.getpid)  # starts the process
             if previous is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = previous
             elif device is not None:
@@ -127,9 +127,9 @@ def visible_devices(device: str) -> list[str | None]:
 
 
 def source_roots(tiny: bool) -> list[Path]:
-    """The standard library and everything that is installed."""
-    names = ["stdlib"] if tiny else ["stdlib", "purelib", "platlib"]
-    return list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in names))
+    """The standard library, and everything that is installed beside torch."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    return roots if tiny else [*roots, Path(torch.__file__).parents[1]]
 
 
 def earlier_results(path: Path | None, protocol: Record) -> list[Record]:
@@ -145,11 +145,11 @@ def earlier_results(path: Path | None, protocol: Record) -> list[Record]:
 @app.command(help="A GPT and a ViT trained with every recipe from several seeds.")
 def main(
     device: DeviceFlag = "cuda",
-    budget: BudgetFlag = 300.0,
+    budget: BudgetFlag = 310.0,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
-    steps: Annotated[int, typer.Option(min=2, help="of the GPT")] = 1100,
-    digits_steps: Annotated[int, typer.Option(min=2, help="of the ViT")] = 200,
+    steps: Annotated[int, typer.Option(min=2, help="of the GPT")] = 1000,
+    digits_steps: Annotated[int, typer.Option(min=2, help="of the ViT")] = 150,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     only: Annotated[str, typer.Option("--only", help="gpt or digits")] = "",
 ) -> None:
@@ -167,7 +167,7 @@ def main(
     )
     plan = Plan(device, tiny, steps, digits_steps, final_batches=4 if tiny else 128, deadline=deadline)
     devices = visible_devices(device)
-    workers = Workers(devices)
+    workers = Workers(devices)  # before the corpus, so that they import meanwhile
     with tempfile.TemporaryDirectory() as folder:
         corpus = load_corpus(*source_roots(tiny))
         save_corpus(corpus, Path(folder))
@@ -184,6 +184,7 @@ def main(
             },
         }
         del corpus
+        bench.console.print(f"{len(devices)} devices, {protocol['corpus']}")
         bench.results += earlier_results(bench.output, protocol)
         done = {job_of(record) for record in bench.results}
         # The first run also measures the gradients of all recipes, so it starts first.
