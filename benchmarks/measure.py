@@ -187,7 +187,7 @@ def compare(
             runners.append(_Runner(contestant, device))
             results.append(runners[-1].result)
         except Exception as error:  # a peer can fail in any way
-            results.append(Measured(contestant.name, contestant.mode, reason=_reason(error)))
+            results.append(Measured(contestant.name, contestant.mode, reason=reason_of(error)))
     a_round_ms = sum(runner.sample_ms for runner in runners)
     rounds = max(MIN_ROUNDS, int(seconds * 1e3 / a_round_ms)) if runners else 0
     shuffle = random.Random(0).shuffle
@@ -211,10 +211,11 @@ def _sample(runner: _Runner) -> None:
         try:
             runner.sample()
         except Exception as error:
-            runner.result.reason = _reason(error)
+            runner.result.reason = reason_of(error)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
@@ -343,10 +344,10 @@ class Bench:
                 **settings,
             },
         }
-        self._output = output
+        self.output = output
         if output is None and not tiny:
             gpu = self._provenance["device"].lower().removeprefix("nvidia ").replace(" ", "-")
-            self._output = Path(__file__).parent / "results" / gpu / f"{script}.json"
+            self.output = Path(__file__).parent / "results" / gpu / f"{script}.json"
         torch.manual_seed(0)
         if self.device.type == "cuda":
             # cuBLAS keeps the workspace of its first product, which is not to count as the first competitor's.
@@ -377,22 +378,22 @@ class Bench:
         for table in tables:
             self.console.print(table)
         self._extra |= extra
-        if self._output is not None:
+        if self.output is not None:
             document = {
                 "provenance": self._provenance | {"seconds_taken": round(time.monotonic() - self._begun, 1)},
                 **self._extra,
                 "results": [{k: v for k, v in record.items() if k != "samples_ms"} for record in self.results],
             }
-            self._output.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._output.with_suffix(".partial")
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.output.with_suffix(".partial")
             partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(self._output)
+            partial.replace(self.output)
 
     def finish(self) -> None:
         """Say what failed and where the JSON lies. Exits with 1 if one of our own competitors failed."""
         self.report()
-        if self._output is not None:
-            self.console.print(f"wrote {self._output}", soft_wrap=True)
+        if self.output is not None:
+            self.console.print(f"wrote {self.output}", soft_wrap=True)
         failed = [result for result in self.results if result["reason"] is not None]
         for name, reason in dict.fromkeys((result["name"], result["reason"]) for result in failed):
             self.console.print(f"no result for {name}: {reason}", markup=False, highlight=False)

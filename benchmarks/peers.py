@@ -3,7 +3,7 @@
 Strategies are the demo's recipes (examples/presets.py) and those of RECIPES: a line puts one into every benchmark.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,13 @@ TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)
 
 
-def convert(model: nn.Module, name: str) -> nn.Module:
+def convert(model: nn.Module, name: str, recipes: Mapping[str, Any] = RECIPES) -> nn.Module:
     """Give the linear layers of a model, but the one called "head", to a competitor; in place.
 
     Args:
         model: not an nn.Linear itself.
-        name: a recipe of the demo, or one of TORCHAO.
+        name: one of recipes, or of TORCHAO.
+        recipes: our own competitors, a SwitchBackConfig or None each.
 
     Returns:
         The same model. Raises what torchao raises, ImportError if it is not installed.
@@ -48,8 +49,8 @@ def convert(model: nn.Module, name: str) -> nn.Module:
         _tune_quickly()
         # Without module_swap torchao 0.18 computes nn.Linear's own output, bit for bit, on torch 2.11 to 2.13.
         quantize_(model, int8_mixed_precision_training(module_swap=True), filter_fn=is_ours)
-    elif RECIPES[name] is not None:
-        convert_to_switchback(model, config=RECIPES[name], module_filter_fn=is_ours)
+    elif recipes[name] is not None:
+        convert_to_switchback(model, config=recipes[name], module_filter_fn=is_ours)
     return model
 
 
