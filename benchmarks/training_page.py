@@ -45,11 +45,14 @@ def skipped(records: list[Record]) -> str:
 
 def origin(document: Record) -> str:
     source = document["provenance"]
-    versions = [f"torch {source['torch']}", f"Triton {source['triton']}", f"torchao {source['torchao']}"]
-    if source["driver"] is not None:
-        versions.insert(0, f"driver {source['driver'].splitlines()[0]}")
-    commit = (source["git_commit"] or "unknown")[:7]
-    return f"\n{source['device']}, {', '.join(versions)}, commit {commit}, {source['date'][:10]}.\n"
+    driver = source["driver"] and source["driver"].splitlines()[0]
+    used = {"driver": driver, "torch": source["torch"], "Triton": source["triton"], "torchao": source["torchao"]}
+    versions = ", ".join(f"{name} {version}" for name, version in used.items() if version is not None)
+    return f"\n{source['device']}, {versions}, commit {str(source['git_commit'])[:7]}, {source['date'][:10]}.\n"
+
+
+def picture(title: str, name: str) -> str:
+    return f"\n![{title}](../benchmarks/results/{name}.png)\n"
 
 
 def gpt(document: Record) -> str:
@@ -79,6 +82,7 @@ def gpt(document: Record) -> str:
         f"{scatter_line(found)} Repeated runs of nn.Linear alone: {number(again, '{:.2%}')}. The choice of the "
         f"validation text: ± {number(text_share, '{:.2%}')} of a paired difference.\n"
         f"{skipped(gpt_records(document))}{origin(document)}"
+        f"{picture('Validation losses, final losses, noise of the gradient', 'h200/training')}"
     )
 
 
@@ -153,7 +157,8 @@ def grad_weight(document: Record) -> str:
     for record in document["results"]:
         cells = (f"{record['snr'][name]:.1f}" for name in FORMATS)
         rows.append((record["x"], record["grad"], str(record["tokens"]), *cells))
-    return markdown(("X", "G", "tokens", *FORMATS), rows) + origin(document)
+    table = markdown(("X", "G", "tokens", *FORMATS), rows)
+    return table + origin(document) + picture("Signal to noise of the weight gradient", "cpu/grad_weight_snr")
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
