@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import itertools
 import pickle
 import weakref
 
@@ -13,7 +14,7 @@ from torch import nn
 import torch_switchback as ts
 from cases import DTYPES, assert_same, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
-from torch_switchback.autograd import _SCALINGS
+from torch_switchback.autograd import _SCALINGS, quantize_weight
 
 STRATEGIES = {
     "global": SwitchBackConfig(),
@@ -218,7 +219,7 @@ def test_bias_gradient_accumulates_in_float32(dtype, device):
 @strategies
 def test_any_layout_of_input_and_gradient(config, device):
     layer = make_layer(config, device=device)
-    wide = torch.randn(10, 2 * 64 + 2, device=device)
+    wide = torch.randn(11, 2 * 64 + 3, device=device)[1:, 1:]
     views = [wide[:, ::2][:, :64], torch.randn(64, 10, device=device).t(), wide[:1, :64].expand(10, 64)]
     for x in views:
         grad = torch.randn(48, 10, device=device).t()
@@ -230,6 +231,20 @@ def test_any_layout_of_input_and_gradient(config, device):
         y2, grad_input2, *_ = gradients(layer, x.contiguous(), grad.contiguous())
         assert torch.equal(y, y2)
         assert torch.equal(grad_input, grad_input2)
+
+
+@strategies
+def test_any_layout_of_the_weight(config, device):
+    bias = torch.randn(2 * 48, device=device)[1::2]
+    wide = torch.randn(50, 2 * 64 + 3, device=device)
+    for weight in (wide[1:49, 3::2], torch.randn(64, 48, device=device).t(), wide[:1, :64].expand(48, 64)):
+        x = torch.randn(5, 64, device=device, requires_grad=True)
+        results = []
+        for copy_of in (lambda tensor: tensor, torch.Tensor.contiguous):
+            y = ts.switchback_linear(x, copy_of(weight), copy_of(bias), config)
+            results.append((y, *torch.autograd.grad(y.sum(), x)))
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
 
 
 @strategies
@@ -318,6 +333,13 @@ def test_zeros_stay_zeros(config, device):
     x = torch.randn(6, 64, device=device)
     x[1] = 0
     assert torch.equal(layer(x)[1], layer.bias)
+    assert torch.equal(layer(torch.zeros_like(x)), layer.bias.expand(6, 48))
+    grad = torch.randn(6, 48, device=device)
+    grad[2] = 0
+    _, grad_input, grad_weight, _ = gradients(layer, torch.zeros_like(x), grad)
+    assert not grad_input[2].any()
+    assert grad_input[3].all()
+    assert not grad_weight.any()
     with torch.no_grad():
         layer.weight.zero_()
     assert torch.equal(layer(x), layer.bias.expand(6, 48))
@@ -327,13 +349,55 @@ def test_zeros_stay_zeros(config, device):
 
 
 @strategies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
-def test_tiny_and_huge_rows_keep_their_accuracy(config, factor, device):
+def test_tiny_and_huge_rows_keep_their_accuracy(factor, dtype, config, device):
     layer = make_layer(config, device=device, bias=False)
-    x = torch.randn(16, 64, device=device)
-    plain = signal_to_noise(layer(x), x @ layer.weight.t())
-    scaled = signal_to_noise(layer(x * factor).double() / factor, x @ layer.weight.t())
-    assert abs(plain - scaled) < 0.1
+
+    def signal_to_noise_of(x, grad):
+        y, grad_input, _ = gradients(layer, x, grad)
+        weight = layer.weight.detach().double()
+        return (
+            signal_to_noise(y, x.double() @ weight.t()),
+            signal_to_noise(grad_input, grad.double() @ weight),
+        )
+
+    x, grad = torch.randn(512, 64, device=device), torch.randn(512, 48, device=device)
+    plain = signal_to_noise_of(x.to(dtype), grad.to(dtype))
+    scaled = signal_to_noise_of((x * factor).to(dtype), (grad * factor).to(dtype))
+    assert scaled == pytest.approx(plain, abs=0.1)
+
+
+@strategies
+def test_a_float16_result_above_its_range_is_inf_as_nn_linears(config, device):
+    layer = make_layer(config, device=device)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight).abs() * 100)
+    x = torch.rand(5, 64, device=device) + 50
+    x[3:] = 1e-3
+    reference = revert_copy(layer).double()(x.double())
+    for dtype in DTYPES:
+        y = layer(x.to(dtype))
+        assert torch.equal(y.isinf(), reference.to(dtype).isinf())
+        assert y.isinf().any() == (dtype == torch.float16)
+        assert not y.isnan().any()
+
+
+@strategies
+@pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
+def test_sums_that_int32_cannot_hold(inner, config, device):
+    """Of the output over the input features, of the input's gradient over a vocabulary: every code is ±127."""
+    signs = torch.tensor([1.0, -1.0, 1.0], device=device)
+    with torch.no_grad():
+        wide = make_layer(config, inner, 3, device, bias=False)
+        wide.weight.copy_(signs[:, None].expand(3, inner))
+        expected = signs[:2, None] * signs * inner
+        torch.testing.assert_close(wide(signs[:2, None].expand(2, inner)), expected, rtol=1e-6, atol=0)
+    tall = make_layer(config, 3, inner, device, bias=False).requires_grad_(False)
+    tall.weight.copy_(signs.expand(inner, 3))
+    x = torch.zeros(2, 3, device=device, requires_grad=True)
+    (grad_input,) = torch.autograd.grad(tall(x), x, signs[:2, None].expand(2, inner))
+    torch.testing.assert_close(grad_input, expected, rtol=1e-6, atol=0)
 
 
 @strategies
@@ -633,19 +697,25 @@ def test_prepared_state_of_another_strategy_is_refused(device):
         SwitchBackLinear(64, 48, device=device).load_state_dict(layer.state_dict())
 
 
+CODES, ABSMAX, BIAS = torch.zeros(48, 64, dtype=torch.int8), torch.ones(1), torch.ones(48)
+HOSTILE_STATES = {
+    "absmax of another strategy": {"weight_int8": CODES, "weight_absmax": torch.ones(48), "bias": BIAS},
+    "short codes": {"weight_int8": CODES[:, :63], "weight_absmax": ABSMAX, "bias": BIAS},
+    "float codes": {"weight_int8": CODES.float(), "weight_absmax": ABSMAX, "bias": BIAS},
+    "half absmax": {"weight_int8": CODES, "weight_absmax": ABSMAX.half(), "bias": BIAS},
+    "no absmax": {"weight_int8": CODES, "bias": BIAS},
+    "codes and a weight": {"weight": torch.ones(48, 64), "weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS},
+    "codes and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
+    "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
+    "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
+    "integer weight": {"weight": torch.ones(48, 64, dtype=torch.int8), "bias": BIAS},
+    "complex bias": {"weight": torch.ones(48, 64), "bias": BIAS.to(torch.complex64)},
+    "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
+}
+
+
 @pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8), "weight_absmax": torch.ones(48)},
-        {"weight_int8": torch.zeros(48, 63, dtype=torch.int8), "weight_absmax": torch.ones(1)},
-        {"weight_int8": torch.zeros(48, 64), "weight_absmax": torch.ones(1)},
-        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8), "weight_absmax": torch.ones(1).half()},
-        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8)},
-        {"weight": torch.ones(47, 64)},
-    ],
-    ids=["absmax of another strategy", "short codes", "float codes", "half absmax", "no absmax", "short weight"],
-)
+@pytest.mark.parametrize("hostile", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prepared, assign, device):
     layer = SwitchBackLinear(64, 48, device=device)
@@ -653,10 +723,70 @@ def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prep
         layer.prepare_for_eval()
     x = torch.randn(3, 64, device=device)
     before, keys = layer(x), list(layer.state_dict())
-    with pytest.raises(RuntimeError, match=r"mismatch for weight|[Mm]issing key"):
-        layer.load_state_dict({**hostile, "bias": layer.bias.detach().clone()}, assign=assign)
+    with pytest.raises(RuntimeError, match=r"mismatch for (weight|bias)"):
+        layer.load_state_dict(hostile, assign=assign)
     assert list(layer.state_dict()) == keys
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("absmaxes", [1, 48])
+def test_a_state_dict_that_bitsandbytes_prepared_is_refused_by_name(absmaxes, strict, prepared, device):
+    model = nn.Sequential(ts.SwitchBackLinear(64, 48, device=device))
+    if prepared:
+        model[0].prepare_for_eval()
+    x = torch.randn(3, 64, device=device)
+    before = model(x)
+    state = {"0.W_int8": CODES, "0.state_W": torch.ones(absmaxes), "0.bias": BIAS}
+    with pytest.raises(RuntimeError, match=r"0\.weight was prepared for evaluation by bitsandbytes"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), before)
+
+
+def test_a_state_dict_in_another_float_dtype_is_cast(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    layer.load_state_dict({"weight": torch.ones(48, 64, dtype=torch.float64), "bias": BIAS.bfloat16()})
+    assert layer.weight.dtype == layer.bias.dtype == torch.float32
+    assert (layer.weight == 1).all()
+
+
+def test_a_partial_state_dict_that_is_not_strict(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    weight = layer.weight.detach().clone()
+    assert layer.load_state_dict({"bias": BIAS, "other": BIAS}, strict=False) == (["weight"], ["other"])
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, BIAS.to(device))
+
+
+def test_a_hook_may_rename_the_keys(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+
+    def rename(module, state_dict, prefix, *_):
+        state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+
+    layer.register_load_state_dict_pre_hook(rename)
+    layer.load_state_dict({"kernel": torch.ones(48, 64), "bias": BIAS})
+    assert (layer.weight == 1).all()
+
+
+@strategies
+def test_any_order_of_states(config, device):
+    """Only the two that prepare change what is kept. Its codes never change; an absmax may by its last bit."""
+    layer = make_layer(config, device=device)
+    x = torch.randn(5, 64, device=device)
+    expected, codes = layer(x), quantize_weight(layer.weight, config)[0]
+    is_prepared = False
+    for order in itertools.permutations(["train", "eval", "prepare_for_eval", "prepare_for_training"]):
+        for call in order:
+            getattr(layer, call)()
+            is_prepared = {"prepare_for_eval": True, "prepare_for_training": False}.get(call, is_prepared)
+            assert layer.is_prepared == is_prepared
+            weights = ["weight_int8", "weight_absmax"] if is_prepared else ["weight"]
+            assert sorted(layer.state_dict()) == sorted(["bias", *weights])
+            assert layer.training == {"train": True, "eval": False}.get(call, layer.training)
+            assert torch.equal(layer.weight_int8 if is_prepared else quantize_weight(layer.weight, config)[0], codes)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_computed_weight_is_not_prepared(device):

@@ -149,29 +149,25 @@ class SwitchBackLinear(nn.Linear):
     ) -> None:
         """Take a training state_dict or a prepared one, whichever of the two this layer is; or leave it as it is.
 
-        nn.Linear copies what fits before it complains of the rest. Here nothing is copied then.
+        nn.Linear copies what fits before it complains of what does not. Here nothing is copied then.
         """
         found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         becomes_prepared = not found.keys().isdisjoint(_PREPARED)
         expected = self._expected_state(becomes_prepared, becomes_unprepared=self.is_prepared and "weight" in found)
-        missing, unexpected = expected.keys() - found.keys(), {name for name in found if "." not in name} - {*expected}
         problems = [
             f"{what} mismatch for {prefix}{name}: got {got}, the layer has {has}."
             for name in expected.keys() & found.keys()
             for what, got, has in _mismatches(found[name], *expected[name])
         ]
-        if becomes_prepared and ("weight" in found or not missing.isdisjoint(_PREPARED)):
+        if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
             problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 codes and their absmax do.")
         elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
             problems.append(
                 f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
                 "call prepare_for_eval() here."
             )
-        is_final = strict and not self._load_state_dict_pre_hooks  # which may rename the keys
-        if problems or (is_final and (missing or unexpected)):
+        if problems:
             error_msgs.extend(problems)
-            missing_keys.extend(prefix + name for name in sorted(missing))
-            unexpected_keys.extend(prefix + name for name in sorted(unexpected))
             return
         if local_metadata.get("assign_to_params_buffers") and not becomes_prepared and f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}weight"] = wrap_like(state_dict[f"{prefix}weight"], self.weight)

@@ -30,6 +30,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
 
     Raises:
         CannotCompile: Triton cannot compile or load the kernel.
+        torch.OutOfMemoryError: the driver has no memory to load it.
     """
     if 0 in grid:
         return
@@ -60,6 +61,8 @@ def _first_run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: d
     except (CompilationError, OutOfResources) as error:
         raise CannotCompile(f"{kernel.__name__} with {options}: {type(error).__name__}: {error}") from error
     except Exception as error:  # a folder that cannot be written, a file that is cut off, what a driver refuses: any
+        if "out of memory" in str(error):  # the driver's, which loads kernels beside PyTorch's memory
+            raise torch.OutOfMemoryError(str(error)) from error
         first_error = error
     try:
         with triton.knobs.cache.scope():

@@ -85,11 +85,10 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
     """
 
     def give_way(error: Exception) -> None:
-        if name not in not_compiled:
-            not_compiled[name] = str(error)
-            warnings.warn(
-                f"torch_switchback runs {name} in plain PyTorch, slowly: its kernel cannot run: {error}", stacklevel=3
-            )
+        not_compiled[name] = str(error)
+        warnings.warn(
+            f"torch_switchback runs {name} in plain PyTorch, slowly: its kernel cannot run: {error}", stacklevel=3
+        )
 
     try:
         launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
@@ -99,6 +98,8 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
         return meaning
 
     def run(*args: Any) -> Any:
+        if name in not_compiled:  # trying again would take seconds, at every call
+            return meaning(*args)
         outputs = allocate(*args)
         try:
             launcher(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
