@@ -10,6 +10,11 @@ NO_COMPILER = "the interpreter compiles nothing"
 CPU_COMPILES_NOTHING = "the CPU compiles nothing"
 ONE_DEVICE = "there is one device"
 GPU_MEMORY = "memory of a GPU"
+TOO_LARGE = "matrices of 2048³"
+ONLY_FAKES = "the dispatcher's business, not the kernel's"
+DRAWN = "drawn inputs run on the CPU"
+KERNELS_ONLY = "no kernel runs"
+KERNELS_ONLY_GPU = "compute-sanitizer watches a GPU"
 
 
 @dataclass(frozen=True)
@@ -135,23 +140,61 @@ PROMISES: dict[str, list[Promise]] = {
         P("a token count that changes every step", "at most one compile a power of two", interpreter=NO_COMPILER),
     ],
     "Properties, on inputs that hypothesis draws": [
-        P("|codes| ≤ 127, within half a step", "of the exact value", interpreter="drawn inputs run on the CPU"),
+        P("|codes| ≤ 127, within half a step", "of the exact value", interpreter=DRAWN),
         P(
             "output within the sum of all roundings",
             "½·s_w·‖x‖₁ + ½·s_x·‖w‖₁ + ¼·K·s_x·s_w + the output's rounding",
             interpreter="drawn inputs run on the CPU",
         ),
-        P("int8 grad_weight within the sum of all roundings", "likewise", interpreter="drawn inputs run on the CPU"),
+        P("int8 grad_weight within the sum of all roundings", "likewise", interpreter=DRAWN),
         P("a power of two", "leaves the codes"),
-        P("permuting or splitting rows", "permutes or splits the output", interpreter="drawn inputs run on the CPU"),
+        P("permuting or splitting rows", "permutes or splits the output", interpreter=DRAWN),
         P("fused transpose", "equals quantise then .t()"),
         P("any stride layout", "equals contiguous"),
         P("the int8 product", "equals the int64 one"),
-        P("the NaN mask", "equals the reference's", interpreter="drawn inputs run on the CPU"),
+        P("the NaN mask", "equals the reference's", interpreter=DRAWN),
     ],
-    "Signal to noise": [],
-    "PyTorch": [],
-    "Kernels on a GPU": [],
+    "Signal to noise, 2048³ in bfloat16 against float64; the worst 1 % of rows at most 5 dB below the gate": [
+        P("output, Gaussian", "≥ 36.4 dB (global), 38.1 dB (rowwise)", interpreter=TOO_LARGE),
+        P("output, LayerNorm's outputs", "≥ 34.4 dB, 35.4 dB", interpreter=TOO_LARGE),
+        P("output, after GELU", "≥ 35.0 dB, 36.2 dB", interpreter=TOO_LARGE),
+        P("grad_input, tokens log-normal σ=2", "≥ 36.5 dB, 38.2 dB", interpreter=TOO_LARGE),
+        P("output, Student t₃", "≥ 25.7 dB, 26.0 dB", interpreter=TOO_LARGE),
+        P("output, 0.1 % of channels × 50", "≥ 19.0 dB, 19.0 dB", interpreter=TOO_LARGE),
+        P("16-bit grad_weight", "within 0.5 dB of PyTorch's product of the same operands", interpreter=TOO_LARGE),
+        P(
+            "int8 grad_weight, tokens log-normal σ=2",
+            "≥ 34.9 dB, with 0.1 % of X's channels × 50 ≥ 34.1 dB; ≥ 33 dB for every rotation",
+            interpreter=TOO_LARGE,
+        ),
+    ],
+    "PyTorch": [
+        P("opcheck", "every operation × dtype × layout", interpreter=ONLY_FAKES),
+        P("torch.compile(fullgraph=True)", "under aot_eager and inductor equal to eager", interpreter=ONLY_FAKES),
+        P("export", "with a dynamic batch", interpreter=ONLY_FAKES),
+        P("20 batch sizes", "at most 2 recompiles", interpreter=ONLY_FAKES),
+        P("meta initialisation", "and to_empty", interpreter=NO_KERNEL),
+        P("inference_mode", "the same output"),
+        P("autocast", "casts as nn.Linear's", interpreter=ONLY_FAKES),
+        P("checkpointing (both modes), save_on_cpu", "the same gradients"),
+        P("X after the backward", "freed; with int8 codes after the forward", interpreter=NO_KERNEL),
+        P("what the backward keeps", "X in 16 bit or in int8, and no copy of the weight", interpreter=NO_KERNEL),
+        P("nn.Linear's state_dict", "loads into the layer and back, strict", interpreter=NO_KERNEL),
+        P("conversion", "keeps parameters, hooks and keys, and is undone", interpreter=NO_KERNEL),
+    ],
+    "Memory of a GPU": [
+        P("guard bands", "nothing is read beyond an operand or written beyond an output", cpu=KERNELS_ONLY),
+        P("memcheck", "0 reports; a planted fault is reported", cpu=KERNELS_ONLY, interpreter=KERNELS_ONLY_GPU),
+        P("racecheck", "0 reports; a planted race is reported", cpu=KERNELS_ONLY, interpreter=KERNELS_ONLY_GPU),
+        P("initcheck", "0 reports; a planted read is reported", cpu=KERNELS_ONLY, interpreter=KERNELS_ONLY_GPU),
+        P("synccheck", "0 reports", cpu=KERNELS_ONLY, interpreter=KERNELS_ONLY_GPU),
+        P("steps, one after the other", "allocate no more", cpu=KERNELS_ONLY, interpreter=KERNELS_ONLY_GPU),
+        P(
+            "soak",
+            "random steps, out of memory provoked between: all within their bounds, memory flat",
+            interpreter="hours",
+        ),
+    ],
     "What is installed": [
         P(
             "the wheel",

@@ -26,22 +26,28 @@ def check(x, block):
         assert_same(actual, wanted)
 
 
+@pytest.mark.promise(
+    "codes and absmax", "slices, transposes, expanded, storage offsets", "a NaN beside transposed codes"
+)
 @layouts
 @dtypes
 def test_every_layout(dtype, layout):
     check(layout(19, 21, dtype), 16)
 
 
+@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("shape", [(1, 1), (64, 256), (70, 5), (0, 4), (4, 0)], ids=str)
 def test_every_shape(shape):
     check(torch.randn(shape), 32)
 
 
+@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("block", [64, 128])
 def test_every_block(block):
     check(torch.randn(block + 1, 9).bfloat16(), block)
 
 
+@pytest.mark.promise("every tile configuration")
 @pytest.mark.parametrize("tile", [(32, 512), (16, 256)], ids=str)
 def test_tiles_do_not_matter(tile, monkeypatch):
     monkeypatch.setattr(quantize_rotated, "TILE_ROWS", tile[0])
