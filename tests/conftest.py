@@ -13,6 +13,7 @@ os.environ["TORCH_SWITCHBACK_CACHE"] = tempfile.mkdtemp(prefix="torch_switchback
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the tests' tensors live")
+    parser.addoption("--sanitizer", action="store_true", help="run the kernels under compute-sanitizer, some minutes")
 
 
 def pytest_collection_modifyitems(config, items):

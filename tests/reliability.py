@@ -169,7 +169,7 @@ def _lines() -> Iterator[str]:
 
 
 def _link(name: str) -> str:
-    file, _, function = name.partition("::")
+    file, _, function = name.partition("[")[0].partition("::")
     return f"[{function}](../{file})"
 
 

@@ -1,5 +1,6 @@
 """Faults that take a GPU: its memory, kernels that do not compile, a broken Triton cache, many processes at once."""
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -38,6 +39,7 @@ def test_out_of_memory(config):
             layer(large)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
     assert torch.cuda.memory_allocated() == before
     for actual, wanted in zip(gradients(layer, x, grad), expected, strict=True):
         assert torch.equal(actual, wanted)
