@@ -1,7 +1,7 @@
 """Run the tests of the promises and make docs/reliability.md of what they came to.
 
     python tests/reliability.py run cpu                          # or interpreter, or, on a machine with a GPU, h200
-    python tests/reliability.py run h200 --output $OUT/h200.json -- tests/gpu -k current
+    python tests/reliability.py run h200 --output tests/results/h200_two_gpus.json tests/gpu/test_gpu.py
     python tests/reliability.py page
 
 Every JSON in tests/results is a part of the column that its name begins with: ``h200.json``, ``h200_soak.json``. It has
@@ -201,14 +201,13 @@ def _summary(column: str, tests: dict[str, Test]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="run the tests of a column")
+    running = commands.add_parser("run", help="run the tests of a column, or those that further arguments tell pytest")
     running.add_argument("column", choices=COLUMNS)
     running.add_argument("--output", type=Path, help="by default tests/results/COLUMN.json")
-    running.add_argument("arguments", nargs="*", help="for pytest, instead of the column's tests")
     commands.add_parser("page", help="write docs/reliability.md")
-    flags = parser.parse_args()
+    flags, arguments = parser.parse_known_args()
     if flags.command == "run":
-        return run(flags.column, flags.output or RESULTS / f"{flags.column}.json", flags.arguments)
+        return run(flags.column, flags.output or RESULTS / f"{flags.column}.json", arguments)
     PAGE.write_text(page())
     return 0
 
