@@ -34,6 +34,13 @@ QUANTISERS = [
 ]
 
 
+@pytest.mark.promise(
+    "codes and absmax",
+    "slices, transposes, expanded, storage offsets",
+    "NaN or ±Inf at X[i,k] or G[i,k]",
+    "fused transpose",
+    "a NaN beside transposed codes",
+)
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
@@ -95,6 +102,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.promise("every tile configuration", "the int8 product")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(
     "shape", [(1, 16, 16), (640, 384, 1024), (300, 1000, 528), (129, 257, 1000), (1000, 1000, 83), (17, 83, 1)], ids=str
@@ -122,6 +130,7 @@ def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulCo
         assert_same(out, expected)
 
 
+@pytest.mark.promise("output and grad_input", "int8 grad_weight")
 @strategies
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 96, 128), (1024, 512, 768), (333, 131, 257)], ids=str)
@@ -145,6 +154,7 @@ def test_layer(shape, dtype, config):
     torch.testing.assert_close(on_gpu[3].cpu(), grad_bias, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.promise("run to run")
 def test_run_to_run():
     layer = ts.SwitchBackLinear(1024, 768, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
@@ -169,6 +179,7 @@ def test_hopper_products_take_tma_where_they_can(monkeypatch):
     assert kernels == ["int8_matmul_warp_specialized_kernel", "int8_matmul_kernel", "int8_matmul_kernel"]
 
 
+@pytest.mark.promise("a product's kernel that does not compile")
 def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatch):
     too_large = MatmulConfig("tma", 128, 256, 128, group_m=8, num_stages=16, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: too_large)
