@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import torch_switchback as ts
 from demo import RECIPES as DEMO_RECIPES
 from measure import SUSTAINED_MS, Contestant, Cycle, Mode, saved_bytes
 from shapes import Shape
-from torch_switchback import SwitchBackConfig, convert_to_switchback
+from torch_switchback import convert_to_switchback
 
 # None leaves nn.Linear as it is.
-RECIPES = DEMO_RECIPES | {"int8-grad-weight": SwitchBackConfig(grad_weight="int8")}
+RECIPES = DEMO_RECIPES | {"int8-grad-weight": ts.RECIPES["switchback_int8_grad_weight"]}
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
 TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)

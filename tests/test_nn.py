@@ -740,8 +740,15 @@ def test_convert_leaves_a_replaced_forward_alone_and_says_so():
 
 
 def test_convert_refuses_another_config():
-    with pytest.raises(TypeError, match="config must be a SwitchBackConfig, got 'rowwise'"):
-        ts.convert_to_switchback(make_model(), config="rowwise")
+    with pytest.raises(TypeError, match="config must be a SwitchBackConfig or the name of a recipe, got 8"):
+        ts.convert_to_switchback(make_model(), config=8)
+    with pytest.raises(ValueError, match="the recipes are switchback, .*; got 'int4'"):
+        ts.convert_to_switchback(make_model(), config="int4")
+
+
+@pytest.mark.parametrize("recipe", ts.RECIPES)
+def test_convert_takes_a_recipe(recipe):
+    assert ts.convert_to_switchback(nn.Linear(8, 8), config=recipe).config == ts.RECIPES[recipe]
 
 
 def test_convert_a_bare_linear():

@@ -21,10 +21,12 @@ from .ops import (
     quantize_global_with_transpose,
     quantize_rowwise,
 )
+from .recipes import RECIPES
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RECIPES",
     "SwitchBackConfig",
     "SwitchBackLinear",
     "SwitchBackLinearGlobal",

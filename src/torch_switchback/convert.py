@@ -9,6 +9,7 @@ from torch import nn
 from .config import SwitchBackConfig
 from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .nn import SwitchBackLinear
+from .recipes import config_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -16,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert_to_switchback(
     model: Model,
     *,
-    config: SwitchBackConfig | None = None,
+    config: SwitchBackConfig | str | None = None,
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> Model:
     """Make every exact nn.Linear of a model a SwitchBackLinear, in place.
@@ -27,7 +28,7 @@ def convert_to_switchback(
 
     Args:
         model: any module; a bare nn.Linear becomes a SwitchBackLinear itself.
-        config: how the layers compute; the paper's default if None.
+        config: how the layers compute, or the name of a recipe (:data:`RECIPES`); the paper's default if None.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
             the layer is converted if it returns True, for each of its names if it has several.
 
@@ -36,12 +37,11 @@ def convert_to_switchback(
 
     Raises:
         TypeError: config is something else.
+        ValueError: there is no recipe of that name.
         RuntimeError: all_gather is "int8" and fully_shard has been called already.
         ValueError: all_gather is "int8" and a layer shares its weight with a module that needs it in full.
     """
-    config = SwitchBackConfig() if config is None else config
-    if not isinstance(config, SwitchBackConfig):
-        raise TypeError(f"convert_to_switchback: config must be a SwitchBackConfig, got {config!r}")
+    config = SwitchBackConfig() if config is None else config_of(config)
     fqns: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         fqns.setdefault(module, []).append(fqn)
