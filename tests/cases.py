@@ -2,6 +2,8 @@
 
 import torch
 
+import torch_switchback as ts
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 # Ones, primes, a ragged tail on each side of a block, no rows, no columns, a row longer than any block.
@@ -51,6 +53,11 @@ def assert_same(actual, expected):
         assert torch.equal(actual.isnan(), expected.isnan())
         actual, expected = actual.nan_to_num(0.0), expected.nan_to_num(0.0)
     assert torch.equal(actual, expected)
+
+
+def convert_all(model, config=None):
+    """Toy layers too, which the default filter leaves alone."""
+    return ts.convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
 
 
 def codes(rows, cols, device="cpu"):

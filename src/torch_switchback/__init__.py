@@ -2,7 +2,7 @@
 
 from .autograd import switchback_linear
 from .config import SwitchBackConfig
-from .convert import convert_to_switchback, revert_switchback
+from .convert import ConversionReport, conversion_report, convert_to_switchback, revert_switchback
 from .distributed import precompute_absmax_for_fsdp
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import (
@@ -27,11 +27,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RECIPES",
+    "ConversionReport",
     "SwitchBackConfig",
     "SwitchBackLinear",
     "SwitchBackLinearGlobal",
     "SwitchBackLinearGlobalMemEfficient",
     "SwitchBackLinearVectorwise",
+    "conversion_report",
     "convert_to_switchback",
     "dequantize_rowwise",
     "install_as_bitsandbytes",
