@@ -11,7 +11,7 @@ from torch import nn
 LEAST_FEATURES = 1024
 
 
-def default_filter(model: nn.Module) -> Callable[[nn.Linear, str], str]:
+def default_filter(model: nn.Module, least_features: int = LEAST_FEATURES) -> Callable[[nn.Linear, str], str]:
     """Why a linear layer of a model should stay, by the layer and its fully qualified name; "" if it should not.
 
     Left are the LM head, whose logits need more than eight bits; LoRA's two matrices; and layers with too few features
@@ -31,8 +31,8 @@ def default_filter(model: nn.Module) -> Callable[[nn.Linear, str], str]:
         if names[-1] == "lm_head" or tied or (layer.out_features, layer.in_features) in heads:
             return "the LM head: its logits need more than eight bits"
         narrower = min(layer.in_features, layer.out_features)
-        if narrower < LEAST_FEATURES:
-            return f"too few features: {narrower}, and below {LEAST_FEATURES} int8 does not win"
+        if narrower < least_features:
+            return f"too few features: {narrower}, and below {least_features} int8 does not win"
         return ""
 
     return why_left

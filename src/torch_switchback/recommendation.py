@@ -1,0 +1,274 @@
+"""Whether SwitchBack is worth it for a model on this machine, by measurement, and the configuration that follows."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._layer_calls import every_layer_called, layer_calls, run
+from ._measuring import graphed, median_ms, saved_bytes
+from ._text import table
+from .convert import convert_to_switchback, revert_switchback
+from .explanation import describe, device_of
+from .filters import default_filter
+from .nn import SwitchBackLinear
+from .recipes import config_of
+from .tuning.search import WORTH_CHANGING, in_turns
+
+LINEAR = "nn.Linear"
+# The paper's default and the variant that saves memory: the recipes between which only speed and memory decide.
+CANDIDATES = ("switchback", "switchback_memory_efficient")
+TURN_MS = 20.0
+LEAST_ROUNDS, MOST_ROUNDS = 3, 50
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """A shape of layer, with what its training step takes: the forward, and the backward with all gradients."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: str
+    fqns: tuple[str, ...]
+    """The layers that have it, once for each of their calls."""
+    milliseconds: dict[str, float]
+    """By recipe, and of nn.Linear."""
+    saved_bytes: dict[str, int]
+    """What one layer keeps for its backward."""
+    recipe: str | None
+    """The fastest, if it is 2 % faster than nn.Linear."""
+
+    @property
+    def speed_up(self) -> float:
+        """Of the best recipe over nn.Linear, recommended or not."""
+        return self.milliseconds[LINEAR] / min(ms for name, ms in self.milliseconds.items() if name != LINEAR)
+
+    @property
+    def chosen(self) -> str:
+        return self.recipe or LINEAR
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model's forward and backward as it is and converted as recommended."""
+
+    milliseconds: float
+    milliseconds_converted: float
+    saved_bytes: int
+    """What it keeps for its backward, all layers together."""
+    saved_bytes_converted: int
+
+    @property
+    def speed_up(self) -> float:
+        return self.milliseconds / self.milliseconds_converted
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was measured, and the configuration that follows. Printed, it is a table."""
+
+    device: str
+    layers: tuple[MeasuredLayer, ...]
+    left: dict[str, str]
+    """Layers that were not measured, and why."""
+    model: MeasuredModel | None
+    """None if there was no sample to run it on."""
+
+    @property
+    def config(self) -> dict[str, str | None]:
+        """Recipes by the layers' names: what ``convert_to_switchback`` takes as config, and JSON keeps."""
+        config: dict[str, str | None] = dict.fromkeys(self.left)
+        for layer in self.layers:
+            for fqn in layer.fqns:  # None if that is best for one of its shapes
+                config[fqn] = layer.recipe if config.get(fqn, "") is not None else None
+        return config
+
+    @property
+    def linear_speed_up(self) -> float:
+        """Of all linear layers that were measured, together."""
+        total = sum(len(layer.fqns) * layer.milliseconds[LINEAR] for layer in self.layers)
+        converted = sum(len(layer.fqns) * layer.milliseconds[layer.chosen] for layer in self.layers)
+        return total / converted if converted else 1.0
+
+    def to_json(self) -> str:
+        """The fields, config and linear_speed_up."""
+        content = dataclasses.asdict(self) | {"config": self.config, "linear_speed_up": self.linear_speed_up}
+        return json.dumps(content)
+
+    def __str__(self) -> str:
+        recipes = [name for name in (self.layers[0].milliseconds if self.layers else ()) if name != LINEAR]
+        headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
+        rows = [
+            (
+                *map(str, (layer.tokens, layer.in_features, layer.out_features)),
+                layer.dtype,
+                str(len(layer.fqns)),
+                f"{layer.milliseconds[LINEAR]:.3f}",
+                *(f"{layer.milliseconds[LINEAR] / layer.milliseconds[name]:.2f} ×" for name in recipes),
+                layer.chosen,
+            )
+            for layer in self.layers
+        ]
+        lines = [self.device, table(headers, rows)]
+        lines += [f"{fqn or 'the model'} stays nn.Linear: {reason}" for fqn, reason in self.left.items()]
+        lines.append(f"linear layers: {self.linear_speed_up:.2f} ×")
+        if self.model is not None:
+            before, after = self.model.saved_bytes / 2**20, self.model.saved_bytes_converted / 2**20
+            lines.append(
+                f"the model's forward and backward: {self.model.speed_up:.2f} × "
+                f"({self.model.milliseconds:.2f} → {self.model.milliseconds_converted:.2f} ms), "
+                f"kept for the backward: {before:.1f} → {after:.1f} MiB"
+            )
+        return "\n".join(lines)
+
+
+def recommend(
+    model: nn.Module,
+    sample_input: Any = None,
+    *,
+    tokens: int | None = None,
+    recipes: Sequence[str] = CANDIDATES,
+    cuda_graph: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seconds: float = 2.0,
+) -> Recommendation:
+    """Measure each distinct layer shape of a model as nn.Linear and as SwitchBackLinear, and choose for each layer.
+
+    Layers are measured alone, with random values, in turns. A layer gets the fastest recipe if that is 2 % faster than
+    nn.Linear. The LM head and LoRA's matrices stay. Given a sample, the model is then run forward and backward as it is
+    and as recommended; it is nn.Linear again afterwards, and its gradients are untouched.
+
+    Args:
+        model: not converted yet.
+        sample_input: a tensor, a tuple of arguments or a mapping of keywords for the model, as large as in training.
+            Under autocast, call this function under autocast too.
+        tokens: instead of a sample, how many tokens each layer sees in a step; the model is not run then, and may be
+            on the meta device.
+        recipes: those to choose from (:data:`RECIPES`); by default the paper's and its memory-efficient variant.
+        cuda_graph: measure layers in CUDA graphs, without the host's time, as for a model that will be compiled.
+        device: where the layers of a model on the meta device are measured: by default the GPU if there is one.
+        dtype: what layers compute in if there is no sample; by default their weights' dtype.
+        seconds: about so long for all layers' measurements; first calls, which compile kernels, come on top.
+
+    Raises:
+        ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not
+            exactly one of sample_input and tokens is given.
+    """
+    if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
+        raise ValueError("recommend: model is converted already; revert_switchback(model) first")
+    configs = {recipe: config_of(recipe) for recipe in recipes}
+    where = device_of(model, device)
+    why_left = default_filter(model, least_features=0)
+    left: dict[str, str] = {}
+    shapes: dict[tuple[Any, ...], list[str]] = {}
+    for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
+        reason = why_left(layer, fqn) if type(layer) is nn.Linear else "a subclass of nn.Linear"
+        if not calls:
+            reason = "the model did not call it"
+        if reason:
+            left[fqn] = reason
+            continue
+        for call in calls:
+            computed_in = dtype if dtype is not None and tokens is not None else call.dtype
+            shape = (call.tokens, layer.in_features, layer.out_features, layer.bias is not None)
+            shapes.setdefault((*shape, computed_in, layer.weight.dtype), []).append(fqn)
+    if not shapes:
+        raise ValueError("recommend: model calls no linear layer that could be converted")
+
+    rows = []
+    for (n, inputs, outputs, bias, computed_in, weight_dtype), fqns in shapes.items():
+        linear = nn.Linear(inputs, outputs, bias, device=where, dtype=weight_dtype)
+        x = torch.randn(n, inputs, device=where, dtype=computed_in, requires_grad=True)
+        layers: dict[str, nn.Module] = {LINEAR: linear}
+        for recipe in configs:
+            layers[recipe] = convert_to_switchback(
+                nn.Linear(inputs, outputs, bias, device=where, dtype=weight_dtype), config=recipe
+            )
+        steps = {name: partial(_step, module, x) for name, module in layers.items()}
+        saved = {name: saved_bytes(module, partial(_forward, module, x)) for name, module in layers.items()}
+        milliseconds = _measure(steps, where, seconds / len(shapes), cuda_graph and where.type == "cuda")
+        best = min(configs, key=milliseconds.__getitem__)
+        wins = milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR]
+        rows.append(
+            MeasuredLayer(
+                n,
+                inputs,
+                outputs,
+                bias,
+                str(computed_in).removeprefix("torch."),
+                tuple(fqns),
+                milliseconds,
+                saved,
+                best if wins else None,
+            )
+        )
+    recommendation = Recommendation(describe(where), tuple(rows), left, None)
+    if sample_input is None:
+        return recommendation
+    return dataclasses.replace(
+        recommendation, model=_measure_model(model, sample_input, recommendation.config, where, seconds)
+    )
+
+
+def _measure(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, cuda_graph: bool
+) -> dict[str, float]:
+    for step in steps.values():
+        step()  # compiles
+    if cuda_graph:
+        steps = {name: graphed(step) for name, step in steps.items()}
+    once = {name: median_ms(step, 1, device) for name, step in steps.items()}
+    times = {name: max(1, int(TURN_MS / ms)) for name, ms in once.items()}
+    a_round = sum(times[name] * ms for name, ms in once.items()) / 1e3
+    rounds = min(max(LEAST_ROUNDS, int(seconds / a_round)), MOST_ROUNDS)
+    return in_turns({name: partial(median_ms, step, times[name], device) for name, step in steps.items()}, rounds)
+
+
+def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Under autocast if the weight has another dtype than the input, as nn.Linear needs it then."""
+    other = next(layer.parameters()).dtype != x.dtype
+    with torch.enable_grad(), torch.autocast(x.device.type, dtype=x.dtype if other else None, enabled=other):
+        return layer(x)
+
+
+def _step(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = _forward(layer, x)
+    return torch.autograd.grad(y, (x, *layer.parameters()), y.detach())
+
+
+def _measure_model(
+    model: nn.Module, sample_input: Any, config: dict[str, str | None], device: torch.device, seconds: float
+) -> MeasuredModel:
+    def forward() -> Any:
+        with torch.enable_grad():
+            return run(model, sample_input)
+
+    def step() -> None:
+        leaves = torch.utils._pytree.tree_leaves(forward())
+        losses = [leaf.float().sum() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if losses:
+            wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)
+
+    def as_recommended(measurement: Callable[[], Any]) -> Any:
+        convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
+        try:
+            return measurement()
+        finally:
+            revert_switchback(model)
+
+    with every_layer_called(model):
+        kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
+        once = median_ms(step, 1, device)
+        clock = partial(median_ms, step, max(1, int(TURN_MS / once)), device)
+        rounds = min(max(LEAST_ROUNDS, int(seconds * 1e3 / (4 * max(once, TURN_MS)))), MOST_ROUNDS)
+        before, after = in_turns({"before": clock, "after": partial(as_recommended, clock)}, rounds).values()
+    return MeasuredModel(before, after, *kept)
