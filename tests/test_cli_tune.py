@@ -271,3 +271,14 @@ def test_median_of_runs_in_a_row(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert median_ms(work, 5, torch.device("cuda")) == 1.0
+
+
+def test_json_alone_on_stdout(fake):
+    result = CliRunner().invoke(app, ["tune", "--rounds", "2", "--shape", SHAPES[0], "--json"])
+    (done,) = json.loads(result.stdout)
+    assert (done["row"]["m"], done["row"]["n"], done["row"]["k"]) == (1024, 512, 256)
+    assert done["row"]["config"]["block_n"] == 256 and done["before"]["kernel"]
+    assert "Written to" in result.stderr
+    forget()
+    again = CliRunner().invoke(app, ["tune", "--rounds", "2", "--shape", SHAPES[0], "--json"])
+    assert json.loads(again.stdout) == []

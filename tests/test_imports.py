@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-LATER = ["triton", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
+LATER = [
+    "triton",
+    "typer",
+    "rich",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+]
 
 
 @pytest.mark.parametrize("module", LATER)

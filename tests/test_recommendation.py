@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from torch_switchback import SwitchBackLinear, recommendation
+from torch_switchback import SwitchBackLinear, _layer_steps, recommendation
 from torch_switchback.recommendation import LINEAR
 
 # Of a layer's step, by its in_features: the middle one wins, the last by too little.
@@ -39,12 +39,11 @@ class Model(nn.Module):
 
 @pytest.fixture
 def times(monkeypatch):
-    def measure(steps, device, seconds, cuda_graph):
-        for step in steps.values():
-            step()
-        return dict(TIMES[steps[LINEAR].args[0].in_features])
+    def measure_layers(layers, x, *, seconds, cuda_graph):
+        _, saved = _layer_steps.measure_layers(layers, x, seconds=0)
+        return dict(TIMES[layers[LINEAR].in_features]), saved
 
-    monkeypatch.setattr(recommendation, "_measure", measure)
+    monkeypatch.setattr(recommendation, "measure_layers", measure_layers)
 
 
 def test_the_fastest_recipe_that_wins_by_enough(times):
@@ -115,11 +114,10 @@ def test_a_layer_whose_calls_disagree_stays(times, monkeypatch):
         def forward(self, x):
             return self.layer(x).sum() + self.layer(x[:1]).sum()
 
-    def measure(steps, device, seconds, cuda_graph):
-        few = steps[LINEAR].args[1].shape[0] == 1
-        return {LINEAR: 1.0, "switchback": 2.0 if few else 0.5}
+    def measure_layers(layers, x, *, seconds, cuda_graph):
+        return {LINEAR: 1.0, "switchback": 2.0 if len(x) == 1 else 0.5}, {}
 
-    monkeypatch.setattr(recommendation, "_measure", measure)
+    monkeypatch.setattr(recommendation, "measure_layers", measure_layers)
     found = ts.recommend(Twice(), torch.randn(8, 32), recipes=["switchback"], seconds=0)
     assert [layer.recipe for layer in found.layers] == ["switchback", None]
     assert found.config == {"layer": None}

@@ -5,7 +5,6 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,7 +13,7 @@ from .config import SwitchBackConfig
 from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .filters import default_filter
 from .nn import SwitchBackLinear
-from .recipes import config_of
+from .recipes import config_of, look_up
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = SwitchBackConfig | str
@@ -200,12 +199,7 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _config_of_layer(patterns: Mapping[str, SwitchBackConfig | None], fqns: list[str]) -> SwitchBackConfig | None:
-    found = {
-        fqn: patterns[fqn]
-        if fqn in patterns
-        else next((config for pattern, config in patterns.items() if fnmatchcase(fqn, pattern)), None)
-        for fqn in fqns
-    }
+    found = {fqn: look_up(patterns, fqn) for fqn in fqns}
     if None in found.values():
         return None
     if len(set(found.values())) > 1:

@@ -1,4 +1,8 @@
-"""The named configurations. A name serves wherever ``convert_to_switchback`` takes a configuration."""
+"""The named configurations, and maps of them. A name serves wherever ``convert_to_switchback`` takes one."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from .config import SwitchBackConfig
 
@@ -10,6 +14,15 @@ RECIPES = {
     "rowwise_memory_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
     "rowwise_int8_grad_weight": SwitchBackConfig("rowwise", grad_weight="int8"),
 }
+
+Value = TypeVar("Value")
+
+
+def look_up(patterns: Mapping[str, Value], fqn: str) -> Value | None:
+    """What stands under a layer's very name, else under the first fnmatch pattern that matches it, else None."""
+    if fqn in patterns:
+        return patterns[fqn]
+    return next((value for pattern, value in patterns.items() if fnmatchcase(fqn, pattern)), None)
 
 
 def config_of(config: SwitchBackConfig | str) -> SwitchBackConfig:

@@ -2,29 +2,29 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ._layer_calls import every_layer_called, layer_calls, run
-from ._measuring import graphed, median_ms, saved_bytes
+from ._layer_steps import measure, measure_layers
+from ._measuring import saved_bytes
 from ._text import table
 from .convert import convert_to_switchback, revert_switchback
 from .explanation import describe, device_of
 from .filters import default_filter
 from .nn import SwitchBackLinear
 from .recipes import config_of
-from .tuning.search import WORTH_CHANGING, in_turns
+from .tuning.search import WORTH_CHANGING
 
 LINEAR = "nn.Linear"
+Measured = TypeVar("Measured")
 # The paper's default and the variant that saves memory: the recipes between which only speed and memory decide.
 CANDIDATES = ("switchback", "switchback_memory_efficient")
-TURN_MS = 20.0
-LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,7 @@ def recommend(
             layers[recipe] = convert_to_switchback(
                 nn.Linear(inputs, outputs, bias, device=where, dtype=weight_dtype), config=recipe
             )
-        steps = {name: partial(_step, module, x) for name, module in layers.items()}
-        saved = {name: saved_bytes(module, partial(_forward, module, x)) for name, module in layers.items()}
-        milliseconds = _measure(steps, where, seconds / len(shapes), cuda_graph and where.type == "cuda")
+        milliseconds, saved = measure_layers(layers, x, seconds=seconds / len(shapes), cuda_graph=cuda_graph)
         best = min(configs, key=milliseconds.__getitem__)
         wins = milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR]
         rows.append(
@@ -218,32 +216,6 @@ def recommend(
     )
 
 
-def _measure(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, cuda_graph: bool
-) -> dict[str, float]:
-    for step in steps.values():
-        step()  # compiles
-    if cuda_graph:
-        steps = {name: graphed(step) for name, step in steps.items()}
-    once = {name: median_ms(step, 1, device) for name, step in steps.items()}
-    times = {name: max(1, int(TURN_MS / ms)) for name, ms in once.items()}
-    a_round = sum(times[name] * ms for name, ms in once.items()) / 1e3
-    rounds = min(max(LEAST_ROUNDS, int(seconds / a_round)), MOST_ROUNDS)
-    return in_turns({name: partial(median_ms, step, times[name], device) for name, step in steps.items()}, rounds)
-
-
-def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Under autocast if the weight has another dtype than the input, as nn.Linear needs it then."""
-    other = next(layer.parameters()).dtype != x.dtype
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype=x.dtype if other else None, enabled=other):
-        return layer(x)
-
-
-def _step(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    y = _forward(layer, x)
-    return torch.autograd.grad(y, (x, *layer.parameters()), y.detach())
-
-
 def _measure_model(
     model: nn.Module, sample_input: Any, config: dict[str, str | None], device: torch.device, seconds: float
 ) -> MeasuredModel:
@@ -258,7 +230,7 @@ def _measure_model(
             wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
             torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)
 
-    def as_recommended(measurement: Callable[[], Any]) -> Any:
+    def as_recommended(measurement: Callable[[], Measured]) -> Measured:
         convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
         try:
             return measurement()
@@ -267,8 +239,6 @@ def _measure_model(
 
     with every_layer_called(model):
         kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
-        once = median_ms(step, 1, device)
-        clock = partial(median_ms, step, max(1, int(TURN_MS / once)), device)
-        rounds = min(max(LEAST_ROUNDS, int(seconds * 1e3 / (4 * max(once, TURN_MS)))), MOST_ROUNDS)
-        before, after = in_turns({"before": clock, "after": partial(as_recommended, clock)}, rounds).values()
+        steps: dict[str, Callable[[], object]] = {"before": step, "after": partial(as_recommended, step)}
+        before, after = measure(steps, device, seconds).values()
     return MeasuredModel(before, after, *kept)
