@@ -85,12 +85,12 @@ def test_doctor_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = {finding["name"]: finding for finding in loaded("doctor")}
     assert found["torch"]["detail"].startswith(torch.__version__)
-    assert (found["CPU layer"]["status"], found["CPU layer"]["detail"]) == ("ok", "the right bits")
+    assert (found["CPU layer"]["status"], found["CPU layer"]["detail"]) == ("ok", "as defined")
     assert found["GPU"]["status"] == "note"
     assert "all is well" in call("doctor").output
 
 
-@pytest.mark.parametrize(("test", "detail"), [(lambda: False, "other bits"), (lambda: 1 / 0, "ZeroDivisionError")])
+@pytest.mark.parametrize(("test", "detail"), [(lambda: False, "other results"), (lambda: 1 / 0, "ZeroDivisionError")])
 def test_doctor_exits_with_1_if_a_test_fails(monkeypatch, test, detail):
     monkeypatch.setattr(doctor, "_layer_on_the_cpu", test)
     result = call("doctor", code=1)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ._text import table
 from .config import SwitchBackConfig
 from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .filters import default_filter
@@ -57,11 +58,18 @@ class ConversionReport:
         return json.dumps([asdict(layer) for layer in self.layers])
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} of {len(self.layers)} layers are SwitchBackLinear"]
-        for layer in self.layers:
-            outcome = f"left: {layer.reason}" if layer.config is None else layer.config.strategy
-            lines.append(f"  {layer.fqn or '(the model)'}  {layer.in_features} → {layer.out_features}  {outcome}")
-        return "\n".join(lines)
+        rows = [
+            (
+                layer.fqn or "(the model)",
+                str(layer.in_features),
+                str(layer.out_features),
+                "left" if layer.config is None else layer.config.strategy,
+                layer.reason,
+            )
+            for layer in self.layers
+        ]
+        summary = f"{len(self.converted)} of {len(self.layers)} layers are SwitchBackLinear"
+        return f"{summary}\n{table(('layer', 'in', 'out', 'strategy', 'why left'), rows)}"
 
 
 def convert_to_switchback(
@@ -98,7 +106,15 @@ def convert_to_switchback(
             called already.
     """
     patterns = _patterns(config)
-    why_left = default_filter(model)
+    default = default_filter(model)
+
+    def why_filtered(layer: nn.Linear, fqns: list[str]) -> str:
+        if module_filter_fn is not None:
+            return "" if all(module_filter_fn(layer, fqn) for fqn in fqns) else "module_filter_fn leaves it out"
+        if layer is model or any(fqn in patterns for fqn in fqns):
+            return ""
+        return next(filter(None, (default(layer, fqn) for fqn in fqns)), "")
+
     rows: list[ConvertedLayer] = []
     chosen: dict[nn.Module, SwitchBackConfig] = {}
     for module, fqns in _names(model).items():
@@ -106,25 +122,22 @@ def convert_to_switchback(
             rows.append(_row(module, fqns[0], None, _ATTENTION))
         if not isinstance(module, nn.Linear):
             continue
-        found, reason = None, ""
         if isinstance(module, SwitchBackLinear):
-            found = module.config
+            rows.append(_row(module, fqns[0], module.config, ""))
         elif type(module) is not nn.Linear:
             reason = f"{type(module).__name__} is a subclass of nn.Linear and computes in its own way"
+            rows.append(_row(module, fqns[0], None, reason))
+        elif (found := _config_of_layer(patterns, fqns)) is None:
+            rows.append(_row(module, fqns[0], None, "config asks for nn.Linear"))
+        elif reason := why_filtered(module, fqns):
+            rows.append(_row(module, fqns[0], None, reason))
+        elif "forward" in vars(module):
+            reason = "its forward has been replaced on the instance, so another class would change nothing"
+            warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=2)
+            rows.append(_row(module, fqns[0], None, reason))
         else:
-            found = _config_of_layer(patterns, fqns)
-            if found is None:
-                reason = "config asks for nn.Linear"
-            elif module_filter_fn is not None:
-                reason = "" if all(module_filter_fn(module, fqn) for fqn in fqns) else "module_filter_fn leaves it out"
-            elif module is not model and not any(fqn in patterns for fqn in fqns):
-                reason = next(filter(None, (why_left(module, fqn) for fqn in fqns)), "")
-            if not reason and "forward" in vars(module):
-                reason = "its forward has been replaced on the instance, so another class would change nothing"
-                warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=2)
-            if found is not None and not reason:
-                chosen[module] = found
-        rows.append(_row(module, fqns[0], None if reason else found, reason))
+            rows.append(_row(module, fqns[0], found, ""))
+            chosen[module] = found
     _refuse_compiled(model, chosen)
     for module, found in chosen.items():
         module.__class__ = SwitchBackLinear

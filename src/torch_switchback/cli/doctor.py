@@ -112,7 +112,7 @@ def _test(name: str, test: Callable[[], bool]) -> Finding:
         same = test()
     except Exception as error:  # whatever is broken here, say so and go on
         return Finding(name, "failed", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}")
-    return Finding(name, "ok", "the right bits") if same else Finding(name, "failed", "other bits than the CPU's")
+    return Finding(name, "ok", "as defined") if same else Finding(name, "failed", "other results than the definition's")
 
 
 def _random(rows: int, cols: int) -> torch.Tensor:
