@@ -39,11 +39,11 @@ class Model(nn.Module):
 
 @pytest.fixture
 def times(monkeypatch):
-    def measure_layers(layers, x, *, seconds, cuda_graph):
-        _, saved = _layer_steps.measure_layers(layers, x, seconds=0)
-        return dict(TIMES[layers[LINEAR].in_features]), saved
+    def measure(steps, device, seconds):
+        layer, _ = steps[LINEAR].args
+        return dict(TIMES[layer.in_features])
 
-    monkeypatch.setattr(recommendation, "measure_layers", measure_layers)
+    monkeypatch.setattr(_layer_steps, "measure", measure)
 
 
 def test_the_fastest_recipe_that_wins_by_enough(times):
@@ -84,6 +84,16 @@ def test_what_one_layer_keeps(times):
     assert layer.saved_bytes[LINEAR] == 8 * 32 * 4
     assert layer.saved_bytes["switchback_memory_efficient"] == 8 * 32 + 8 * 4 + 4
     assert layer.speed_up == 2.0
+
+
+def test_frozen_layers_are_measured_as_such(times):
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 32), nn.Linear(32, 16))
+    model[2].requires_grad_(False)
+    found = ts.recommend(model, tokens=8)
+    assert [(layer.in_features, layer.trains) for layer in found.layers] == [(32, True), (16, True), (32, False)]
+    assert found.layers[2].saved_bytes == {LINEAR: 0, "switchback": 4, "switchback_memory_efficient": 4}
+    kept = 8 * 32 * 4 + 8 * 16 * 4
+    assert found.linear_saved_bytes == (kept, kept + 4 + 4)
 
 
 def test_convert_takes_it_through_json(times):

@@ -16,7 +16,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 def measure_layers(
     layers: Mapping[str, nn.Module], x: torch.Tensor, *, seconds: float, cuda_graph: bool = False
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Milliseconds of each layer's forward and backward with all gradients, and bytes that it keeps between the two.
+    """Milliseconds of each layer's forward and backward, and bytes that it keeps between the two.
 
     Args:
         layers: by name; each is called with x, under autocast if its parameters have another dtype.
@@ -50,4 +50,5 @@ def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _step(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     y = _forward(layer, x)
-    return torch.autograd.grad(y, (x, *layer.parameters()), y.detach())
+    trained = (parameter for parameter in layer.parameters() if parameter.requires_grad)
+    return torch.autograd.grad(y, (x, *trained), y.detach())

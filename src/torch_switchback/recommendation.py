@@ -5,21 +5,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ._layer_calls import every_layer_called, layer_calls, run
-from ._layer_steps import measure, measure_layers
-from ._measuring import saved_bytes
+from ._layer_steps import LEAST_ROUNDS, measure_layers
+from ._measuring import median_ms, saved_bytes
 from ._text import table
 from .convert import convert_to_switchback, revert_switchback
 from .explanation import describe, device_of
 from .filters import default_filter
 from .nn import SwitchBackLinear
 from .recipes import config_of
-from .tuning.search import WORTH_CHANGING
+from .tuning.search import WORTH_CHANGING, in_turns
 
 LINEAR = "nn.Linear"
 Measured = TypeVar("Measured")
@@ -27,15 +27,35 @@ Measured = TypeVar("Measured")
 CANDIDATES = ("switchback", "switchback_memory_efficient")
 
 
+class LayerShape(NamedTuple):
+    """All of a layer's call that decides how long it takes."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: torch.dtype
+    """That it computes in."""
+    weight_dtype: torch.dtype
+    trains: bool
+    """Whether its weight wants a gradient."""
+
+    def new_linear(self, device: torch.device) -> nn.Linear:
+        layer = nn.Linear(self.in_features, self.out_features, self.bias, device=device, dtype=self.weight_dtype)
+        return layer.requires_grad_(self.trains)
+
+
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """A shape of layer, with what its training step takes: the forward, and the backward with all gradients."""
+    """A shape of layer, with what its training step takes: the forward, and the backward with the gradients wanted."""
 
     tokens: int
     in_features: int
     out_features: int
     bias: bool
     dtype: str
+    trains: bool
+    """Whether its weight wants a gradient; a frozen one's backward has one product, not two."""
     fqns: tuple[str, ...]
     """The layers that have it, once for each of their calls."""
     milliseconds: dict[str, float]
@@ -93,17 +113,26 @@ class Recommendation:
     @property
     def linear_speed_up(self) -> float:
         """Of all linear layers that were measured, together."""
-        total = sum(len(layer.fqns) * layer.milliseconds[LINEAR] for layer in self.layers)
-        converted = sum(len(layer.fqns) * layer.milliseconds[layer.chosen] for layer in self.layers)
-        return total / converted if converted else 1.0
+        before = sum(len(layer.fqns) * layer.milliseconds[LINEAR] for layer in self.layers)
+        return before / sum(len(layer.fqns) * layer.milliseconds[layer.chosen] for layer in self.layers)
+
+    @property
+    def linear_saved_bytes(self) -> tuple[int, int]:
+        """What they keep for their backward as nn.Linear and as recommended; an input of several counts for each."""
+        before = sum(len(layer.fqns) * layer.saved_bytes[LINEAR] for layer in self.layers)
+        return before, sum(len(layer.fqns) * layer.saved_bytes[layer.chosen] for layer in self.layers)
 
     def to_json(self) -> str:
-        """The fields, config and linear_speed_up."""
-        content = dataclasses.asdict(self) | {"config": self.config, "linear_speed_up": self.linear_speed_up}
+        """The fields and properties."""
+        content = dataclasses.asdict(self) | {
+            "config": self.config,
+            "linear_speed_up": self.linear_speed_up,
+            "linear_saved_bytes": self.linear_saved_bytes,
+        }
         return json.dumps(content)
 
     def __str__(self) -> str:
-        recipes = [name for name in (self.layers[0].milliseconds if self.layers else ()) if name != LINEAR]
+        recipes = [name for name in self.layers[0].milliseconds if name != LINEAR]
         headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
         rows = [
             (
@@ -118,7 +147,11 @@ class Recommendation:
         ]
         lines = [self.device, table(headers, rows)]
         lines += [f"{fqn or 'the model'} stays nn.Linear: {reason}" for fqn, reason in self.left.items()]
-        lines.append(f"linear layers: {self.linear_speed_up:.2f} ×")
+        before, after = (kept / 2**20 for kept in self.linear_saved_bytes)
+        lines.append(
+            f"linear layers: {self.linear_speed_up:.2f} ×, kept for the backward: {before:.1f} → {after:.1f} MiB "
+            "(an input of several layers counts for each)"
+        )
         if self.model is not None:
             before, after = self.model.saved_bytes / 2**20, self.model.saved_bytes_converted / 2**20
             lines.append(
@@ -168,7 +201,7 @@ def recommend(
     where = device_of(model, device)
     why_left = default_filter(model, least_features=0)
     left: dict[str, str] = {}
-    shapes: dict[tuple[Any, ...], list[str]] = {}
+    shapes: dict[LayerShape, list[str]] = {}
     for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
         reason = why_left(layer, fqn) if type(layer) is nn.Linear else "a subclass of nn.Linear"
         if not calls:
@@ -177,31 +210,36 @@ def recommend(
             left[fqn] = reason
             continue
         for call in calls:
-            computed_in = dtype if dtype is not None and tokens is not None else call.dtype
-            shape = (call.tokens, layer.in_features, layer.out_features, layer.bias is not None)
-            shapes.setdefault((*shape, computed_in, layer.weight.dtype), []).append(fqn)
+            shape = LayerShape(
+                call.tokens,
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                dtype if dtype is not None and tokens is not None else call.dtype,
+                layer.weight.dtype,
+                layer.weight.requires_grad,
+            )
+            shapes.setdefault(shape, []).append(fqn)
     if not shapes:
         raise ValueError("recommend: model calls no linear layer that could be converted")
 
     rows = []
-    for (n, inputs, outputs, bias, computed_in, weight_dtype), fqns in shapes.items():
-        linear = nn.Linear(inputs, outputs, bias, device=where, dtype=weight_dtype)
-        x = torch.randn(n, inputs, device=where, dtype=computed_in, requires_grad=True)
-        layers: dict[str, nn.Module] = {LINEAR: linear}
+    for shape, fqns in shapes.items():
+        x = torch.randn(shape.tokens, shape.in_features, device=where, dtype=shape.dtype, requires_grad=True)
+        layers: dict[str, nn.Module] = {LINEAR: shape.new_linear(where)}
         for recipe in configs:
-            layers[recipe] = convert_to_switchback(
-                nn.Linear(inputs, outputs, bias, device=where, dtype=weight_dtype), config=recipe
-            )
+            layers[recipe] = convert_to_switchback(shape.new_linear(where), config=recipe)
         milliseconds, saved = measure_layers(layers, x, seconds=seconds / len(shapes), cuda_graph=cuda_graph)
         best = min(configs, key=milliseconds.__getitem__)
         wins = milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR]
         rows.append(
             MeasuredLayer(
-                n,
-                inputs,
-                outputs,
-                bias,
-                str(computed_in).removeprefix("torch."),
+                shape.tokens,
+                shape.in_features,
+                shape.out_features,
+                shape.bias,
+                str(shape.dtype).removeprefix("torch."),
+                shape.trains,
                 tuple(fqns),
                 milliseconds,
                 saved,
@@ -239,6 +277,7 @@ def _measure_model(
 
     with every_layer_called(model):
         kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
-        steps: dict[str, Callable[[], object]] = {"before": step, "after": partial(as_recommended, step)}
-        before, after = measure(steps, device, seconds).values()
+        times = max(1, int(seconds * 1e3 / (2 * LEAST_ROUNDS * median_ms(step, 1, device))))
+        clock = partial(median_ms, step, times, device)
+        before, after = in_turns({"before": clock, "after": partial(as_recommended, clock)}, LEAST_ROUNDS).values()
     return MeasuredModel(before, after, *kept)
