@@ -9,7 +9,13 @@ from .export import export
 from .recommend import recommend
 from .tune import tune
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
+)
 for command in (doctor, recommend, explain, bench, tune, export):
     app.command()(command)
 

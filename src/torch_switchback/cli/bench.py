@@ -83,10 +83,9 @@ def bench(
 
     Examples:
 
+    \b
       torch-switchback bench
-
       torch-switchback bench --shape 16384,4096,14336 --recipe switchback --picture layer.png
-
       torch-switchback bench --model Llama-3-8B/config.json --tokens 16384 --output llama.json
     """
     where = chosen_device(device)

@@ -40,8 +40,8 @@ def doctor(json: JsonFlag = False) -> None:
 
     Examples:
 
+    \b
       torch-switchback doctor
-
       CUDA_VISIBLE_DEVICES=1 torch-switchback doctor --json
     """
     findings = list(examine())

@@ -44,8 +44,8 @@ def explain(
 
     Examples:
 
+    \b
       torch-switchback explain my_package.models:build --strict
-
       torch-switchback explain Llama-3-8B/config.json --tokens 16384 --config rowwise
     """
     where = chosen_device(device)

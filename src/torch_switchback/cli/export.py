@@ -51,10 +51,9 @@ def export(
 
     Examples:
 
+    \b
       torch-switchback export model.safetensors int8.safetensors --layers 'model.layers.*'
-
       torch-switchback export checkpoint.pt int8.safetensors --config switchback.json
-
       torch-switchback export int8.safetensors model.safetensors --back
     """
     safetensors = needs("export", "safetensors.torch", "cli")

@@ -61,8 +61,8 @@ def recommend(
 
     Examples:
 
+    \b
       torch-switchback recommend my_package.models:build --output switchback.json
-
       torch-switchback recommend Llama-3-8B/config.json --tokens 16384 --cuda-graph
 
     and in the program:

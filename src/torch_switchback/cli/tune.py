@@ -94,8 +94,8 @@ def tune(
 
     Examples:
 
+    \b
       torch-switchback tune
-
       torch-switchback tune --quick --shape 8192,4096,1024
     """
     console = Console(stderr=json)
