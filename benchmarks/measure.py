@@ -24,7 +24,6 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from demo import environment
 
@@ -271,33 +270,6 @@ def copy_gb_per_s(device: torch.device, *, tiny: bool) -> float:
     if result.median_ms is None:
         raise RuntimeError(f"the copy that measures the bandwidth failed: {result.reason}")
     return 2 * source.nbytes / result.median_ms / 1e6
-
-
-def saved_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the tensors that module(x) keeps for its backward, without the parameters; views count once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        for part in _plain_tensors(tensor):
-            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)
-    for parameter in module.parameters():
-        for part in _plain_tensors(parameter):
-            storages.pop(part.untyped_storage().data_ptr(), None)
-    del y
-    return sum(storages.values())
-
-
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor itself, or what a subclass that wraps others is made of."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 class Bench:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import torch_switchback as ts
 from demo import RECIPES as DEMO_RECIPES
-from measure import SUSTAINED_MS, Contestant, Cycle, Mode, saved_bytes
+from measure import SUSTAINED_MS, Contestant, Cycle, Mode
 from shapes import Shape
-from torch_switchback import SwitchBackConfig, convert_to_switchback
+from torch_switchback import convert_to_switchback
+from torch_switchback._measuring import saved_bytes
 
 # None leaves nn.Linear as it is.
-RECIPES = DEMO_RECIPES | {"int8-grad-weight": SwitchBackConfig(grad_weight="int8_always")}
+RECIPES = DEMO_RECIPES | {"int8-grad-weight": ts.SwitchBackConfig(grad_weight="int8_always")}
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
 TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)
@@ -110,7 +112,7 @@ def training_step(
         compile_in_place(layer, mode, tiny=tiny)
         gradients(layer, *inputs[0])  # compiles
         if kept is not None:
-            kept[name, mode] = saved_bytes(layer, inputs[0][0])
+            kept[name, mode] = saved_bytes(layer, partial(layer, inputs[0][0]))
         return [partial(gradients, layer, x, grad) for x, grad in inputs]
 
     return Contestant(name, build, mode, SUSTAINED_MS)

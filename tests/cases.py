@@ -2,6 +2,8 @@
 
 import torch
 
+import torch_switchback as ts
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 # Ones, primes, a ragged tail on each side of a block, no rows, no columns, a row longer than any block.
@@ -62,6 +64,11 @@ def assert_same_to_a_code(actual, expected):
     apart = (codes.int() - expected_codes.int()).abs()
     assert apart.amax() <= 1 if apart.numel() else True
     assert apart.sum() <= max(1, 1e-3 * apart.numel())
+
+
+def convert_all(model, config=None):
+    """Toy layers too, which the default filter leaves alone."""
+    return ts.convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
 
 
 def codes(rows, cols, device="cpu"):

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 # What takes longer to import than the package itself.
-LATER = ["triton", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
+LATER = [
+    "triton",
+    "typer",
+    "rich",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+]
 
 
 @pytest.mark.promise("importing")

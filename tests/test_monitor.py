@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import signal_to_noise
+from cases import convert_all, signal_to_noise
 from torch_switchback import SwitchBackConfig
 from torch_switchback.monitor import CsvWriter, Monitor, measure
 
@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def model(device):
-    return ts.convert_to_switchback(Model()).to(device)
+    return convert_all(Model()).to(device)
 
 
 def train(model, monitor, steps, device):

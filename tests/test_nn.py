@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import DTYPES, assert_same, signal_to_noise
+from cases import DTYPES, assert_same, convert_all, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
 from torch_switchback.autograd import _SCALINGS, quantize_weight
 
@@ -861,7 +861,7 @@ def test_convert_swaps_the_class_and_nothing_else():
     model = make_model()
     before = {name: (id(parameter), parameter.clone()) for name, parameter in model.named_parameters()}
     keys = list(model.state_dict())
-    assert ts.convert_to_switchback(model, config=SwitchBackConfig("rowwise")) is model
+    assert convert_all(model, SwitchBackConfig("rowwise")) is model
     assert [type(module) for module in (model[0], model[1][0], model[2])] == [SwitchBackLinear] * 3
     assert model[0].config == SwitchBackConfig("rowwise")
     assert list(model.state_dict()) == keys
@@ -883,7 +883,7 @@ def test_convert_takes_a_filter():
 
 def test_convert_leaves_subclasses_and_converted_layers_alone():
     attention = nn.MultiheadAttention(8, 2)
-    ts.convert_to_switchback(attention)
+    convert_all(attention)
     assert type(attention.out_proj) is not SwitchBackLinear
     layer = ts.SwitchBackLinearVectorwise(8, 8)
     ts.convert_to_switchback(layer)
@@ -895,7 +895,7 @@ def test_convert_asks_the_filter_for_every_name_of_a_shared_layer():
     model["head"] = model["projection"]
     ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn != "head")
     assert type(model["head"]) is nn.Linear
-    ts.convert_to_switchback(model)
+    convert_all(model)
     assert type(model["head"]) is SwitchBackLinear
 
 
@@ -903,14 +903,21 @@ def test_convert_leaves_a_replaced_forward_alone_and_says_so():
     model = make_model()
     model[0].forward = nn.Linear(8, 8).forward
     with pytest.warns(UserWarning, match="leaves '0' alone"):
-        ts.convert_to_switchback(model)
+        convert_all(model)
     assert type(model[0]) is nn.Linear
     assert type(model[2]) is SwitchBackLinear
 
 
 def test_convert_refuses_another_config():
-    with pytest.raises(TypeError, match="config must be a SwitchBackConfig, got 'rowwise'"):
-        ts.convert_to_switchback(make_model(), config="rowwise")
+    with pytest.raises(TypeError, match="config must be a SwitchBackConfig or the name of a recipe, got 8"):
+        ts.convert_to_switchback(make_model(), config=8)
+    with pytest.raises(ValueError, match=r"the recipes are switchback, .*; got 'int4'"):
+        ts.convert_to_switchback(make_model(), config="int4")
+
+
+@pytest.mark.parametrize("recipe", ts.RECIPES)
+def test_convert_takes_a_recipe(recipe):
+    assert ts.convert_to_switchback(nn.Linear(8, 8), config=recipe).config == ts.RECIPES[recipe]
 
 
 def test_convert_a_bare_linear():
@@ -924,7 +931,7 @@ def test_optimiser_and_hooks_survive_conversion():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append(1))
-    ts.convert_to_switchback(model)
+    convert_all(model)
     before = model[0].weight.detach().clone()
     model(torch.randn(4, 8)).sum().backward()
     optimizer.step()
@@ -933,7 +940,7 @@ def test_optimiser_and_hooks_survive_conversion():
 
 
 def test_revert_gives_a_prepared_layer_a_weight_again():
-    model = ts.convert_to_switchback(make_model())
+    model = convert_all(make_model())
     model[0].prepare_for_eval()
     ts.revert_switchback(model)
     assert list(model[0].state_dict()) == ["weight", "bias"]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
+from cases import convert_all
 from test_nn import STRATEGIES
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
@@ -13,7 +14,7 @@ backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
 def make_model(config, device):
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
-    return ts.convert_to_switchback(model, config=config).to(device)
+    return convert_all(model, config).to(device)
 
 
 def step(model, compiled, x):

@@ -132,6 +132,14 @@ def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _exact_product_in_float(a, b)
 
 
+def cpu_path(inner: int) -> tuple[str, str]:
+    """How a product over an inner dimension runs on this CPU, and why not faster; "" if that is fast."""
+    if inner > 1 and _int_mm_is_exact():
+        return "torch._int_mm", ""
+    reason = "is not exact on this CPU" if inner > 1 else "is wrong at inner dimension 1"
+    return "float32 products", f"torch._int_mm {reason}"
+
+
 def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b through float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
     total = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
