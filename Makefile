@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+INTEGRATIONS = $(VENV)-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-gpu lint clean
+.PHONY: help demo test test-integrations fuzz test-gpu lint clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +40,18 @@ test: lint  ## lint, types and every test that needs no GPU
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[bitsandbytes]'
 	$(RUN)/pytest tests/test_bitsandbytes.py tests/test_seeds.py
 
+# In an environment of their own: what they bring along must not decide how the other tests come out.
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt constraints-integrations.txt
+	test -d $(INTEGRATIONS) || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet --upgrade pip
+	$(INTEGRATIONS)/bin/pip install --quiet torch -c constraints.txt
+	$(INTEGRATIONS)/bin/pip install --quiet -c constraints.txt -c constraints-integrations.txt \
+		-e '.[demo,test,integrations]'
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed  ## the bridges to other libraries, with the real ones, on the CPU
+	$(INTEGRATIONS)/bin/pytest -n 2 --dist loadfile tests/integrations
+
 fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
@@ -46,4 +59,4 @@ test-gpu:  ## the GPU's tests, in the present environment
 	$(PYTHON) -m pytest --device cuda tests/gpu tests/test_*.py
 
 clean:  ## remove what was made
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
