@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 SITE = Path(__file__).parent / "site"
 
+# A script's directory is on sys.path when it runs, so the examples import each other by bare names.
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before it is imported; no test may depend on a download
 _spec = importlib.util.spec_from_file_location("torchvision_beside_cpu_torch", SITE / "sitecustomize.py")
 assert _spec is not None and _spec.loader is not None
