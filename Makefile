@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+INTEGRATIONS = $(VENV)-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest-triton test-wheel fuzz reliability test-gpu test-gpu-sanitizer soak lint clean
+.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz reliability test-gpu test-gpu-sanitizer soak lint clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +55,18 @@ test-wheel: $(VENV)/.test  ## the wheel in an environment of its own, without Tr
 	cd $(VENV)/wheel && bin/python -c 'import torch, torch_switchback as ts; \
 	  ts.SwitchBackLinear(8, 8)(torch.ones(2, 8)).sum().backward()'
 
+# In an environment of their own: what they bring along must not decide how the other tests come out.
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt constraints-integrations.txt
+	test -d $(INTEGRATIONS) || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet --upgrade pip
+	$(INTEGRATIONS)/bin/pip install --quiet torch -c constraints.txt
+	$(INTEGRATIONS)/bin/pip install --quiet -c constraints.txt -c constraints-integrations.txt \
+		-e '.[demo,test,integrations]'
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed  ## the bridges to other libraries, with the real ones, on the CPU
+	$(INTEGRATIONS)/bin/pytest -n 2 --dist loadfile tests/integrations
+
 fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
@@ -72,4 +85,4 @@ soak:  ## ten minutes of random steps on the GPU, in the present environment
 	$(PYTHON) tests/soak.py --minutes 10 --output tests/results/h200_soak.json
 
 clean:  ## remove what was made
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

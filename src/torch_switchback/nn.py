@@ -71,12 +71,11 @@ class SwitchBackLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
-        if self.is_prepared:
-            return switchback_linear(x, self.weight_int8, self.bias, self.config, weight_absmax=self.weight_absmax)
+        weight, absmax = (self.weight_int8, self.weight_absmax) if self.is_prepared else (self.weight, None)
         cache = None
-        if self.config.cache_quantized_weight and WeightCache.can_hold(self.weight):
+        if self.config.cache_quantized_weight and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-        return switchback_linear(x, self.weight, self.bias, self.config, weight_cache=cache)
+        return switchback_linear(x, weight, self.bias, self.config, weight_absmax=absmax, weight_cache=cache)
 
     def prepare_for_eval(self) -> None:
         """Quantise the weight for good and free it: the same output bit for bit, less time and memory.
