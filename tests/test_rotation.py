@@ -6,7 +6,7 @@ import torch
 import torch_switchback as ts
 from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, contiguous
 from torch_switchback import ops
-from torch_switchback.ops._hadamard import rotate
+from torch_switchback.ops._hadamard import rotate, signs
 
 BLOCKS = [16, 32, 64, 128]
 blocks = pytest.mark.parametrize("block", BLOCKS)
@@ -22,25 +22,38 @@ def hadamard_matrix(block):
     return matrix / block**0.5
 
 
+def rotation_matrix(block):
+    return hadamard_matrix(block) * signs(block, torch.empty(0, dtype=torch.float64))
+
+
 def padded(x, block):
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % block))
 
 
 @blocks
-def test_rotation_is_sylvesters_matrix(block):
+def test_rotation_is_signs_and_sylvesters_matrix(block):
     x = torch.randn(3, 2 * block, 5, dtype=torch.float64)
-    expected = torch.einsum("ij,abjc->abic", hadamard_matrix(block), x.unflatten(1, (2, block))).flatten(1, 2)
+    expected = torch.einsum("ij,abjc->abic", rotation_matrix(block), x.unflatten(1, (2, block))).flatten(1, 2)
     torch.testing.assert_close(rotate(x, block, dim=1), expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(rotate(x.movedim(1, 2), block, dim=2), expected.movedim(1, 2), rtol=0, atol=1e-14)
 
 
 @blocks
-def test_rotation_is_its_own_inverse(block):
+def test_its_transpose_undoes_the_rotation(block):
     integers = torch.randint(-1000, 1000, (4 * block, 7)).double()
-    back = rotate(rotate(integers, block), block)
+    rotated = rotate(integers, block).unflatten(0, (4, block))
+    back = (rotation_matrix(block).t() @ rotated).flatten(0, 1)
     torch.testing.assert_close(back, integers, rtol=0, atol=1e-12)
     if block in (16, 64):  # whose square root is a power of two
         assert torch.equal(back, integers)
+
+
+@blocks
+def test_what_a_block_has_in_common_is_spread_over_its_sums(block):
+    """Sylvester's matrix alone would gather it in one, sqrt(block) times as large."""
+    ones = torch.ones(block, 1, dtype=torch.float64)
+    most = 1.0 if block in (16, 64) else 2**0.5
+    assert rotate(ones, block).abs().max().item() == pytest.approx(most, rel=1e-12)
 
 
 @blocks

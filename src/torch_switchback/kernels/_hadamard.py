@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def hadamard_matrix(dtype: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """[SIZE, SIZE]: Sylvester's ±1 matrices of BLOCK on the diagonal, their columns in the order that unshuffle undoes.
+    """[SIZE, SIZE]: signs times Sylvester's ±1 matrices of BLOCK on the diagonal, columns in the order of unshuffle.
 
     dtype: of what it is to rotate; float32 is rotated in parts of bfloat16.
     """
@@ -18,11 +18,12 @@ def hadamard_matrix(dtype: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
     row = tl.arange(0, SIZE)[:, None]
     place = tl.arange(0, SIZE)[None, :]
     col = (place // 2 % 4) * (SIZE // 4) + place // 8 * 2 + place % 2
-    common = row & col & (BLOCK - 1)
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1  # whose last bit is the parity of the bits that row and col share
-    sign = 1 - 2 * (common & 1)
+    within = row & (BLOCK - 1)
+    bits = (within & col) ^ (within & (within >> 1) & 0x55)
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1  # whose last bit is the parity of the bits that row and col share, and of row's pairs of bits
+    sign = 1 - 2 * (bits & 1)
     return tl.where(row // BLOCK == col // BLOCK, sign, 0).to(tl.float32).to(part)
 
 

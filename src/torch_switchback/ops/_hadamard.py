@@ -4,14 +4,34 @@ import torch
 
 
 def rotate(x: torch.Tensor, block: int, dim: int = 0) -> torch.Tensor:
-    """x, float32, times the orthogonal block Hadamard matrix along dim (not negative), a multiple of block long.
+    """x, float32, times an orthogonal matrix of block × block along dim (not negative), a multiple of block long.
 
-    Each block is multiplied by H / sqrt(block), where H is the ±1 matrix of Sylvester's order: log2(block) steps of
-    sums and differences, of neighbours first, each rounded once, then one product with float32(block ** -0.5).
+    Each block is multiplied by its signs and then by H / sqrt(block), where H is the ±1 matrix of Sylvester's order:
+    log2(block) steps of sums and differences, of neighbours first, each rounded once, then one product with
+    float32(block ** -0.5).
     """
     length, span = x.shape[dim], 1
+    along = signs(block, x).view(block, *(1 for _ in x.shape[dim + 1 :]))
+    x = (x.unflatten(dim, (length // block, block)) * along).flatten(dim, dim + 1)
     while span < block:
         first, second = x.unflatten(dim, (length // (2 * span), 2, span)).unbind(dim + 1)
         x = torch.stack((first + second, first - second), dim + 1).flatten(dim, dim + 2)
         span *= 2
     return x * block**-0.5
+
+
+def signs(block: int, like: torch.Tensor) -> torch.Tensor:
+    """±1 [block] in the dtype and on the device of like: -1 where an odd number of pairs of bits 0 1, 2 3, 4 5 is set.
+
+    H would gather what the values of a block have in common, as those after ReLU or GELU do, in its first sum. Bent
+    functions, as this one is for 16 and 64, correlate equally little with every row of H: it is spread over all sums.
+    """
+    place = torch.arange(block, device=like.device)
+    pairs = place & (place >> 1)
+    odd = (pairs ^ (pairs >> 2) ^ (pairs >> 4)) & 1
+    return (1 - 2 * odd).to(like.dtype)
+
+
+def rotate_features(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x [rows, cols] rotated along its columns, zeros filling the last block: float32, cols a multiple of block."""
+    return rotate(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block)), block, dim=1)
