@@ -21,6 +21,7 @@ QUANTISERS = {
     "quantize_columnwise_and_transpose": (),
     "quantize_rowwise_and_rotated_columnwise": (16,),
     "quantize_rotated_columnwise_and_transpose": (32,),
+    "quantize_rotated_rowwise": (16,),
 }
 PRODUCTS = [(1, 1, 1), (17, 83, 5), (33, 48, 80), (70, 65, 129), (150, 64, 112)]
 

@@ -19,6 +19,7 @@ from torch_switchback.kernels import (
     quantize_columnwise,
     quantize_global,
     quantize_rotated,
+    quantize_rotated_rowwise,
     quantize_rowwise,
 )
 from torch_switchback.tuning import MatmulConfig, matmul_config, matmul_table
@@ -59,7 +60,24 @@ def test_rotating_quantisers(architecture, dtype, block):
     x, codes = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
     outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
     launches = record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
+    for cols in (5120, 28_672):  # held in several tiles, and read twice
+        launches += rotated_rowwise_launches(65, cols, DTYPES[dtype], block)
     compile_all(launches, architecture)
+
+
+def rotated_rowwise_launches(rows, cols, dtype, block):
+    x, codes = torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols, dtype=torch.int8)
+    return record(quantize_rotated_rowwise.quantize_rotated_rowwise, x, block, codes, torch.empty(rows))
+
+
+@pytest.mark.parametrize("cols", [4096, 5120])
+def test_rotation_of_the_features_is_a_product_of_tensor_cores(cols):
+    """x is read once, 16 bytes a thread at a time, and so are codes stored."""
+    (compiled,) = compile_all(rotated_rowwise_launches(65, cols, torch.bfloat16, 64), "sm_90")
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert set(re.findall(r"ld\.global\.\S+", ptx)) == {"ld.global.v4.b32"}
+    assert set(re.findall(r"st\.global\.\S+", ptx)) == {"st.global.v4.b32", "st.global.b32"}  # the codes, the absmax
 
 
 @pytest.mark.parametrize("block", [16, 128])
@@ -181,6 +199,7 @@ def test_constants_come_last():
         int8_matmul_warp_specialized,
         quantize_global,
         quantize_rotated,
+        quantize_rotated_rowwise,
         quantize_rowwise,
     )
     kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]

@@ -42,6 +42,7 @@ def define(
             arguments and then the outputs. It is imported, and Triton with it, by the first CUDA call.
     """
     name = schema.partition("(")[0]
+    meaning = torch.no_grad()(meaning)  # else autograd tracks, of a parameter, what plain torch does in place
     run: Callable[..., Any] | None = None
 
     def cuda(*args: Any) -> Any:

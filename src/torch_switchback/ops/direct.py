@@ -13,7 +13,7 @@ from .quantize_global import (
     quantize_global_with_transpose_op,
     quantize_transpose_by_absmax_op,
 )
-from .quantize_rowwise import dequantize_rowwise_op, quantize_rowwise_op
+from .quantize_rowwise import dequantize_rowwise_op, quantize_rotated_rowwise_op, quantize_rowwise_op
 
 dequantize_rowwise = dequantize_rowwise_op.direct
 int8_matmul_mixed_dequantize = int8_matmul_mixed_dequantize_op.direct
@@ -23,6 +23,7 @@ quantize_columnwise_and_transpose = quantize_columnwise_and_transpose_op.direct
 quantize_global = quantize_global_op.direct
 quantize_global_with_transpose = quantize_global_with_transpose_op.direct
 quantize_rotated_columnwise_and_transpose = quantize_rotated_columnwise_and_transpose_op.direct
+quantize_rotated_rowwise = quantize_rotated_rowwise_op.direct
 quantize_rowwise = quantize_rowwise_op.direct
 quantize_rowwise_and_rotated_columnwise = quantize_rowwise_and_rotated_columnwise_op.direct
 quantize_transpose_by_absmax = quantize_transpose_by_absmax_op.direct

@@ -2,34 +2,51 @@
 
 import torch
 
+from ._hadamard import rotate_features as rotated
 from ._library import define
 from ._numerics import ONE_OVER_127, absmax_of, quantize, row_blocks
-from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
+from ._validation import (
+    check_2d,
+    check_dtype,
+    check_float,
+    check_out_dtype,
+    check_rotation,
+    check_same_device,
+    check_shape,
+)
 
 
-def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row of x by its own absmax (arXiv 2304.13013, equation 1).
+def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
+        rotate_features: None, or how many columns (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes; zeros fill
+            the last block of columns. Sums are float32's: with values above 3.4e38 / rotate_features they may be Inf.
 
     Returns:
         The int8 codes [rows, cols], contiguous, and the float32 absmax [rows]: ``x ≈ codes * absmax / 127``.
         A row with a NaN or an Inf has a NaN or Inf absmax and codes 0; a row whose absmax is below 2**-121
         has codes 0.
+        Rotated: codes [rows, cols up to a multiple of rotate_features], and the absmax of the rotated x. On a GPU its
+        sums are in the hardware's order: the same from run to run, a few codes one from the CPU's.
 
     Raises:
         TypeError: x has another dtype.
-        ValueError: x is not 2-D.
+        ValueError: x is not 2-D, or rotate_features is another number.
     """
     check_float("quantize_rowwise", "x", x)
     check_2d("quantize_rowwise", "x", x)
-    return quantize_rowwise_op.dispatched(x)
+    if rotate_features is None:
+        return quantize_rowwise_op.dispatched(x)
+    check_rotation("quantize_rowwise", "rotate_features", rotate_features)
+    return quantize_rotated_rowwise_op.dispatched(x, rotate_features)
 
 
-def _allocate_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _allocate_quantize(x: torch.Tensor, rotate_features: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
-    return x.new_empty((rows, cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
+    padded_cols = (cols + rotate_features - 1) // rotate_features * rotate_features
+    return x.new_empty((rows, padded_cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
 
 
 def _quantize_rowwise_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +62,21 @@ quantize_rowwise_op = define(
     allocate=_allocate_quantize,
     meaning=_quantize_rowwise_in_torch,
     kernels="quantize_rowwise",
+)
+
+
+def _quantize_rotated_rowwise_in_torch(x: torch.Tensor, rotate_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, absmax = _allocate_quantize(x, rotate_features)
+    for block in row_blocks(x):
+        codes[block], absmax[block] = _quantize_rowwise_in_torch(rotated(x[block], rotate_features))
+    return codes, absmax
+
+
+quantize_rotated_rowwise_op = define(
+    "quantize_rotated_rowwise(Tensor x, int rotate_features) -> (Tensor, Tensor)",
+    allocate=_allocate_quantize,
+    meaning=_quantize_rotated_rowwise_in_torch,
+    kernels="quantize_rotated_rowwise",
 )
 
 

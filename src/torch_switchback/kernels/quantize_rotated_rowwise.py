@@ -1,0 +1,115 @@
+"""Row-wise quantisation of x rotated along its columns: x is read once where a row fits a program."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
+from ._launch import ceil_div, launch
+from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
+from .quantize_rowwise import load_chunk
+
+SIZE = 64  # columns that one matrix rotates, or one block of 128
+TILE_ROWS = 64  # of SIZE columns, at least: what one instruction of tensor cores wants
+HELD = 16384  # elements of x that a program holds, about: making the matrix costs it as much as 4096 of them
+MAX_HELD = 20480  # rows that need more are read twice
+NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantize_rotated_rowwise_kernel(
+    x_ptr,  # [rows, cols] fp16/bf16/fp32
+    codes_ptr,  # [rows, padded_cols] int8, contiguous
+    absmax_ptr,  # [rows] fp32
+    rows,
+    cols,
+    padded_cols,
+    stride_row,
+    stride_col,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,  # of a tile's rows, that lie side by side in one row of x
+    TILES: tl.constexpr,  # that hold a row; 0: it is too long to be held and is read twice
+):
+    tile_row = tl.arange(0, TILE_ROWS)
+    BLOCK_ROWS: tl.constexpr = TILE_ROWS // ACROSS
+    WIDTH: tl.constexpr = ACROSS * SIZE
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = (first + tile_row // ACROSS)[:, None]
+    place = (tile_row % ACROSS).to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x_rows = x_ptr + row * stride_row
+    code_rows = codes_ptr + row * padded_cols
+    in_rows = row < rows
+    matrix = hadamard_matrix(x_ptr.dtype.element_ty, BLOCK, SIZE)
+
+    held = ()
+    for tile in tl.static_range(TILES):
+        held += (load_chunk(x_rows, in_rows, tile * WIDTH + place, cols, stride_col),)
+    rotated = ()
+    bits = tl.zeros([TILE_ROWS], dtype=tl.int32)
+    for tile in tl.static_range(TILES):
+        rotated += (rotate_transposed(tl.trans(held[tile]), matrix),)
+        bits = tl.maximum(bits, tl.max(magnitude_bits(rotated[tile]), axis=1))
+    if TILES == 0:
+        for start in range(0, cols, WIDTH):
+            x = load_chunk(x_rows, in_rows, start + place, cols, stride_col)
+            bits = tl.maximum(bits, tl.max(magnitude_bits(rotate_transposed(tl.trans(x), matrix)), axis=1))
+
+    # Rounding keeps the order: the largest product is that of the largest.
+    absmax = bits_to_float(tl.max(bits.reshape((BLOCK_ROWS, ACROSS)), axis=1, keep_dims=True)) * BLOCK**-0.5
+    inverse = (inverse_scale(absmax) * BLOCK**-0.5).broadcast_to((BLOCK_ROWS, ACROSS)).reshape((TILE_ROWS, 1))
+    own_row = first + tl.arange(0, BLOCK_ROWS)[:, None]
+    tl.store(absmax_ptr + own_row, absmax, mask=own_row < rows)
+    for tile in tl.static_range(TILES):
+        col = tile * WIDTH + place
+        tl.store(code_rows + col, unshuffle(quantize(rotated[tile], inverse)), mask=in_rows & (col < padded_cols))
+    if TILES == 0:
+        for start in range(0, cols, WIDTH):
+            col = start + place
+            x = load_chunk(x_rows, in_rows, col, cols, stride_col)
+            codes = unshuffle(quantize(rotate_transposed(tl.trans(x), matrix), inverse))
+            tl.store(code_rows + col, codes, mask=in_rows & (col < padded_cols))
+
+
+def quantize_rotated_rowwise(x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    rows, cols = x.shape
+    tile = rotated_row_tile(cols, max(SIZE, rotate_features))
+    launch(
+        quantize_rotated_rowwise_kernel,
+        (ceil_div(rows, tile["TILE_ROWS"] // tile["ACROSS"]),),
+        x,
+        codes,
+        absmax,
+        rows,
+        cols,
+        codes.shape[1],
+        x.stride(0),
+        x.stride(1),
+        BLOCK=rotate_features,
+        **tile,
+        num_warps=NUM_WARPS[x.element_size()],
+    )
+
+
+@functools.lru_cache
+def rotated_row_tile(cols: int, size: int) -> dict[str, int]:
+    """The kernel's constants: as few idle lanes as there can be, then as few tiles; as many rows as HELD allows."""
+    blocks = max(1, ceil_div(cols, size))
+    most = HELD // size
+    choices = []
+    across = 1
+    while across <= most:
+        tiles = ceil_div(blocks, across)
+        tile_rows = max(TILE_ROWS, across)
+        if tiles * tile_rows * size <= MAX_HELD:
+            choices.append((tiles * across, tiles, across, tile_rows))
+        across *= 2
+    if not choices:
+        return {"SIZE": size, "TILE_ROWS": TILE_ROWS, "ACROSS": TILE_ROWS, "TILES": 0}
+    _, tiles, across, tile_rows = min(choices)
+    while 2 * tile_rows * tiles * size <= HELD:
+        tile_rows *= 2
+    return {"SIZE": size, "TILE_ROWS": tile_rows, "ACROSS": across, "TILES": tiles}
