@@ -24,7 +24,11 @@ STRATEGIES = {
     "int8 grad_weight": SwitchBackConfig(grad_weight="int8_always"),
     "rowwise int8 grad_weight": SwitchBackConfig("rowwise", grad_weight="int8_always", rotate_tokens=16),
 }
-strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
+ROTATED_FEATURES = {"rowwise rotated features": SwitchBackConfig("rowwise", rotate_features=16)}
+strategies = pytest.mark.parametrize(
+    "config", (STRATEGIES | ROTATED_FEATURES).values(), ids=STRATEGIES | ROTATED_FEATURES
+)
+unrotated = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)  # what can be prepared, too
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -564,7 +568,7 @@ def test_the_input_is_not_kept_for_a_frozen_weight(device):
 
 
 @pytest.mark.promise("what the backward keeps")
-@strategies
+@unrotated
 @pytest.mark.parametrize("needs_input", [True, False])
 def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch):
     """W in the forward and Wᵀ in the backward: kept from the forward on, Wᵀ would be a copy of the model in int8."""
@@ -620,7 +624,7 @@ def test_state_dict_is_nn_linears_both_ways():
     assert list(ours.state_dict()) == list(linear.state_dict())
 
 
-@strategies
+@unrotated
 def test_copy_and_pickle(config):
     layer = make_layer(config)
     x = torch.randn(3, 64)
@@ -643,7 +647,7 @@ def test_meta_initialisation(config, device):
 
 
 @pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
-@strategies
+@unrotated
 @dtypes
 def test_prepare_for_eval_changes_no_output(config, dtype, device):
     layer = make_layer(config, device=device, dtype=dtype)
@@ -660,7 +664,7 @@ def test_prepare_for_eval_changes_no_output(config, dtype, device):
     assert "prepared" in repr(layer)
 
 
-@strategies
+@unrotated
 def test_prepared_layer_still_has_an_input_gradient(config, device):
     layer = make_layer(config, device=device)
     x, grad = torch.randn(5, 64, device=device), torch.randn(5, 48, device=device)
@@ -675,7 +679,7 @@ def test_prepared_layer_still_has_an_input_gradient(config, device):
 
 
 @pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
-@strategies
+@unrotated
 @dtypes
 def test_preparing_is_reversible(config, dtype, device):
     layer = make_layer(config, device=device, dtype=dtype)
@@ -698,7 +702,7 @@ def test_preparing_is_reversible(config, dtype, device):
 
 
 @pytest.mark.promise("prepared into unprepared, and the reverse")
-@strategies
+@unrotated
 def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
     layer = make_layer(config, device=device)
     layer.prepare_for_eval()
@@ -713,7 +717,7 @@ def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
 
 
 @pytest.mark.promise("prepared into unprepared, and the reverse")
-@strategies
+@unrotated
 def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     layer, other = make_layer(config, device=device), make_layer(config, device=device)
     other.prepare_for_eval()
@@ -807,7 +811,7 @@ def test_a_hook_may_rename_the_keys(device):
 
 
 @pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
-@strategies
+@unrotated
 def test_any_order_of_states(config, device):
     """Only the two that prepare change what is kept. Its codes never change; an absmax may by its last bit."""
     layer = make_layer(config, device=device)
@@ -835,7 +839,7 @@ def test_a_computed_weight_is_not_prepared(device):
 
 
 @pytest.mark.promise("casts of a prepared layer")
-@strategies
+@unrotated
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
     layer = make_layer(config, device=device)

@@ -6,9 +6,8 @@ from torch import nn
 
 import torch_switchback as ts
 from cases import convert_all
-from test_nn import STRATEGIES
+from test_nn import strategies
 
-strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
 

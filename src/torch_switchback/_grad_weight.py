@@ -69,13 +69,15 @@ def quantize(
         x: [tokens, features].
         config: by which rotation.
         rowwise: how its rows are quantised for the output or the input gradient; None: neither is wanted.
-        tokens: whether an int8 weight gradient is; then rowwise is ``quantize_rowwise``.
+        tokens: whether an int8 weight gradient is; then rowwise is ``quantize_rowwise``, or rotates the features.
 
     Returns:
-        Codes [tokens, features] and absmax [tokens], or two Nones without rowwise; then codes [features, tokens, padded
+        Codes [tokens, features] (padded to whole blocks if rotated) and absmax [tokens], or two Nones without rowwise;
+        then codes [features, tokens, padded
         to whole blocks] and absmax [features], or two Nones without tokens.
     """
-    if rowwise is not None and tokens and config.rotate_tokens is not None:
+    share_reads = config.rotate_tokens is not None and config.rotate_features is None
+    if rowwise is not None and tokens and share_reads:
         return ops.quantize_rowwise_and_rotated_columnwise(x, config.rotate_tokens)
     rows = (None, None) if rowwise is None else rowwise(x)
     if not tokens:

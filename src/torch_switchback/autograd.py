@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _grad_weight
-from .config import SwitchBackConfig
+from .config import ROTATIONS, SwitchBackConfig
 from .ops import direct as ops
 from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_device, check_shape
 
@@ -69,12 +69,47 @@ _SCALINGS = {
 }
 
 
+def _rotating(block: int) -> Scaling:
+    """Row-wise scaling of operands that are rotated along each product's inner dimension, which leaves the product."""
+
+    def quantize_rows(x: torch.Tensor) -> Quantized:
+        return ops.quantize_rotated_rowwise(x, block)
+
+    def quantize_columns(weight: torch.Tensor, absmax: torch.Tensor | None = None) -> Quantized:
+        return ops.quantize_rotated_columnwise_and_transpose(weight, block)
+
+    return _SCALINGS["rowwise"]._replace(
+        quantize=quantize_rows,
+        quantize_with_transpose=lambda weight: (quantize_rows(weight), quantize_columns(weight)),
+        quantize_transpose=quantize_columns,
+        quantize_input=quantize_rows,
+        quantize_grad=quantize_rows,
+    )
+
+
+_ROTATING_SCALINGS = {block: _rotating(block) for block in ROTATIONS}
+
+
 def scaling_of(config: SwitchBackConfig) -> Scaling:
+    if config.rotate_features is not None:
+        return _ROTATING_SCALINGS[config.rotate_features]
     return _SCALINGS[config.weight_scaling]
 
 
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
-    """int8 codes [out, in] of a weight [out, in] and its absmax: (1,) if scaling is global, (out,) if rowwise."""
+    """A weight [out, in] quantised for good.
+
+    Returns:
+        int8 codes [out, in] and their absmax: (1,) if scaling is global, (out,) if rowwise.
+
+    Raises:
+        ValueError: the config rotates the features: in a state_dict those codes could not be told from plain ones.
+    """
+    if config.rotate_features is not None:
+        raise ValueError(
+            f"rotate_features={config.rotate_features}: codes of a rotated weight cannot be kept, as nothing would "
+            "tell them from plain ones; quantise it for good with a config that has rotate_features=None"
+        )
     return scaling_of(config).quantize(weight)
 
 
@@ -146,7 +181,8 @@ def switchback_linear(
 
     Raises:
         TypeError: an argument has another dtype.
-        ValueError: shapes do not match, or the arguments are on different devices.
+        ValueError: shapes do not match, the arguments are on different devices, or the weight is codes and config
+            rotates the features.
     """
     if config is None:
         config = SwitchBackConfig()
@@ -186,6 +222,8 @@ def _check(
         check_dtype(op, "weight", weight, torch.int8)
         check_dtype(op, "weight_absmax", weight_absmax, torch.float32)
         check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
+        if config.rotate_features is not None:
+            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not codes")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{op}: x must have shape (*, {in_features}) to match weight, got {tuple(x.shape)}")
     if bias is not None:

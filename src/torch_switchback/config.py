@@ -38,9 +38,15 @@ class SwitchBackConfig:
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
             policy. ``"int8"``: as the codes that the layer computes with, quantised from the shards by the absmax
             over all of them (docs/scaling.md). Without FSDP2 it makes no difference.
+        rotate_features: how many features (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes in both operands of
+            the output and of the input gradient before they are quantised; None: no rotation. It spreads channels that
+            are much larger than the others and would leave those a handful of codes (docs/architecture.md). With
+            ``weight_scaling="rowwise"`` only, in layers that are neither prepared for evaluation nor tensor-parallel.
 
     Raises:
-        ValueError: for a ``weight_scaling``, ``grad_weight``, ``rotate_tokens`` or ``all_gather`` that does not exist.
+        ValueError: for a ``weight_scaling``, ``grad_weight``, ``rotate_tokens``, ``all_gather`` or ``rotate_features``
+            that does not exist, and for ``rotate_features`` with ``weight_scaling="global"``, ``mem_efficient`` or
+            ``all_gather="int8"``.
     """
 
     weight_scaling: WeightScaling = "global"
@@ -49,6 +55,7 @@ class SwitchBackConfig:
     grad_weight: GradWeight = "high_precision"
     rotate_tokens: int | None = 64
     all_gather: AllGather = "high_precision"
+    rotate_features: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -56,12 +63,20 @@ class SwitchBackConfig:
             ("grad_weight", get_args(GradWeight)),
             ("rotate_tokens", (None, *ROTATIONS)),
             ("all_gather", get_args(AllGather)),
+            ("rotate_features", (None, *ROTATIONS)),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(
                     f"SwitchBackConfig: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
                 )
+        if self.rotate_features is not None:
+            needs = {"weight_scaling": "rowwise", "mem_efficient": False, "all_gather": "high_precision"}
+            for name, needed in needs.items():
+                value = getattr(self, name)
+                if value != needed:
+                    rotation = f"rotate_features={self.rotate_features}"
+                    raise ValueError(f"SwitchBackConfig: {rotation} needs {name}={needed!r}, got {value!r}")
 
     def scales_of(self, out_features: int) -> int:
         """How many absmaxes a weight [out_features, in_features] has in the forward product."""
@@ -71,6 +86,8 @@ class SwitchBackConfig:
     def strategy(self) -> str:
         """The name a person would call it by, as in the README's table: ``"rowwise, mem_efficient"``."""
         name = self.weight_scaling + (", mem_efficient" if self.mem_efficient else "")
+        if self.rotate_features is not None:
+            name += f", features rotated by {self.rotate_features}"
         if self.grad_weight == "high_precision":
             return name
         rotation = "" if self.rotate_tokens is None else f" rotated by {self.rotate_tokens}"

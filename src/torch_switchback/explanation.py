@@ -179,17 +179,17 @@ def _explained(fqn: str, layer: nn.Linear, call: Call | None, calls: int, device
 
 def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list[Product]:
     tokens, inputs, outputs = call.tokens, layer.in_features, layer.out_features
+    padded_inputs, padded_outputs = (_padded(features, layer.config.rotate_features) for features in (inputs, outputs))
     products = [
-        _int8_product("output", (tokens, outputs, inputs), call.dtype, device),
-        _int8_product("grad_input", (tokens, inputs, outputs), call.dtype, device),
+        _int8_product("output", (tokens, outputs, padded_inputs), call.dtype, device),
+        _int8_product("grad_input", (tokens, inputs, padded_outputs), call.dtype, device),
     ]
     if layer.is_prepared or not layer.weight.requires_grad:
         return products
     config = layer.config
     wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
     if config.grad_weight == "int8_always" or (config.grad_weight == "int8" and wins):
-        block = config.rotate_tokens or 1
-        padded = -(-tokens // block) * block
+        padded = _padded(tokens, config.rotate_tokens)
         return [*products, _int8_product("grad_weight", (outputs, inputs, padded), layer.weight.dtype, device)]
     fallback = ""
     if config.grad_weight == "int8":
@@ -199,6 +199,11 @@ def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list
         )
     name = f"torch.mm {str(call.dtype).removeprefix('torch.')}"
     return [*products, Product("grad_weight", outputs, inputs, tokens, name, None, fallback)]
+
+
+def _padded(inner: int, rotation: int | None) -> int:
+    """An inner dimension in whole blocks of a rotation."""
+    return -(-inner // (rotation or 1)) * (rotation or 1)
 
 
 def _int8_product(name: str, shape: Shape, out_dtype: torch.dtype, device: torch.device) -> Product:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
-from .autograd import quantize_weight, switchback_linear
+from .autograd import scaling_of, switchback_linear
 from .nn import SwitchBackLinear
-from .ops import quantize_rowwise
+from .ops._hadamard import rotate_features
 
 Record = dict[str, float]
 
@@ -191,12 +191,13 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
         quantities[f"{product}_snr"], quantities[f"{product}_snr_worst_rows"] = _signal_to_noise(actual, reference)
     x, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
     covered = weight.reshape(1, -1) if layer.config.weight_scaling == "global" else weight
+    scaling = scaling_of(layer.config)
     for operand, rows, codes in (
-        ("x", x, quantize_rowwise(x)[0]),
-        ("weight", covered, quantize_weight(weight, layer.config)[0]),
-        ("grad", grad, quantize_rowwise(grad)[0]),
+        ("x", x, scaling.quantize_input(x)[0]),
+        ("weight", covered, scaling.quantize(weight)[0]),
+        ("grad", grad, scaling.quantize_grad(grad)[0]),
     ):
-        quantities[f"{operand}_crest"] = _crest(rows)
+        quantities[f"{operand}_crest"] = _crest(rows, layer.config.rotate_features)
         quantities[f"{operand}_zeros"] = 1 - codes.count_nonzero() / codes.numel()
     values = torch.stack([value.float() for value in quantities.values()]).tolist()  # one wait for the GPU
     return dict(zip(quantities, values, strict=True))
@@ -226,10 +227,11 @@ def _signal_to_noise(actual: torch.Tensor, reference: torch.Tensor) -> tuple[tor
     return 10 * torch.log10(signal.sum() / noise.sum()), rows.kthvalue(max(1, len(rows) // 100)).values
 
 
-def _crest(x: torch.Tensor) -> torch.Tensor:
+def _crest(x: torch.Tensor, rotation: int | None) -> torch.Tensor:
     """What 99 % of the rows' absmax over root mean square are below; 1 for a row of zeros."""
     crests = []
     for block in _in_blocks(x):
+        block = block if rotation is None else rotate_features(block, rotation)
         absmax = block.abs().amax(1, keepdim=True).float()
         crests.append((block.float() / absmax).square().mean(1).rsqrt().masked_fill(absmax[:, 0] == 0, 1.0))
     rows = torch.cat(crests)

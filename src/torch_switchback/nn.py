@@ -85,6 +85,7 @@ class SwitchBackLinear(nn.Linear):
 
         Raises:
             RuntimeError: the weight is not a parameter of this layer but computed from others, or is a DTensor.
+            ValueError: the layer rotates its features.
         """
         if self.is_prepared:
             return
@@ -160,6 +161,8 @@ class SwitchBackLinear(nn.Linear):
         ]
         if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
             problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 codes and their absmax do.")
+        elif becomes_prepared and self.config.rotate_features is not None:
+            problems.append(f"mismatch for {prefix}weight: it comes as int8 codes, which rotate_features cannot use.")
         elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
             problems.append(
                 f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "

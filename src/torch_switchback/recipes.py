@@ -13,6 +13,7 @@ RECIPES = {
     "rowwise": SwitchBackConfig("rowwise"),
     "rowwise_memory_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
     "rowwise_int8_grad_weight": SwitchBackConfig("rowwise", grad_weight="int8"),
+    "rowwise_rotated_features": SwitchBackConfig("rowwise", rotate_features=64),
 }
 
 Value = TypeVar("Value")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, codes
-from test_nn import STRATEGIES, make_layer
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, codes, signal_to_noise
+from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
 from torch_switchback.kernels import (
     _launch,
@@ -74,6 +74,39 @@ def test_rotating_quantisers(dtype, layout, shape, block=64):
     for other in (again[2:], alone):
         assert_same(other[0], actual[2])
         assert_same(other[1], actual[3])
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("shape", [*SHAPES, (70_000, 24), (513, 1280), (333, 5120), (33, 14_336)], ids=str)
+@layouts
+@dtypes
+def test_rotating_row_wise_quantiser(dtype, layout, shape, block):
+    x = layout(*shape, dtype)
+    gpu = on_gpu(x)
+    actual = ts.quantize_rowwise(gpu, rotate_features=block)
+    assert_same_to_a_code(actual, ts.quantize_rowwise(x, rotate_features=block))
+    order = torch.randperm(shape[0])
+    again = ts.quantize_rowwise(gpu, rotate_features=block)
+    permuted = ts.quantize_rowwise(gpu[order.cuda()], rotate_features=block)
+    for one, same, other in zip(actual, again, permuted, strict=True):
+        assert_same(same, one)
+        assert_same(other, one[order.cuda()])
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(64, 96, 128), (333, 131, 257)], ids=str)
+def test_layer_that_rotates_its_features(shape, dtype):
+    """Run to run the same bits, and the CPU's up to the codes that are one apart."""
+    tokens, in_features, out_features = shape
+    layer = make_layer(ts.SwitchBackConfig("rowwise", rotate_features=64), in_features, out_features, dtype=dtype)
+    x, grad = torch.randn(tokens, in_features).to(dtype), torch.randn(tokens, out_features).to(dtype)
+    results = []
+    for device in ("cpu", "cuda", "cuda"):
+        layer.to(device)
+        results.append(gradients(layer, x.to(device), grad.to(device))[:2])
+    for on_cpu, on_gpu, again in zip(*results, strict=True):
+        assert_same(on_gpu, again)
+        assert signal_to_noise(on_gpu.cpu(), on_cpu) > 50
 
 
 @dtypes

@@ -56,7 +56,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.promise("output and grad_input", "int8 grad_weight", "run to run")
-@test_nn.strategies
+@test_nn.unrotated
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_step_is_the_cpus(dtype, config, interpreted):
     layer = make_layer(config, 83, 70)

@@ -37,7 +37,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     Raises:
         TypeError: one of the tensors is no DTensor, or the weight has been quantised for good.
         ValueError: their meshes differ or have several dimensions, a placement is another, or the config asks for an
-            int8 weight gradient.
+            int8 weight gradient or rotated features.
     """
     op = "switchback_linear"
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
@@ -57,6 +57,8 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
         raise TypeError(f"{op}: a layer that was prepared for evaluation cannot be tensor-parallel")
     if config.grad_weight != "high_precision":
         raise ValueError(f"{op}: grad_weight={config.grad_weight!r} is not available for tensor-parallel layers")
+    if config.rotate_features is not None:
+        raise ValueError(f"{op}: rotate_features={config.rotate_features} is not available for tensor-parallel layers")
     mesh, (placement,) = weight.device_mesh, weight.placements
     group, last = mesh.get_group(), x.ndim - 1
     x_placement: Placement

@@ -1,0 +1,207 @@
+"""rotate_features: row-wise codes of rows rotated along their columns, and the layer whose products they feed."""
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, signal_to_noise
+from test_nn import gradients, make_layer
+from torch_switchback import SwitchBackConfig
+from torch_switchback.autograd import quantize_weight
+from torch_switchback.monitor import measure
+from torch_switchback.ops._hadamard import rotate, rotate_features
+
+BLOCKS = [16, 32, 64, 128]
+blocks = pytest.mark.parametrize("block", BLOCKS)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+ROTATED = SwitchBackConfig("rowwise", rotate_features=16)
+
+
+# The operation
+
+
+@blocks
+def test_rotation_leaves_the_product(block):
+    x, w = torch.randn(7, 2 * block, dtype=torch.float64), torch.randn(5, 2 * block, dtype=torch.float64)
+    x_rotated, w_rotated = rotate(x, block, dim=1), rotate(w, block, dim=1)
+    torch.testing.assert_close(x_rotated @ w_rotated.t(), x @ w.t(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
+@pytest.mark.parametrize(
+    ("block", "shape"), [*((32, shape) for shape in SHAPES), (16, (20, 37)), (64, (20, 131)), (128, (20, 131))]
+)
+@layouts
+@dtypes
+def test_codes_are_those_of_the_rotated_columns(dtype, layout, shape, block, device):
+    x = layout(*shape, dtype, device)
+    codes, absmax = ts.quantize_rowwise(x, rotate_features=block)
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block))
+    expected_codes, expected_absmax = ts.quantize_rowwise(rotate(padded.t(), block).t())
+    assert codes.shape == (shape[0], -(-shape[1] // block) * block)
+    assert_same_to_a_code((codes, absmax), (expected_codes, expected_absmax))
+    if device == "cpu":
+        assert_same(absmax, expected_absmax)
+        assert_same(codes, expected_codes)
+
+
+@blocks
+def test_both_rotations_are_one(block):
+    """Of an operand's inner dimension, whether it lies along the rows or the columns."""
+    x = torch.randn(3 * block - 5, 40)
+    for by_columns, by_rows in zip(
+        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+        ts.quantize_rowwise(x.t(), rotate_features=block),
+        strict=True,
+    ):
+        assert_same(by_columns, by_rows)
+
+
+@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
+@blocks
+@pytest.mark.parametrize("values", [[float("nan")], [float("inf")], [float("inf"), float("inf")], [-float("inf")]])
+def test_what_is_not_finite_marks_its_row_and_no_other(values, block, device):
+    x = torch.randn(5, 2 * block, device=device)
+    for col, value in enumerate(values):
+        x[3, col] = value
+    codes, absmax = ts.quantize_rowwise(x, rotate_features=block)
+    assert absmax.isfinite().tolist() == [True, True, True, False, True]
+    assert not codes[3].any()
+
+
+@pytest.mark.parametrize("block", [0, 1, 8, 48, 256, -16])
+def test_only_blocks_that_there_are(block, device):
+    with pytest.raises(
+        ValueError, match=f"quantize_rowwise: rotate_features must be one of 16, 32, 64, 128, got {block}"
+    ):
+        ts.quantize_rowwise(torch.randn(4, 64, device=device), block)
+
+
+@pytest.mark.promise("opcheck")
+@blocks
+@dtypes
+def test_opcheck(dtype, block, device):
+    for layout in LAYOUTS[:-1]:
+        x = layout(17, 83, dtype, device)
+        torch.library.opcheck(torch.ops.torch_switchback.quantize_rotated_rowwise.default, (x, block))
+
+
+# The layer; what every strategy promises is tested in test_nn.py
+
+
+@pytest.mark.parametrize("grad_weight", ["high_precision", "int8_always"])
+@blocks
+def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device):
+    """Features that the block does not divide, too."""
+    layer = make_layer(SwitchBackConfig("rowwise", rotate_features=block, grad_weight=grad_weight), 83, 70, device)
+    x, grad = torch.randn(37, 83, device=device), torch.randn(37, 70, device=device)
+    y, grad_input, grad_weight_, _ = gradients(layer, x, grad)
+
+    def product(a, b, bias=None):
+        (a_codes, a_absmax), (b_codes, b_absmax) = a, b
+        return ts.int8_matmul_rowwise_dequantize(a_codes, b_codes.t(), a_absmax, b_absmax, bias, torch.float32)
+
+    def rows(x):
+        return ts.quantize_rowwise(x, rotate_features=block)
+
+    assert torch.equal(y, product(rows(x), rows(layer.weight), layer.bias))
+    weight_t = ts.quantize_columnwise_and_transpose(layer.weight, rotate_tokens=block)
+    assert torch.equal(grad_input, product(rows(grad), weight_t))
+    if grad_weight == "int8_always":
+        columns = (ts.quantize_columnwise_and_transpose(each, rotate_tokens=64) for each in (grad, x))
+        assert torch.equal(grad_weight_, product(*columns))
+    else:
+        assert torch.equal(grad_weight_, grad.t() @ x)
+
+
+def test_outlier_channels_cost_nothing(device):
+    """Of X in the output, of G in the input's gradient."""
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    x[:, 7] *= 50
+    grad[:, 9] *= 50
+    x, grad = x.to(device), grad.to(device)
+    noise = {}
+    for config in (SwitchBackConfig("rowwise"), SwitchBackConfig("rowwise", rotate_features=64)):
+        layer = make_layer(config, 512, 512, device, bias=False)
+        nn.init.normal_(layer.weight, generator=torch.Generator(device).manual_seed(2))
+        y, grad_input, _ = gradients(layer, x, grad)
+        exact = x.double() @ layer.weight.double().t(), grad.double() @ layer.weight.double()
+        noise[config] = [signal_to_noise(*each) for each in zip((y, grad_input), exact, strict=True)]
+    (plain, rotated) = noise.values()
+    assert max(plain) < 30
+    assert min(rotated) > 36
+
+
+def test_cached_codes_are_those_of_the_layer(device):
+    cached = make_layer(SwitchBackConfig("rowwise", rotate_features=16, cache_quantized_weight=True), 83, 70, device)
+    plain = make_layer(ROTATED, 83, 70, device)
+    plain.load_state_dict(cached.state_dict())
+    x, grad = torch.randn(37, 83, device=device), torch.randn(37, 70, device=device)
+    for _ in range(2):
+        for actual, expected in zip(gradients(cached, x, grad), gradients(plain, x, grad), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_the_monitor_sees_the_rotated_operands(device):
+    x = torch.randn(64, 83, device=device)
+    x[:, 7] *= 50
+    grad = torch.randn(64, 70, device=device)
+    records = [
+        measure(make_layer(config, 83, 70, device), x, grad) for config in (SwitchBackConfig("rowwise"), ROTATED)
+    ]
+    assert records[1]["x_crest"] < records[0]["x_crest"] / 2
+    assert records[1]["x_zeros"] < records[0]["x_zeros"] / 2
+    rotated = rotate_features(x, 16)
+    crest = rotated.abs().amax(1) / rotated.square().mean(1).sqrt()
+    assert records[1]["x_crest"] == pytest.approx(crest.max().item(), rel=1e-5)
+
+
+def test_explain_says_the_padded_products(device):
+    (layer,) = ts.explain(nn.Sequential(make_layer(ROTATED, 83, 70, device)), tokens=5).layers
+    assert layer.strategy == "rowwise, features rotated by 16"
+    assert [(product.m, product.n, product.k) for product in layer.products[:2]] == [(5, 70, 96), (5, 83, 80)]
+
+
+# What it does not go with
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rotate_features": 48}, "rotate_features must be one of None, 16, 32, 64, 128, got 48"),
+        ({"weight_scaling": "global"}, "rotate_features=64 needs weight_scaling='rowwise', got 'global'"),
+        ({"mem_efficient": True}, "rotate_features=64 needs mem_efficient=False, got True"),
+        ({"all_gather": "int8"}, "rotate_features=64 needs all_gather='high_precision', got 'int8'"),
+    ],
+)
+def test_config_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SwitchBackConfig(**{"weight_scaling": "rowwise", "rotate_features": 64} | arguments)
+
+
+def test_a_layer_that_rotates_is_not_prepared(device):
+    layer = make_layer(ROTATED, device=device)
+    x = torch.randn(3, 64, device=device)
+    y = layer(x)
+    with pytest.raises(ValueError, match="rotate_features=16: codes of a rotated weight cannot be kept"):
+        layer.prepare_for_eval()
+    with pytest.raises(ValueError, match="rotate_features=16"):
+        quantize_weight(layer.weight, ROTATED)
+    assert not layer.is_prepared
+    assert torch.equal(layer(x), y)
+
+
+def test_codes_of_a_prepared_layer_are_refused(device):
+    prepared = make_layer(SwitchBackConfig("rowwise"), device=device)
+    prepared.prepare_for_eval()
+    layer = make_layer(ROTATED, device=device)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="it comes as int8 codes, which rotate_features cannot use"):
+        layer.load_state_dict(prepared.state_dict())
+    assert torch.equal(layer.weight, before)
+    prepared.config = ROTATED
+    with pytest.raises(ValueError, match="rotate_features=16 needs a float weight, not codes"):
+        prepared(torch.randn(3, 64, device=device))
