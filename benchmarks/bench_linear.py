@@ -52,6 +52,7 @@ SLOW_TO_COMPILE = ("linear", "switchback", TORCHAO_INT8)
 COMPILED_SHAPES = (PRODUCTS[2], SMALL, *TINY)
 PART = "part: "
 ROTATE_TOKENS = SwitchBackConfig().rotate_tokens or 64
+ROTATE_FEATURES = STRATEGIES["rowwise-rotated-features"].rotate_features
 
 
 def competitors(shape: Shape, *, compile_all: bool) -> list[tuple[str, Mode]]:
@@ -68,6 +69,10 @@ def parts_of(config: SwitchBackConfig) -> list[str]:
     """What a strategy's step consists of."""
     rowwise, int8 = config.weight_scaling == "rowwise", config.grad_weight != "high_precision"
     product = "rowwise" if rowwise else "mixed"
+    if config.rotate_features is not None:
+        names = ["quantize_rotated_rowwise(X)", f"output, {product}", "quantize_rotated_rowwise(G)"]
+        names += [f"grad_input, {product}", "grad_weight, 16 bit", "grad_bias"]
+        return [*names, "quantize_rotated_rowwise(W)", "quantize_rotated_columnwise_and_transpose(W)"]
     quantize = "quantize_rowwise_and_rotated_columnwise" if int8 else "quantize_rowwise"
     names = [f"{quantize}(X)", f"output, {product}", f"{quantize}(G)", f"grad_input, {product}"]
     names += [f"grad_weight, {'int8' if int8 else '16 bit'}", "grad_bias"]
@@ -110,6 +115,14 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
         ],
         "quantize_rowwise_and_rotated_columnwise(G)": lambda: [
             partial(ops.quantize_rowwise_and_rotated_columnwise, grad, ROTATE_TOKENS) for grad in grads
+        ],
+        "quantize_rotated_rowwise(X)": lambda: [partial(ops.quantize_rowwise, x, ROTATE_FEATURES) for x in xs],
+        "quantize_rotated_rowwise(G)": lambda: [partial(ops.quantize_rowwise, grad, ROTATE_FEATURES) for grad in grads],
+        "quantize_rotated_rowwise(W)": lambda: [
+            partial(ops.quantize_rowwise, weight, ROTATE_FEATURES) for weight in weights
+        ],
+        "quantize_rotated_columnwise_and_transpose(W)": lambda: [
+            partial(ops.quantize_columnwise_and_transpose, weight, ROTATE_FEATURES) for weight in weights
         ],
         "dequantize_rowwise(X)": lambda: [
             partial(ops.dequantize_rowwise, *ops.quantize_rowwise(x), torch.bfloat16) for x in xs
