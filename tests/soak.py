@@ -146,7 +146,7 @@ def allocated(device: str) -> int:
 
 
 def soak(device: str, minutes: float, seed: int, first: int = 0, most: float = math.inf) -> dict[str, object]:
-    """Cases until the time is over or they are the most: how many, of what, which were wrong, and the memory between."""
+    """Cases until the time is over or they are the most: how many, of what, which were wrong, what memory was held."""
     # cuBLAS may round partial sums, else, which no bound here counts.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
