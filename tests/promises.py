@@ -65,7 +65,7 @@ PROMISES: dict[str, list[Promise]] = {
         P("no tokens; 1-D, 2-D, 3-D, 4-D x; in or out of 1; primes", "nn.Linear's shapes; zero gradients of nothing"),
         P("inner dimension 133,144 / 133,145 / 262,144, all ±127", "exact, in all three products"),
         P("rows of 1,048,577", "exact"),
-        P("≥ 2³¹ elements", "exact", cpu="PyTorch's own indexing", interpreter="hours"),
+        P("≥ 2³¹ elements", "exact", cpu="PyTorch's own indexing", interpreter="it would take hours"),
         P(
             "tensor on cuda:1 while cuda:0 is current",
             "works; the current device is unchanged",
@@ -148,7 +148,8 @@ PROMISES: dict[str, list[Promise]] = {
         P(
             "output within the sum of all roundings",
             "½·s_w·‖x‖₁ + ½·s_x·‖w‖₁ + ¼·K·s_x·s_w + the output's rounding",
-            interpreter="drawn inputs run on the CPU",
+            interpreter=DRAWN,
+            h200=DRAWN,
         ),
         P("int8 grad_weight within the sum of all roundings", "likewise", interpreter=DRAWN, h200=DRAWN),
         P("a power of two", "leaves the codes"),
@@ -196,7 +197,7 @@ PROMISES: dict[str, list[Promise]] = {
         P(
             "soak",
             "random steps, out of memory provoked between: all within their bounds, memory flat",
-            interpreter="hours",
+            interpreter="it would take hours",
         ),
     ],
     "What is installed": [
