@@ -167,3 +167,7 @@ def test_refusals():
         freeze_base(ts.convert_to_switchback(Regressor()))
     with pytest.raises(ValueError, match="computes with its base layer's weight"):
         freeze_base(make_model(use_dora=True))
+    model = make_model()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="call unmerge_adapter first"):
+        freeze_base(model)
