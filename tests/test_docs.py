@@ -1,7 +1,8 @@
 """What the documentation shows runs: Python blocks are executed, commands and their flags looked up.
 
 The Python blocks of a page run one after the other in one namespace, in an empty folder, with the names that GIVEN
-holds for the page. One that cannot run here says so in its fence, ```` ```python needs="a GPU" ````, and is in NOT_RUN.
+holds for the page. One that cannot run here says so in its fence, ```` ```python title="needs a GPU" ````, and stands in
+NOT_RUN.
 """
 
 import importlib
@@ -54,7 +55,7 @@ class Fence(NamedTuple):
     @property
     def needs(self) -> str | None:
         """What it needs that is not here."""
-        match = re.search(r'needs="([^"]+)"', self.info)
+        match = re.search(r'title="needs ([^"]+)"', self.info)
         return match and match[1]
 
 
@@ -261,7 +262,7 @@ def test_tables_are_those_of_the_committed_results(monkeypatch):
         ("```python\nassert False\n```", AssertionError),
         ("- a list\n\n  ```python\n  nothing\n  ```", NameError),
         ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```", AssertionError),
-        ('```python needs="a GPU"\nx =\n```', SyntaxError),
+        ('```python title="needs a GPU"\nx =\n```', SyntaxError),
     ],
 )
 def test_a_wrong_block_fails(page, error):
@@ -270,7 +271,7 @@ def test_a_wrong_block_fails(page, error):
 
 
 def test_blocks_share_names_and_errors_have_the_pages_lines():
-    run('```python\nx = 1\n```\n\n```python\nassert x == 1\n```\n\n```python needs="a GPU"\nnothing\n```')
+    run('```python\nx = 1\n```\n\n```python\nassert x == 1\n```\n\n```python title="needs a GPU"\nnothing\n```')
     with pytest.raises(ZeroDivisionError) as caught:
         run("# title\n\n```python\n\n1 / 0\n```")
     assert caught.traceback[-1].lineno + 1 == 5
