@@ -3,7 +3,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-gpu lint docs clean
+.PHONY: help demo test fuzz test-gpu lint clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +39,7 @@ test: lint docs  ## lint, types, the site and every test that needs no GPU
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[bitsandbytes]'
 	$(RUN)/pytest tests/test_bitsandbytes.py tests/test_seeds.py
 
+.PHONY: docs
 docs: $(VENV)/.test  ## the documentation's site in site/, from these files alone; a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
 
@@ -49,4 +50,5 @@ test-gpu:  ## the GPU's tests, in the present environment
 	$(PYTHON) -m pytest --device cuda tests/gpu tests/test_*.py
 
 clean:  ## remove what was made
-	rm -rf $(VENV) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site

@@ -1,8 +1,8 @@
 """What the documentation shows runs: Python blocks are executed, commands and their flags looked up.
 
 The Python blocks of a page run one after the other in one namespace, in an empty folder, with the names that GIVEN
-holds for the page. One that cannot run here says so in its fence, ```` ```python title="needs a GPU" ````, and stands in
-NOT_RUN.
+holds for the page. One that needs what is not here says so in its fence, ```` ```python title="needs a GPU" ````, and
+stands in NOT_RUN.
 """
 
 import importlib
