@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+INTEGRATIONS = $(VENV)-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-gpu lint clean
+.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz reliability test-gpu test-gpu-sanitizer soak lint docs clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,16 +40,52 @@ test: lint docs  ## lint, types, the site and every test that needs no GPU
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[bitsandbytes]'
 	$(RUN)/pytest tests/test_bitsandbytes.py tests/test_seeds.py
 
-.PHONY: docs
+# The oldest Triton that the package allows, for the compiler alone: what it makes of every kernel.
+test-oldest-triton: $(VENV)/.test  ## kernels compiled by the oldest Triton
+	$(RUN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-triton -r constraints-oldest.txt
+	PYTHONPATH=$(VENV)/oldest-triton $(RUN)/pytest -n 2 tests/compile tests/test_launch.py
+
+test-wheel: $(VENV)/.test  ## the wheel in an environment of its own, without Triton
+	rm -rf dist $(VENV)/wheel
+	$(RUN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/pip install --quiet torch -c constraints.txt
+	$(VENV)/wheel/bin/pip install --quiet --no-deps dist/*.whl
+	$(VENV)/wheel/bin/pip uninstall --quiet --yes triton
+	cd $(VENV)/wheel && bin/python -c 'import torch, torch_switchback as ts; \
+	  ts.SwitchBackLinear(8, 8)(torch.ones(2, 8)).sum().backward()'
+
+# In an environment of their own: what they bring along must not decide how the other tests come out.
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt constraints-integrations.txt
+	test -d $(INTEGRATIONS) || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet --upgrade pip
+	$(INTEGRATIONS)/bin/pip install --quiet torch -c constraints.txt
+	$(INTEGRATIONS)/bin/pip install --quiet -c constraints.txt -c constraints-integrations.txt \
+		-e '.[demo,test,integrations]'
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed  ## the bridges to other libraries, with the real ones, on the CPU
+	$(INTEGRATIONS)/bin/pytest -n 2 --dist loadfile tests/integrations
+
 docs: $(VENV)/.test  ## the documentation's site in site/, from these files alone; a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
 
 fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
+reliability: $(VENV)/.test  ## docs/reliability.md from a run of its tests
+	$(RUN)/python tests/reliability.py run cpu -n 2 --dist loadgroup tests
+	$(RUN)/python tests/reliability.py run interpreter -n 2 tests/kernels
+	$(RUN)/python tests/reliability.py page
+
 test-gpu:  ## the GPU's tests, in the present environment
 	$(PYTHON) -m pytest --device cuda tests/gpu tests/test_*.py
 
+test-gpu-sanitizer:  ## every kernel under compute-sanitizer, in the present environment
+	$(PYTHON) -m pytest --device cuda --sanitizer tests/gpu/test_sanitizer.py
+
+soak:  ## ten minutes of random steps on the GPU, in the present environment
+	$(PYTHON) tests/soak.py --minutes 10 --output tests/results/h200_soak.json
+
 clean:  ## remove what was made
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf site
+	rm -rf $(VENV) $(INTEGRATIONS) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

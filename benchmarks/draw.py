@@ -2,8 +2,8 @@
 
     python benchmarks/draw.py benchmarks/results/h200
 
-Writes products.png, layers.png, models.png and memory.png beside the JSON files that they show, each from whichever of
-its files exist.
+Writes products.png, layers.png, models.png, memory.png, training.png and grad_weight_snr.png beside the JSON files that
+they show, each from whichever of its files exist.
 """
 
 import json
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from measure import Record, find, new_app
 from shapes import Shape
+from training_statistics import BASELINES, effects, finished
 
 app = new_app()
 
@@ -38,6 +39,14 @@ COLOURS = {
     "torchao float8 rowwise_with_gw_hp": "#fdd0a2",
     "torch._int_mm": "#756bb1",
     "torchao int8": "#756bb1",
+    "float8 tensorwise": "#e6550d",
+    "float8 columnwise": "#fd8d3c",
+    "linear, again": "#bdbdbd",
+    "all int8": "#1b7837",
+    "all int8, not rotated": "#a6dba0",
+    "int8, 64 tokens rotated": "#1b7837",
+    "int8, 128 tokens rotated": "#00441b",
+    "int8, not rotated": "#a6dba0",
 }
 PEAK_COLOURS = {"8 bit": "black", "bf16": COLOURS["bf16"]}
 
@@ -270,6 +279,92 @@ def draw_kept(axes: Axes, records: list[Record]) -> None:
     axes.set_title("kept by one layer for its backward, without parameters", fontsize=10)
 
 
+def draw_training(documents: dict[str, Record]) -> Figure:
+    """Loss curves, final losses of every run, and the whole network's gradient."""
+    document = documents["bench_training"]
+    figure, (curves, losses, gradients) = new_figure(document, "Training a GPT", panels=3, height=4)
+    runs = finished(document["results"], "gpt")
+    draw_curves(curves, runs)
+    draw_final_losses(losses, runs)
+    draw_gradient_snr(gradients, [record for run in runs for record in run["gradient_snr"]])
+    for axes in (curves, losses, gradients):
+        add_legend(axes)
+    return figure
+
+
+def draw_curves(axes: Axes, runs: list[Record]) -> None:
+    """The validation loss of each run on its way."""
+    for name in distinct([run["name"] for run in runs]):
+        for label, run in enumerate(run for run in runs if run["name"] == name):
+            points = zip(*run["validation_losses"], strict=True)
+            axes.plot(*points, linewidth=0.8, color=colour(name), label=None if label else name)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss, nats a byte")
+    axes.grid(alpha=0.3, which="both")
+
+
+def draw_final_losses(axes: Axes, runs: list[Record]) -> None:
+    """Every run's final loss beside nn.Linear's mean of its seed, and the mean of a recipe with two standard errors."""
+    if not runs:
+        return
+    found = effects(runs, "final_validation_loss")
+    of_seed = {
+        seed: [run["final_validation_loss"] for run in runs if run["seed"] == seed and run["name"] in BASELINES]
+        for seed in {run["seed"] for run in runs}
+    }
+    names = distinct([run["name"] for run in runs])
+    for position, name in enumerate(names):
+        own = [run for run in runs if run["name"] == name and of_seed[run["seed"]]]
+        means = [sum(of_seed[run["seed"]]) / len(of_seed[run["seed"]]) for run in own]
+        percent = [100 * (run["final_validation_loss"] / mean - 1) for run, mean in zip(own, means, strict=True)]
+        axes.plot([position] * len(own), percent, "o", markersize=4, color=colour(name), label=name)
+        if name not in BASELINES:
+            effect = found.by_recipe[name]
+            mean, error = (100 * value / found.baseline for value in (effect.difference, 2 * effect.standard_error))
+            axes.errorbar(position + 0.2, mean, error, fmt="_", color=colour(name), capsize=3)
+    axes.axhspan(-0.2, 0.2, color=COLOURS["linear"], alpha=0.15)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)
+    axes.set_ylabel("final loss to nn.Linear, %")
+    axes.set_title("runs; means with two standard errors; grey: ± 0.2 %", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def draw_gradient_snr(axes: Axes, records: list[Record]) -> None:
+    steps = distinct([record["step"] for record in records])
+
+    def snr(group: int, name: str) -> float | None:
+        found = (one for one in records if (one["step"], one["name"]) == (steps[group], name))
+        return next((one["snr"] for one in found if one["reason"] is None), None)
+
+    names = distinct([record["name"] for record in records])
+    draw_bars(axes, [f"after {step} steps" for step in steps], names, snr)
+    axes.set_ylabel("dB")
+    axes.set_title("gradient of the whole network against float32", fontsize=10)
+
+
+def draw_grad_weight_snr(documents: dict[str, Record]) -> Figure:
+    """The weight gradient of one layer: for each kind of data, int8 beside float8."""
+    document = documents["grad_weight_snr"]
+    most = max(record["tokens"] for record in document["results"])
+    records = [record for record in document["results"] if record["tokens"] == most]
+    figure, panels = new_figure(document, "Signal to noise of grad_weight", panels=3, height=3)
+    names = [name for name in records[0]["snr"] if name != "bf16"]
+    for axes, grad in zip(panels, distinct([record["grad"] for record in records]), strict=False):
+        shown = [record for record in records if record["grad"] == grad]
+
+        def snr(group: int, name: str, shown: list[Record] = shown) -> float:
+            return shown[group]["snr"][name]
+
+        draw_bars(axes, [record["x"] for record in shown], names, snr)
+        axes.axhline(33, color="black", linestyle="--", linewidth=0.8)
+        axes.set_ylim(bottom=20)
+        axes.set_ylabel("dB")
+        axes.set_title(f"G: {grad}; by X, {most} tokens", fontsize=10)
+        add_legend(axes)
+    return figure
+
+
 class Picture(NamedTuple):
     draw: Callable[[dict[str, Record]], Figure]
     scripts: tuple[str, ...]  # whose results it shows, those that exist
@@ -281,10 +376,12 @@ PICTURES = {
     "layers.png": Picture(draw_layers, ("bench_linear", "bench_inference"), needs=0),
     "models.png": Picture(draw_models, ("bench_model",)),
     "memory.png": Picture(draw_memory, ("bench_model", "bench_linear"), needs=0),
+    "training.png": Picture(draw_training, ("bench_training",)),
+    "grad_weight_snr.png": Picture(draw_grad_weight_snr, ("grad_weight_snr",)),
 }
 
 
-@app.command(help="Draw the JSON files of a folder: products, layers, models, memory.")
+@app.command(help="Draw the JSON files of a folder.")
 def main(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = Path(__file__).parent / "results/h200",
     out: Annotated[Path | None, typer.Option(file_okay=False, help="by default the folder itself")] = None,

@@ -24,7 +24,6 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from demo import environment
 
@@ -187,7 +186,7 @@ def compare(
             runners.append(_Runner(contestant, device))
             results.append(runners[-1].result)
         except Exception as error:  # a peer can fail in any way
-            results.append(Measured(contestant.name, contestant.mode, reason=_reason(error)))
+            results.append(Measured(contestant.name, contestant.mode, reason=reason_of(error)))
     a_round_ms = sum(runner.sample_ms for runner in runners)
     rounds = max(MIN_ROUNDS, int(seconds * 1e3 / a_round_ms)) if runners else 0
     shuffle = random.Random(0).shuffle
@@ -211,10 +210,11 @@ def _sample(runner: _Runner) -> None:
         try:
             runner.sample()
         except Exception as error:
-            runner.result.reason = _reason(error)
+            runner.result.reason = reason_of(error)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
@@ -272,33 +272,6 @@ def copy_gb_per_s(device: torch.device, *, tiny: bool) -> float:
     return 2 * source.nbytes / result.median_ms / 1e6
 
 
-def saved_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the tensors that module(x) keeps for its backward, without the parameters; views count once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        for part in _plain_tensors(tensor):
-            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)
-    for parameter in module.parameters():
-        for part in _plain_tensors(parameter):
-            storages.pop(part.untyped_storage().data_ptr(), None)
-    del y
-    return sum(storages.values())
-
-
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor itself, or what a subclass that wraps others is made of."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
-
-
 class Bench:
     """One run of one script: its flags, its results, and where they go."""
 
@@ -343,10 +316,10 @@ class Bench:
                 **settings,
             },
         }
-        self._output = output
+        self.output = output
         if output is None and not tiny:
             gpu = self._provenance["device"].lower().removeprefix("nvidia ").replace(" ", "-")
-            self._output = Path(__file__).parent / "results" / gpu / f"{script}.json"
+            self.output = Path(__file__).parent / "results" / gpu / f"{script}.json"
         torch.manual_seed(0)
         if self.device.type == "cuda":
             # cuBLAS keeps the workspace of its first product, which is not to count as the first competitor's.
@@ -377,22 +350,22 @@ class Bench:
         for table in tables:
             self.console.print(table)
         self._extra |= extra
-        if self._output is not None:
+        if self.output is not None:
             document = {
                 "provenance": self._provenance | {"seconds_taken": round(time.monotonic() - self._begun, 1)},
                 **self._extra,
                 "results": [{k: v for k, v in record.items() if k != "samples_ms"} for record in self.results],
             }
-            self._output.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._output.with_suffix(".partial")
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.output.with_suffix(".partial")
             partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(self._output)
+            partial.replace(self.output)
 
     def finish(self) -> None:
         """Say what failed and where the JSON lies. Exits with 1 if one of our own competitors failed."""
         self.report()
-        if self._output is not None:
-            self.console.print(f"wrote {self._output}", soft_wrap=True)
+        if self.output is not None:
+            self.console.print(f"wrote {self.output}", soft_wrap=True)
         failed = [result for result in self.results if result["reason"] is not None]
         for name, reason in dict.fromkeys((result["name"], result["reason"]) for result in failed):
             self.console.print(f"no result for {name}: {reason}", markup=False, highlight=False)

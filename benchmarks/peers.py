@@ -3,31 +3,34 @@
 Strategies are the demo's recipes (examples/presets.py) and those of RECIPES: a line puts one into every benchmark.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import torch_switchback as ts
 from demo import RECIPES as DEMO_RECIPES
-from measure import SUSTAINED_MS, Contestant, Cycle, Mode, saved_bytes
+from measure import SUSTAINED_MS, Contestant, Cycle, Mode
 from shapes import Shape
-from torch_switchback import SwitchBackConfig, convert_to_switchback
+from torch_switchback import convert_to_switchback
+from torch_switchback._measuring import saved_bytes
 
 # None leaves nn.Linear as it is.
-RECIPES = DEMO_RECIPES | {"int8-grad-weight": SwitchBackConfig(grad_weight="int8")}
+RECIPES = DEMO_RECIPES | {"int8-grad-weight": ts.SwitchBackConfig(grad_weight="int8_always")}
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
 TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)
 
 
-def convert(model: nn.Module, name: str) -> nn.Module:
+def convert(model: nn.Module, name: str, recipes: Mapping[str, Any] = RECIPES) -> nn.Module:
     """Give the linear layers of a model, but the one called "head", to a competitor; in place.
 
     Args:
         model: not an nn.Linear itself.
-        name: a recipe of the demo, or one of TORCHAO.
+        name: one of recipes, or of TORCHAO.
+        recipes: our own competitors, a SwitchBackConfig or None each.
 
     Returns:
         The same model. Raises what torchao raises, ImportError if it is not installed.
@@ -48,8 +51,8 @@ def convert(model: nn.Module, name: str) -> nn.Module:
         _tune_quickly()
         # Without module_swap torchao 0.18 computes nn.Linear's own output, bit for bit, on torch 2.11 to 2.13.
         quantize_(model, int8_mixed_precision_training(module_swap=True), filter_fn=is_ours)
-    elif RECIPES[name] is not None:
-        convert_to_switchback(model, config=RECIPES[name], module_filter_fn=is_ours)
+    elif recipes[name] is not None:
+        convert_to_switchback(model, config=recipes[name], module_filter_fn=is_ours)
     return model
 
 
@@ -109,7 +112,7 @@ def training_step(
         compile_in_place(layer, mode, tiny=tiny)
         gradients(layer, *inputs[0])  # compiles
         if kept is not None:
-            kept[name, mode] = saved_bytes(layer, inputs[0][0])
+            kept[name, mode] = saved_bytes(layer, partial(layer, inputs[0][0]))
         return [partial(gradients, layer, x, grad) for x, grad in inputs]
 
     return Contestant(name, build, mode, SUSTAINED_MS)

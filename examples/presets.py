@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch_switchback as ts
 from gpt import GPTConfig
 from torch_switchback import SwitchBackConfig
 
-# None leaves the model's nn.Linear layers as they are.
+# None leaves the model's nn.Linear layers as they are. The names are those of the committed results.
 RECIPES: dict[str, SwitchBackConfig | None] = {
     "linear": None,
-    "switchback": SwitchBackConfig(),
-    "switchback-mem-efficient": SwitchBackConfig(mem_efficient=True),
-    "rowwise": SwitchBackConfig(weight_scaling="rowwise"),
-    "rowwise-mem-efficient": SwitchBackConfig(weight_scaling="rowwise", mem_efficient=True),
+    "switchback": ts.RECIPES["switchback"],
+    "switchback-mem-efficient": ts.RECIPES["switchback_memory_efficient"],
+    "rowwise": ts.RECIPES["rowwise"],
+    "rowwise-mem-efficient": ts.RECIPES["rowwise_memory_efficient"],
 }
 
 

@@ -55,7 +55,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if is_cuda else _cpu_name(),
-        "driver": _output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader") if is_cuda else None,
+        "driver": _output(*"nvidia-smi --id=0 --query-gpu=driver_version --format=csv,noheader".split())
+        if is_cuda
+        else None,
         "cpu_threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "python": platform.python_version(),

@@ -43,7 +43,7 @@ from presets import PRESETS
 from report import COMPARED, compared, environment, peak_memory_bytes
 from torch_switchback import SwitchBackConfig, convert_to_switchback
 from torch_switchback.distributed import precompute_absmax_for_fsdp
-from training import UNTIMED_STEPS, Curve, DivergedError, Settings, descend, learning_rate_at
+from training import UNTIMED_STEPS, Curve, DivergedError, Settings, descend, learning_rate_at, new_optimizer
 
 RECIPES: dict[str, SwitchBackConfig | None] = {
     "linear": None,
@@ -94,13 +94,7 @@ class ShardedRun:
                 block.forward = torch.compile(block.forward)
             fully_shard(block, reshard_after_forward=reshard, **options)
         fully_shard(self.model, **options)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self.optimizer = new_optimizer(self.model)
 
     def train(self, on_progress: Callable[["ShardedRun"], None]) -> None:
         """Train to the last step, whose bytes are counted. Raises DivergedError."""

@@ -62,10 +62,35 @@ def descend(loss: Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     return loss.detach()
 
 
-class Run:
-    """One recipe's model, optimizer, position and curve."""
+def convert(model: torch.nn.Module, recipe: str) -> None:
+    """Give a model the linear layers of a recipe, in place."""
+    config = RECIPES[recipe]
+    if config is not None:
+        # The logits need more than eight bits, and 256 outputs are too few to gain speed.
+        convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: fqn != "head")
 
-    def __init__(self, recipe: str, settings: Settings, corpus: Corpus) -> None:
+
+def new_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+class Run:
+    """One recipe's model, optimizer, position and curve.
+
+    convert: puts the recipe's layers into the model, in place; by default those of presets.RECIPES.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        settings: Settings,
+        corpus: Corpus,
+        convert: Callable[[torch.nn.Module, str], object] = convert,
+    ) -> None:
         self.recipe, self.settings, self.corpus = recipe, settings, corpus
         self.preset = PRESETS[settings.preset]
         self.device = torch.device(self.preset.device)
@@ -74,18 +99,9 @@ class Run:
 
         torch.manual_seed(settings.seed)
         self.model = GPT(self.preset.model)
-        config = RECIPES[recipe]
-        if config is not None:
-            # The logits need more than eight bits, and 256 outputs are too few to gain speed.
-            convert_to_switchback(self.model, config=config, module_filter_fn=lambda module, fqn: fqn != "head")
+        convert(self.model, recipe)
         self.model.to(self.device)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self.optimizer = new_optimizer(self.model)
         if settings.compile:
             self.model.compile()
 
@@ -119,11 +135,15 @@ class Run:
         self.step += 1
         return loss
 
-    @torch.no_grad()
     def validation_loss(self, batches: int) -> float:
         """Mean loss in nats a byte over held-out text, the same for every recipe."""
+        return self.validation_losses(batches).mean().item()
+
+    @torch.no_grad()
+    def validation_losses(self, batches: int) -> Tensor:
+        """The mean loss of each batch, [batches] float64."""
         data = self.corpus.validation_batches(batches, self.preset.batch_size, self.preset.model.context)
-        return torch.stack([self._loss(*batch) for batch in data]).double().mean().item()
+        return torch.stack([self._loss(*batch) for batch in data]).double()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs = inputs.to(self.device, non_blocking=True)

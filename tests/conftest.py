@@ -1,8 +1,11 @@
+import functools
 import os
 import tempfile
 
 import pytest
 import torch
+
+from promises import PROMISES
 
 # The tests mean the shipped tuning tables, not those of whoever runs them.
 os.environ["TORCH_SWITCHBACK_CACHE"] = tempfile.mkdtemp(prefix="torch_switchback_test")
@@ -10,6 +13,39 @@ os.environ["TORCH_SWITCHBACK_CACHE"] = tempfile.mkdtemp(prefix="torch_switchback
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the tests' tensors live")
+    parser.addoption("--sanitizer", action="store_true", help="run the kernels under compute-sanitizer, some minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Each test's report says which promises it shows; on a GPU, only if it takes its tensors there."""
+    known = {promise.name for promises in PROMISES.values() for promise in promises}
+    for item in items:
+        names = [name for mark in item.iter_markers("promise") for name in mark.args]
+        if not known.issuperset(names):
+            raise pytest.UsageError(f"{item.nodeid}: promises.py has no {set(names) - known}")
+        if config.getoption("--device") == "cpu" or "device" in item.fixturenames or "gpu" in item.path.parts:
+            item.user_properties += [("promise", name) for name in names]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A property's report says on how many examples it ran."""
+    handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+    if handle is None:
+        return (yield)
+    inner_test, examples = handle.inner_test, 0
+
+    def counted(*args, **kwargs):
+        nonlocal examples
+        examples += 1
+        return inner_test(*args, **kwargs)
+
+    handle.inner_test = functools.wraps(inner_test)(counted)
+    try:
+        return (yield)
+    finally:
+        handle.inner_test = inner_test
+        item.user_properties.append(("examples", examples))
 
 
 @pytest.fixture

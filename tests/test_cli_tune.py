@@ -12,7 +12,8 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from torch_switchback import cli, tuning
-from torch_switchback.cli import gpu, tune
+from torch_switchback._measuring import median_ms
+from torch_switchback.cli import tune
 from torch_switchback.cli.app import app
 from torch_switchback.tuning import matmul_config, matmul_table, user_table_path
 
@@ -269,4 +270,15 @@ def test_median_of_runs_in_a_row(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert gpu._median(work, 5) == 1.0
+    assert median_ms(work, 5, torch.device("cuda")) == 1.0
+
+
+def test_json_alone_on_stdout(fake):
+    result = CliRunner().invoke(app, ["tune", "--rounds", "2", "--shape", SHAPES[0], "--json"])
+    (done,) = json.loads(result.stdout)
+    assert (done["row"]["m"], done["row"]["n"], done["row"]["k"]) == (1024, 512, 256)
+    assert done["row"]["config"]["block_n"] == 256 and done["before"]["kernel"]
+    assert "Written to" in result.stderr
+    forget()
+    again = CliRunner().invoke(app, ["tune", "--rounds", "2", "--shape", SHAPES[0], "--json"])
+    assert json.loads(again.stdout) == []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import signal_to_noise
+from cases import convert_all, signal_to_noise
 from torch_switchback import SwitchBackConfig
 from torch_switchback.monitor import CsvWriter, Monitor, measure
 
@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def model(device):
-    return ts.convert_to_switchback(Model()).to(device)
+    return convert_all(Model()).to(device)
 
 
 def train(model, monitor, steps, device):
@@ -201,15 +201,21 @@ def test_no_tokens_leave_no_record_and_keywords_leave_one(device):
     assert set(monitor.latest) == {""}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_models_are_sampled_without_compiling_again(backend, model, device):
+@pytest.mark.parametrize(
+    ("backend", "how"), [("aot_eager", "wrapped"), ("inductor", "wrapped"), ("aot_eager", "in place")]
+)
+def test_compiled_models_are_sampled_without_compiling_again(backend, how, model, device):
     compiles = []
 
     def counting(graph, inputs):
         compiles.append(1)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
-    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    if how == "wrapped":
+        compiled = torch.compile(model, fullgraph=True, backend=counting)
+    else:
+        model.compile(fullgraph=True, backend=counting)
+        compiled = model
     with Monitor(compiled, every=2) as monitor:
         for step in range(5):
             monitor.latest = {}

@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import itertools
 import pickle
 import weakref
 
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import DTYPES, assert_same, signal_to_noise
+from cases import DTYPES, assert_same, convert_all, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
-from torch_switchback.autograd import _SCALINGS
+from torch_switchback.autograd import _SCALINGS, quantize_weight
 
 STRATEGIES = {
     "global": SwitchBackConfig(),
@@ -92,6 +93,7 @@ def test_config_refuses_an_unknown_scaling():
 # Shapes, dtypes and values
 
 
+@pytest.mark.promise("no tokens; 1-D, 2-D, 3-D, 4-D x; in or out of 1; primes")
 @strategies
 @pytest.mark.parametrize("leading", [(), (7,), (2, 5), (2, 3, 5), (0,), (2, 0)], ids=str)
 def test_shapes(config, leading, device):
@@ -107,6 +109,7 @@ def test_shapes(config, leading, device):
         assert not layer.bias.grad.any()
 
 
+@pytest.mark.promise("no tokens; 1-D, 2-D, 3-D, 4-D x; in or out of 1; primes")
 @strategies
 @pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (1, 7), (7, 1), (83, 17), (257, 131)])
 def test_odd_sizes(config, in_features, out_features, device):
@@ -153,6 +156,7 @@ def test_weight_may_have_another_dtype(config, dtype, weight_dtype, device):
     assert layer.bias.grad.dtype == weight_dtype
 
 
+@pytest.mark.promise("autocast")
 @strategies
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_autocast(config, autocast_dtype, device):
@@ -215,10 +219,11 @@ def test_bias_gradient_accumulates_in_float32(dtype, device):
     assert layer.bias.grad.tolist() == [torch.tensor(20_000.0, dtype=dtype).item()] * 4
 
 
+@pytest.mark.promise("slices, transposes, expanded, storage offsets")
 @strategies
 def test_any_layout_of_input_and_gradient(config, device):
     layer = make_layer(config, device=device)
-    wide = torch.randn(10, 2 * 64 + 2, device=device)
+    wide = torch.randn(11, 2 * 64 + 3, device=device)[1:, 1:]
     views = [wide[:, ::2][:, :64], torch.randn(64, 10, device=device).t(), wide[:1, :64].expand(10, 64)]
     for x in views:
         grad = torch.randn(48, 10, device=device).t()
@@ -232,6 +237,22 @@ def test_any_layout_of_input_and_gradient(config, device):
         assert torch.equal(grad_input, grad_input2)
 
 
+@pytest.mark.promise("slices, transposes, expanded, storage offsets")
+@strategies
+def test_any_layout_of_the_weight(config, device):
+    bias = torch.randn(2 * 48, device=device)[1::2]
+    wide = torch.randn(50, 2 * 64 + 3, device=device)
+    for weight in (wide[1:49, 3::2], torch.randn(64, 48, device=device).t(), wide[:1, :64].expand(48, 64)):
+        x = torch.randn(5, 64, device=device, requires_grad=True)
+        results = []
+        for copy_of in (lambda tensor: tensor, torch.Tensor.contiguous):
+            y = ts.switchback_linear(x, copy_of(weight), copy_of(bias), config)
+            results.append((y, *torch.autograd.grad(y.sum(), x)))
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.promise("slices, transposes, expanded, storage offsets")
 @strategies
 def test_a_stride_0_gradient(config, device):
     """y.sum().backward() sends an expanded scalar."""
@@ -242,6 +263,7 @@ def test_a_stride_0_gradient(config, device):
     assert torch.equal(from_sum, from_ones)
 
 
+@pytest.mark.promise("any position in the batch")
 @strategies
 def test_rows_do_not_depend_on_their_batch(config, device):
     layer = make_layer(config, device=device)
@@ -271,6 +293,7 @@ def test_operations_in_place_on_the_output(leading, compiled, device):
 # Hostile values
 
 
+@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 @strategies
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen weight"])
@@ -290,6 +313,7 @@ def test_nan_and_inf_reach_their_row_and_no_other(config, value, frozen, device)
     assert grad_input.isfinite().all(1).sum() == 5
 
 
+@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 @strategies
 def test_nan_in_the_input_reaches_the_weight_gradient(config, device):
     layer = make_layer(config, device=device)
@@ -299,6 +323,7 @@ def test_nan_in_the_input_reaches_the_weight_gradient(config, device):
     assert not layer.weight.grad[:, 5].isfinite().any()
 
 
+@pytest.mark.promise("NaN in W")
 @strategies
 def test_nan_in_the_weight(config, device):
     layer = make_layer(config, device=device)
@@ -312,12 +337,20 @@ def test_nan_in_the_weight(config, device):
         assert finite.sum() == 6 * 47
 
 
+@pytest.mark.promise("zero row, tensor or weight")
 @strategies
 def test_zeros_stay_zeros(config, device):
     layer = make_layer(config, device=device)
     x = torch.randn(6, 64, device=device)
     x[1] = 0
     assert torch.equal(layer(x)[1], layer.bias)
+    assert torch.equal(layer(torch.zeros_like(x)), layer.bias.expand(6, 48))
+    grad = torch.randn(6, 48, device=device)
+    grad[2] = 0
+    _, grad_input, grad_weight, _ = gradients(layer, torch.zeros_like(x), grad)
+    assert not grad_input[2].any()
+    assert grad_input[3].all()
+    assert not grad_weight.any()
     with torch.no_grad():
         layer.weight.zero_()
     assert torch.equal(layer(x), layer.bias.expand(6, 48))
@@ -326,16 +359,62 @@ def test_zeros_stay_zeros(config, device):
     assert not grad_input.any()
 
 
+@pytest.mark.promise("row absmax 1e-30 or 1e30")
 @strategies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
-def test_tiny_and_huge_rows_keep_their_accuracy(config, factor, device):
+def test_tiny_and_huge_rows_keep_their_accuracy(factor, dtype, config, device):
     layer = make_layer(config, device=device, bias=False)
-    x = torch.randn(16, 64, device=device)
-    plain = signal_to_noise(layer(x), x @ layer.weight.t())
-    scaled = signal_to_noise(layer(x * factor).double() / factor, x @ layer.weight.t())
-    assert abs(plain - scaled) < 0.1
+
+    def signal_to_noise_of(x, grad):
+        y, grad_input, _ = gradients(layer, x, grad)
+        weight = layer.weight.detach().double()
+        return (
+            signal_to_noise(y, x.double() @ weight.t()),
+            signal_to_noise(grad_input, grad.double() @ weight),
+        )
+
+    x, grad = torch.randn(512, 64, device=device), torch.randn(512, 48, device=device)
+    plain = signal_to_noise_of(x.to(dtype), grad.to(dtype))
+    scaled = signal_to_noise_of((x * factor).to(dtype), (grad * factor).to(dtype))
+    assert scaled == pytest.approx(plain, abs=0.1)
 
 
+@pytest.mark.promise("fp16 result above 65,504")
+@strategies
+def test_a_float16_result_above_its_range_is_inf_as_nn_linears(config, device):
+    layer = make_layer(config, device=device)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight).abs() * 100)
+    x = torch.rand(5, 64, device=device) + 50
+    x[3:] = 1e-3
+    reference = revert_copy(layer).double()(x.double())
+    for dtype in DTYPES:
+        y = layer(x.to(dtype))
+        assert torch.equal(y.isinf(), reference.to(dtype).isinf())
+        assert y.isinf().any() == (dtype == torch.float16)
+        assert not y.isnan().any()
+
+
+@pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
+@strategies
+@pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
+def test_sums_that_int32_cannot_hold(inner, config, device):
+    """Of the output over the input features, of the input's gradient over a vocabulary: every code is ±127."""
+    signs = torch.tensor([1.0, -1.0, 1.0], device=device)
+    with torch.no_grad():
+        wide = make_layer(config, inner, 3, device, bias=False)
+        wide.weight.copy_(signs[:, None].expand(3, inner))
+        expected = signs[:2, None] * signs * inner
+        torch.testing.assert_close(wide(signs[:2, None].expand(2, inner)), expected, rtol=1e-6, atol=0)
+    tall = make_layer(config, 3, inner, device, bias=False).requires_grad_(False)
+    tall.weight.copy_(signs.expand(inner, 3))
+    x = torch.zeros(2, 3, device=device, requires_grad=True)
+    (grad_input,) = torch.autograd.grad(tall(x), x, signs[:2, None].expand(2, inner))
+    torch.testing.assert_close(grad_input, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.promise("GradScaler")
 @strategies
 def test_grad_scaler_skips_a_step_with_nan(config, device):
     layer = make_layer(config, device=device)
@@ -351,6 +430,7 @@ def test_grad_scaler_skips_a_step_with_nan(config, device):
     assert scaler.get_scale() < 65536
 
 
+@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64], ids=lambda dtype: str(dtype)[6:])
 def test_refuses_other_dtypes(dtype, device):
     layer = SwitchBackLinear(6, 4, device=device)
@@ -360,6 +440,7 @@ def test_refuses_other_dtypes(dtype, device):
         ts.switchback_linear(torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device, dtype=dtype))
 
 
+@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_refuses_other_shapes_and_devices(device):
     layer = SwitchBackLinear(6, 4, device=device)
     weight, bias = layer.weight.detach(), layer.bias.detach()
@@ -376,6 +457,7 @@ def test_refuses_other_shapes_and_devices(device):
         ts.switchback_linear(x, weight.to("meta"), bias)
 
 
+@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_refuses_codes_that_do_not_fit(device):
     x, weight = torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device)
     codes, absmax = ts.quantize_global(weight)
@@ -398,6 +480,7 @@ def test_refuses_codes_that_do_not_fit(device):
 # Autograd's rules
 
 
+@pytest.mark.promise("W edited in place between forward and backward")
 @strategies
 def test_weight_edited_between_forward_and_backward(config, device):
     layer = make_layer(config, device=device)
@@ -408,6 +491,7 @@ def test_weight_edited_between_forward_and_backward(config, device):
         y.sum().backward()
 
 
+@pytest.mark.promise("a second backward without retain_graph; double backward")
 @strategies
 def test_backward_twice(config, device):
     layer = make_layer(config, device=device)
@@ -418,6 +502,7 @@ def test_backward_twice(config, device):
         y.backward()
 
 
+@pytest.mark.promise("a second backward without retain_graph; double backward")
 @strategies
 def test_double_backward(config, device):
     layer = make_layer(config, device=device)
@@ -427,6 +512,7 @@ def test_double_backward(config, device):
         grad.sum().backward()
 
 
+@pytest.mark.promise("what the backward keeps")
 @strategies
 def test_bytes_kept_for_the_backward(config, device):
     """Beside the parameter: X in 16 bit, or in int8 with a float32 a row or, rotated, a column; and W's absmax."""
@@ -449,6 +535,7 @@ def test_bytes_kept_for_the_backward(config, device):
     assert kept_beside_parameters == expected + absmax_of_weight
 
 
+@pytest.mark.promise("X after the backward")
 @strategies
 def test_int8_codes_free_the_input(config, device):
     layer = make_layer(config, device=device)
@@ -463,6 +550,7 @@ def test_int8_codes_free_the_input(config, device):
     assert freed() is None
 
 
+@pytest.mark.promise("X after the backward")
 def test_the_input_is_not_kept_for_a_frozen_weight(device):
     layer = SwitchBackLinear(64, 48, device=device)
     layer.weight.requires_grad_(False)
@@ -475,6 +563,7 @@ def test_the_input_is_not_kept_for_a_frozen_weight(device):
     y.sum().backward()
 
 
+@pytest.mark.promise("what the backward keeps")
 @strategies
 @pytest.mark.parametrize("needs_input", [True, False])
 def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch):
@@ -488,6 +577,7 @@ def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatc
     assert in_forward == 1
 
 
+@pytest.mark.promise("checkpointing (both modes), save_on_cpu")
 @strategies
 def test_checkpointing_and_offloading(config, device):
     layer = make_layer(config, device=device)
@@ -506,6 +596,7 @@ def test_checkpointing_and_offloading(config, device):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.promise("inference_mode")
 def test_inference_mode(device):
     layer = SwitchBackLinear(64, 48, device=device)
     x = torch.randn(4, 64, device=device)
@@ -520,6 +611,7 @@ def test_inference_mode(device):
 # State
 
 
+@pytest.mark.promise("nn.Linear's state_dict")
 def test_state_dict_is_nn_linears_both_ways():
     linear, ours = nn.Linear(6, 4), SwitchBackLinear(6, 4)
     ours.load_state_dict(linear.state_dict(), strict=True)
@@ -540,6 +632,7 @@ def test_copy_and_pickle(config):
             assert torch.equal(other(x), layer(x))
 
 
+@pytest.mark.promise("meta initialisation")
 @strategies
 def test_meta_initialisation(config, device):
     layer = make_layer(config, device="meta")
@@ -549,6 +642,7 @@ def test_meta_initialisation(config, device):
     assert layer(torch.randn(2, 64, device=device)).isfinite().all()
 
 
+@pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
 @strategies
 @dtypes
 def test_prepare_for_eval_changes_no_output(config, dtype, device):
@@ -580,6 +674,7 @@ def test_prepared_layer_still_has_an_input_gradient(config, device):
         assert torch.equal(prepared, unprepared)
 
 
+@pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
 @strategies
 @dtypes
 def test_preparing_is_reversible(config, dtype, device):
@@ -602,6 +697,7 @@ def test_preparing_is_reversible(config, dtype, device):
     assert torch.equal(layer.weight_int8, codes)
 
 
+@pytest.mark.promise("prepared into unprepared, and the reverse")
 @strategies
 def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
     layer = make_layer(config, device=device)
@@ -616,6 +712,7 @@ def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
         assert torch.equal(fresh(x), layer(x))
 
 
+@pytest.mark.promise("prepared into unprepared, and the reverse")
 @strategies
 def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     layer, other = make_layer(config, device=device), make_layer(config, device=device)
@@ -626,6 +723,7 @@ def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     assert other.weight.requires_grad
 
 
+@pytest.mark.promise("truncated, of another dtype, shape or type")
 def test_prepared_state_of_another_strategy_is_refused(device):
     layer = ts.SwitchBackLinearVectorwise(64, 48, device=device)
     layer.prepare_for_eval()
@@ -633,19 +731,26 @@ def test_prepared_state_of_another_strategy_is_refused(device):
         SwitchBackLinear(64, 48, device=device).load_state_dict(layer.state_dict())
 
 
+CODES, ABSMAX, BIAS = torch.zeros(48, 64, dtype=torch.int8), torch.ones(1), torch.ones(48)
+HOSTILE_STATES = {
+    "absmax of another strategy": {"weight_int8": CODES, "weight_absmax": torch.ones(48), "bias": BIAS},
+    "short codes": {"weight_int8": CODES[:, :63], "weight_absmax": ABSMAX, "bias": BIAS},
+    "float codes": {"weight_int8": CODES.float(), "weight_absmax": ABSMAX, "bias": BIAS},
+    "half absmax": {"weight_int8": CODES, "weight_absmax": ABSMAX.half(), "bias": BIAS},
+    "no absmax": {"weight_int8": CODES, "bias": BIAS},
+    "codes and a weight": {"weight": torch.ones(48, 64), "weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS},
+    "codes and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
+    "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
+    "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
+    "integer weight": {"weight": torch.ones(48, 64, dtype=torch.int8), "bias": BIAS},
+    "complex bias": {"weight": torch.ones(48, 64), "bias": BIAS.to(torch.complex64)},
+    "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
+}
+
+
+@pytest.mark.promise("truncated, of another dtype, shape or type")
 @pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8), "weight_absmax": torch.ones(48)},
-        {"weight_int8": torch.zeros(48, 63, dtype=torch.int8), "weight_absmax": torch.ones(1)},
-        {"weight_int8": torch.zeros(48, 64), "weight_absmax": torch.ones(1)},
-        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8), "weight_absmax": torch.ones(1).half()},
-        {"weight_int8": torch.zeros(48, 64, dtype=torch.int8)},
-        {"weight": torch.ones(47, 64)},
-    ],
-    ids=["absmax of another strategy", "short codes", "float codes", "half absmax", "no absmax", "short weight"],
-)
+@pytest.mark.parametrize("hostile", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prepared, assign, device):
     layer = SwitchBackLinear(64, 48, device=device)
@@ -653,10 +758,72 @@ def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prep
         layer.prepare_for_eval()
     x = torch.randn(3, 64, device=device)
     before, keys = layer(x), list(layer.state_dict())
-    with pytest.raises(RuntimeError, match=r"mismatch for weight|[Mm]issing key"):
-        layer.load_state_dict({**hostile, "bias": layer.bias.detach().clone()}, assign=assign)
+    with pytest.raises(RuntimeError, match=r"mismatch for (weight|bias)"):
+        layer.load_state_dict(hostile, assign=assign)
     assert list(layer.state_dict()) == keys
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.promise("prepared by bitsandbytes")
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("absmaxes", [1, 48])
+def test_a_state_dict_that_bitsandbytes_prepared_is_refused_by_name(absmaxes, strict, prepared, device):
+    model = nn.Sequential(ts.SwitchBackLinear(64, 48, device=device))
+    if prepared:
+        model[0].prepare_for_eval()
+    x = torch.randn(3, 64, device=device)
+    before = model(x)
+    state = {"0.W_int8": CODES, "0.state_W": torch.ones(absmaxes), "0.bias": BIAS}
+    with pytest.raises(RuntimeError, match=r"0\.weight was prepared for evaluation by bitsandbytes"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), before)
+
+
+def test_a_state_dict_in_another_float_dtype_is_cast(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    layer.load_state_dict({"weight": torch.ones(48, 64, dtype=torch.float64), "bias": BIAS.bfloat16()})
+    assert layer.weight.dtype == layer.bias.dtype == torch.float32
+    assert (layer.weight == 1).all()
+
+
+def test_a_partial_state_dict_that_is_not_strict(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    weight = layer.weight.detach().clone()
+    assert layer.load_state_dict({"bias": BIAS, "other": BIAS}, strict=False) == (["weight"], ["other"])
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, BIAS.to(device))
+
+
+def test_a_hook_may_rename_the_keys(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+
+    def rename(module, state_dict, prefix, *_):
+        state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+
+    layer.register_load_state_dict_pre_hook(rename)
+    layer.load_state_dict({"kernel": torch.ones(48, 64), "bias": BIAS})
+    assert (layer.weight == 1).all()
+
+
+@pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
+@strategies
+def test_any_order_of_states(config, device):
+    """Only the two that prepare change what is kept. Its codes never change; an absmax may by its last bit."""
+    layer = make_layer(config, device=device)
+    x = torch.randn(5, 64, device=device)
+    expected, codes = layer(x), quantize_weight(layer.weight, config)[0]
+    is_prepared = False
+    for order in itertools.permutations(["train", "eval", "prepare_for_eval", "prepare_for_training"]):
+        for call in order:
+            getattr(layer, call)()
+            is_prepared = {"prepare_for_eval": True, "prepare_for_training": False}.get(call, is_prepared)
+            assert layer.is_prepared == is_prepared
+            weights = ["weight_int8", "weight_absmax"] if is_prepared else ["weight"]
+            assert sorted(layer.state_dict()) == sorted(["bias", *weights])
+            assert layer.training == {"train": True, "eval": False}.get(call, layer.training)
+            assert torch.equal(layer.weight_int8 if is_prepared else quantize_weight(layer.weight, config)[0], codes)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_computed_weight_is_not_prepared(device):
@@ -667,6 +834,7 @@ def test_a_computed_weight_is_not_prepared(device):
     assert list(layer.state_dict()) == keys
 
 
+@pytest.mark.promise("casts of a prepared layer")
 @strategies
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
@@ -688,11 +856,12 @@ def make_model():
     return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Linear(8, 2))
 
 
+@pytest.mark.promise("conversion")
 def test_convert_swaps_the_class_and_nothing_else():
     model = make_model()
     before = {name: (id(parameter), parameter.clone()) for name, parameter in model.named_parameters()}
     keys = list(model.state_dict())
-    assert ts.convert_to_switchback(model, config=SwitchBackConfig("rowwise")) is model
+    assert convert_all(model, SwitchBackConfig("rowwise")) is model
     assert [type(module) for module in (model[0], model[1][0], model[2])] == [SwitchBackLinear] * 3
     assert model[0].config == SwitchBackConfig("rowwise")
     assert list(model.state_dict()) == keys
@@ -714,7 +883,7 @@ def test_convert_takes_a_filter():
 
 def test_convert_leaves_subclasses_and_converted_layers_alone():
     attention = nn.MultiheadAttention(8, 2)
-    ts.convert_to_switchback(attention)
+    convert_all(attention)
     assert type(attention.out_proj) is not SwitchBackLinear
     layer = ts.SwitchBackLinearVectorwise(8, 8)
     ts.convert_to_switchback(layer)
@@ -726,7 +895,7 @@ def test_convert_asks_the_filter_for_every_name_of_a_shared_layer():
     model["head"] = model["projection"]
     ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn != "head")
     assert type(model["head"]) is nn.Linear
-    ts.convert_to_switchback(model)
+    convert_all(model)
     assert type(model["head"]) is SwitchBackLinear
 
 
@@ -734,14 +903,21 @@ def test_convert_leaves_a_replaced_forward_alone_and_says_so():
     model = make_model()
     model[0].forward = nn.Linear(8, 8).forward
     with pytest.warns(UserWarning, match="leaves '0' alone"):
-        ts.convert_to_switchback(model)
+        convert_all(model)
     assert type(model[0]) is nn.Linear
     assert type(model[2]) is SwitchBackLinear
 
 
 def test_convert_refuses_another_config():
-    with pytest.raises(TypeError, match="config must be a SwitchBackConfig, got 'rowwise'"):
-        ts.convert_to_switchback(make_model(), config="rowwise")
+    with pytest.raises(TypeError, match="config must be a SwitchBackConfig or the name of a recipe, got 8"):
+        ts.convert_to_switchback(make_model(), config=8)
+    with pytest.raises(ValueError, match=r"the recipes are switchback, .*; got 'int4'"):
+        ts.convert_to_switchback(make_model(), config="int4")
+
+
+@pytest.mark.parametrize("recipe", ts.RECIPES)
+def test_convert_takes_a_recipe(recipe):
+    assert ts.convert_to_switchback(nn.Linear(8, 8), config=recipe).config == ts.RECIPES[recipe]
 
 
 def test_convert_a_bare_linear():
@@ -749,12 +925,13 @@ def test_convert_a_bare_linear():
     assert type(ts.convert_to_switchback(linear)) is SwitchBackLinear
 
 
+@pytest.mark.promise("conversion")
 def test_optimiser_and_hooks_survive_conversion():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append(1))
-    ts.convert_to_switchback(model)
+    convert_all(model)
     before = model[0].weight.detach().clone()
     model(torch.randn(4, 8)).sum().backward()
     optimizer.step()
@@ -763,7 +940,7 @@ def test_optimiser_and_hooks_survive_conversion():
 
 
 def test_revert_gives_a_prepared_layer_a_weight_again():
-    model = ts.convert_to_switchback(make_model())
+    model = convert_all(make_model())
     model[0].prepare_for_eval()
     ts.revert_switchback(model)
     assert list(model[0].state_dict()) == ["weight", "bias"]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
+from cases import convert_all
 from test_nn import STRATEGIES
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
@@ -13,7 +14,7 @@ backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
 def make_model(config, device):
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
-    return ts.convert_to_switchback(model, config=config).to(device)
+    return convert_all(model, config).to(device)
 
 
 def step(model, compiled, x):
@@ -24,6 +25,7 @@ def step(model, compiled, x):
     return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+@pytest.mark.promise("torch.compile(fullgraph=True)")
 @strategies
 @backends
 def test_small_model(backend, config, device):
@@ -34,6 +36,7 @@ def test_small_model(backend, config, device):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.promise("torch.compile(fullgraph=True)")
 @strategies
 @backends
 def test_one_layer_is_the_same_bit_for_bit(backend, config, device):
@@ -44,6 +47,7 @@ def test_one_layer_is_the_same_bit_for_bit(backend, config, device):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.promise("torch.compile(fullgraph=True)", "autocast")
 @backends
 def test_autocast(backend, device):
     model = make_model(ts.SwitchBackConfig(), device)
@@ -55,6 +59,7 @@ def test_autocast(backend, device):
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.promise("torch.compile(fullgraph=True)")
 @backends
 def test_prepared(backend, device):
     model = make_model(ts.SwitchBackConfig("rowwise"), device)
@@ -66,6 +71,7 @@ def test_prepared(backend, device):
         torch.testing.assert_close(actual, model(x), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.promise("20 batch sizes")
 @pytest.mark.parametrize("grad_weight", ["high_precision", "int8", "int8_always"])
 @pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")
 def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
@@ -82,6 +88,7 @@ def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
     assert len(compiles) <= 3
 
 
+@pytest.mark.promise("export")
 def test_export_with_a_dynamic_batch(device):
     model = make_model(ts.SwitchBackConfig(), device).eval()
     batch = torch.export.Dim("batch", min=2)

@@ -2,8 +2,9 @@
 
 from .autograd import switchback_linear
 from .config import SwitchBackConfig
-from .convert import convert_to_switchback, revert_switchback
+from .convert import ConversionReport, conversion_report, convert_to_switchback, revert_switchback
 from .distributed import precompute_absmax_for_fsdp
+from .explanation import FallbackError, explain
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import (
     SwitchBackLinear,
@@ -21,17 +22,24 @@ from .ops import (
     quantize_global_with_transpose,
     quantize_rowwise,
 )
+from .recipes import RECIPES
+from .recommendation import recommend
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RECIPES",
+    "ConversionReport",
+    "FallbackError",
     "SwitchBackConfig",
     "SwitchBackLinear",
     "SwitchBackLinearGlobal",
     "SwitchBackLinearGlobalMemEfficient",
     "SwitchBackLinearVectorwise",
+    "conversion_report",
     "convert_to_switchback",
     "dequantize_rowwise",
+    "explain",
     "install_as_bitsandbytes",
     "int8_matmul_mixed_dequantize",
     "int8_matmul_rowwise_dequantize",
@@ -41,6 +49,7 @@ __all__ = [
     "quantize_global_transpose",
     "quantize_global_with_transpose",
     "quantize_rowwise",
+    "recommend",
     "revert_switchback",
     "switchback_linear",
 ]

@@ -13,10 +13,11 @@ import torch
 from .config import SwitchBackConfig
 from .ops import direct as ops
 
-# Beside the row-wise codes, which the other products need anyway, each of a token's in + out values costs 3 bytes (read
-# once more, written once), and int8 saves half of the time of its in * out products. At an H200's 3.4 TB/s, 650 TFLOP/s
-# in 16 bit and 1250 in int8 the two are equal at in * out / (in + out) = 600.
-LEAST_FEATURES = 640
+# Beside the row-wise codes, which the other products need anyway, each of a token's in + out values is read once more
+# and written once more, and int8 saves half of the time of its in * out products. On an H200 the parts of a step of
+# 65536 × 5120 → 1280 (bench_linear.json), where in * out / (in + out) is 1024, are 0.91 ms lost and 0.73 won: equal at
+# 1280.
+LEAST_FEATURES = 1280
 LEAST_TOKENS = 2048  # fewer leave launches to weigh as much as the arithmetic
 
 

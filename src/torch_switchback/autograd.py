@@ -79,7 +79,7 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
 
 
 class WeightCache:
-    """The codes of one parameter, plain and transposed, until the parameter changes."""
+    """The codes of one weight, plain and transposed, until it changes."""
 
     def __init__(self) -> None:
         self._seen: torch.Tensor | None = None
@@ -88,28 +88,36 @@ class WeightCache:
 
     @staticmethod
     def can_hold(weight: torch.Tensor) -> bool:
-        """Whether a weight is one whose changes can be told: a parameter, outside of tracing and graph capture."""
+        """Whether a weight is one whose changes can be told: a parameter or codes, outside of tracing and capture."""
         return (
             not torch.compiler.is_compiling()
-            and type(weight) is torch.nn.Parameter
+            and (type(weight) is torch.nn.Parameter or weight.dtype == torch.int8)
             and not weight.is_inference()
             and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         )
 
     def get(
-        self, weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool
+        self, weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool, absmax: torch.Tensor | None = None
     ) -> tuple[Quantized, Quantized | None]:
-        """Codes and absmax of W and, with_transpose, of Wᵀ: as last quantised if W has not changed since."""
-        state = (weight.data_ptr(), weight._version, weight.dtype, config)
+        """Codes and absmax of W and, with_transpose, of Wᵀ: as last quantised if W has not changed since.
+
+        With absmax W is int8 codes itself: only those of Wᵀ are computed.
+        """
+        absmax_state = None if absmax is None else (absmax.data_ptr(), absmax._version)
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state)
         if state != self._state:
             # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
             self._seen, self._state, self._quantized = weight.detach(), state, None
         if self._quantized is None or (with_transpose and self._quantized[1] is None):
             with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
                 scaling = scaling_of(config)
-                self._quantized = (
-                    scaling.quantize_with_transpose(weight) if with_transpose else (scaling.quantize(weight), None)
-                )
+                if absmax is not None:
+                    codes_t = scaling.transpose_codes(weight, absmax) if with_transpose else None
+                    self._quantized = (weight, absmax), codes_t
+                elif with_transpose:
+                    self._quantized = scaling.quantize_with_transpose(weight)
+                else:
+                    self._quantized = scaling.quantize(weight), None
         return self._quantized
 
 
@@ -207,10 +215,10 @@ class SwitchBackFunction(torch.autograd.Function):
             x_2d, config, rowwise=scaling.quantize_input, tokens=int8_grad_weight
         )
         quantized_t: Quantized | None = None
-        if weight_absmax is not None:
+        if weight_cache is not None:
+            (weight_codes, absmax), quantized_t = weight_cache.get(weight, config, needs_input, weight_absmax)
+        elif weight_absmax is not None:
             weight_codes, absmax = weight, weight_absmax
-        elif weight_cache is not None:
-            (weight_codes, absmax), quantized_t = weight_cache.get(weight, config, with_transpose=needs_input)
         else:
             weight_codes, absmax = scaling.quantize(weight)
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)

@@ -25,7 +25,8 @@ class SwitchBackConfig:
             element of the weight from the first training forward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
-            LoRA adapter does) and an optimiser inside a CUDA graph do not.
+            LoRA adapter does) and an optimiser inside a CUDA graph do not. Prepared for evaluation, a layer that
+            propagates gradients keeps the transposed codes beside its own.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
             the rotated codes of X for the backward, which are as small as mem_efficient's. Where quantising costs more

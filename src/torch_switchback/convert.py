@@ -1,67 +1,165 @@
 """Turn a model's nn.Linear layers into SwitchBackLinear in place, and back."""
 
+import json
+import logging
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
+from ._text import table
 from .config import SwitchBackConfig
 from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
+from .filters import default_filter
 from .nn import SwitchBackLinear
+from .recipes import config_of, look_up
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = SwitchBackConfig | str
+ConfigOrMap = Config | Mapping[str, Config | None]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """What became of a layer."""
+
+    fqn: str
+    kind: str
+    """Its class before."""
+    in_features: int
+    out_features: int
+    config: SwitchBackConfig | None
+    """None: it was left alone."""
+    reason: str
+    """Why it was left alone; empty if it was not."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every linear layer of a model, and every nn.MultiheadAttention, whose projections are no layers."""
+
+    layers: tuple[ConvertedLayer, ...]
+
+    @property
+    def converted(self) -> tuple[ConvertedLayer, ...]:
+        """The layers that are SwitchBackLinear now, those that were before too."""
+        return tuple(layer for layer in self.layers if layer.config is not None)
+
+    @property
+    def left(self) -> tuple[ConvertedLayer, ...]:
+        return tuple(layer for layer in self.layers if layer.config is None)
+
+    def to_json(self) -> str:
+        """A list of the layers' fields."""
+        return json.dumps([asdict(layer) for layer in self.layers])
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.fqn or "(the model)",
+                str(layer.in_features),
+                str(layer.out_features),
+                "left" if layer.config is None else layer.config.strategy,
+                layer.reason,
+            )
+            for layer in self.layers
+        ]
+        summary = f"{len(self.converted)} of {len(self.layers)} layers are SwitchBackLinear"
+        return f"{summary}\n{table(('layer', 'in', 'out', 'strategy', 'why left'), rows)}"
 
 
 def convert_to_switchback(
     model: Model,
     *,
-    config: SwitchBackConfig | None = None,
+    config: ConfigOrMap | None = None,
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> Model:
-    """Make every exact nn.Linear of a model a SwitchBackLinear, in place.
+    """Make a model's exact nn.Linear layers SwitchBackLinear, in place. :func:`conversion_report` says which and why.
 
     Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimisers
-    and checkpoints stay valid. Subclasses of nn.Linear are left alone. Parameters in a dtype that the int8
-    products do not take (float64) are refused when the layer is called.
+    and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
+    in a dtype that the int8 products do not take (float64) are refused when the layer is called.
 
     Args:
-        model: any module; a bare nn.Linear becomes a SwitchBackLinear itself.
-        config: how the layers compute; the paper's default if None.
+        model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
+        config: how the layers compute: a SwitchBackConfig, the name of a recipe (:data:`RECIPES`), or a mapping from
+            fully qualified names, as fnmatch patterns, to either or to None. A layer takes what stands under its very
+            name, else under the first pattern that matches; under None, or under nothing, it stays nn.Linear. By
+            default the paper's configuration.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
-            the layer is converted if it returns True, for each of its names if it has several.
+            the layer is converted if it returns True, for each of its names if it has several. Without it, layers
+            that :func:`filters.default_filter` advises against stay, unless they are the model itself or a mapping has
+            their very name.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: config is something else.
-        RuntimeError: all_gather is "int8" and fully_shard has been called already.
-        ValueError: all_gather is "int8" and a layer shares its weight with a module that needs it in full.
+        ValueError: there is no recipe of that name; a layer with several names gets several configurations; or
+            all_gather is "int8" and a layer shares its weight with a module that needs it in full.
+        RuntimeError: a layer to convert is in a compiled module; or all_gather is "int8" and fully_shard has been
+            called already.
     """
-    config = SwitchBackConfig() if config is None else config
-    if not isinstance(config, SwitchBackConfig):
-        raise TypeError(f"convert_to_switchback: config must be a SwitchBackConfig, got {config!r}")
-    fqns: dict[nn.Module, list[str]] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        fqns.setdefault(module, []).append(fqn)
-    for module, names in fqns.items():
-        if type(module) is not nn.Linear:
+    patterns = _patterns(config)
+    default = default_filter(model)
+
+    def why_filtered(layer: nn.Linear, fqns: list[str]) -> str:
+        if module_filter_fn is not None:
+            return "" if all(module_filter_fn(layer, fqn) for fqn in fqns) else "module_filter_fn leaves it out"
+        if layer is model or any(fqn in patterns for fqn in fqns):
+            return ""
+        return next(filter(None, (default(layer, fqn) for fqn in fqns)), "")
+
+    rows: list[ConvertedLayer] = []
+    chosen: dict[nn.Module, SwitchBackConfig] = {}
+    for module, fqns in _names(model).items():
+        if isinstance(module, nn.MultiheadAttention):
+            rows.append(_row(module, fqns[0], None, _ATTENTION))
+        if not isinstance(module, nn.Linear):
             continue
-        if module_filter_fn is not None and not all(module_filter_fn(module, fqn) for fqn in names):
-            continue
-        if "forward" in vars(module):
-            warnings.warn(
-                f"convert_to_switchback leaves {names[0]!r} alone: its forward has been replaced on the instance, so "
-                "another class would change nothing",
-                stacklevel=2,
-            )
-            continue
+        if isinstance(module, SwitchBackLinear):
+            rows.append(_row(module, fqns[0], module.config, ""))
+        elif type(module) is not nn.Linear:
+            reason = f"{type(module).__name__} is a subclass of nn.Linear and computes in its own way"
+            rows.append(_row(module, fqns[0], None, reason))
+        elif (found := _config_of_layer(patterns, fqns)) is None:
+            rows.append(_row(module, fqns[0], None, "config asks for nn.Linear"))
+        elif reason := why_filtered(module, fqns):
+            rows.append(_row(module, fqns[0], None, reason))
+        elif "forward" in vars(module):
+            reason = "its forward has been replaced on the instance, so another class would change nothing"
+            warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=2)
+            rows.append(_row(module, fqns[0], None, reason))
+        else:
+            rows.append(_row(module, fqns[0], found, ""))
+            chosen[module] = found
+    _refuse_compiled(model, chosen)
+    for module, found in chosen.items():
         module.__class__ = SwitchBackLinear
-        module.config = config  # type: ignore[assignment]
-    if config.all_gather == "int8":
+        module.config = found  # type: ignore[assignment]
+    if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
         use_int8_all_gather(model)
+    report = ConversionReport(tuple(rows))
+    object.__setattr__(model, _REPORT, report)
+    _log.info("%s", report)
     return model
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """What the last :func:`convert_to_switchback` did to a model, or to the first of its modules that it was called on.
+
+    Raises:
+        ValueError: it was called on none of them.
+    """
+    for module in model.modules():
+        if _REPORT in vars(module):
+            return vars(module)[_REPORT]
+    raise ValueError("conversion_report: model has not been through convert_to_switchback")
 
 
 def revert_switchback(model: Model) -> Model:
@@ -81,9 +179,61 @@ def revert_switchback(model: Model) -> Model:
     """
     undo_int8_all_gather(model)
     for module in model.modules():
+        vars(module).pop(_REPORT, None)
         if type(module) is SwitchBackLinear:
             module.prepare_for_training()
             del module.config
             module.__dict__.pop("_weight_cache", None)
             module.__class__ = nn.Linear  # type: ignore[assignment]
     return model
+
+
+_REPORT = "_switchback_report"
+_ATTENTION = (
+    "nn.MultiheadAttention multiplies by its projections' weights itself, out_proj's too; int8 needs an attention "
+    "whose projections are nn.Linear layers that it calls"
+)
+
+
+def _patterns(config: Any) -> dict[str, SwitchBackConfig | None]:
+    if config is None:
+        config = SwitchBackConfig()
+    if not isinstance(config, Mapping):
+        return {"*": config_of(config)}
+    return {pattern: None if value is None else config_of(value) for pattern, value in config.items()}
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all of its fully qualified names, several where it is shared."""
+    names: dict[nn.Module, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(fqn)
+    return names
+
+
+def _config_of_layer(patterns: Mapping[str, SwitchBackConfig | None], fqns: list[str]) -> SwitchBackConfig | None:
+    found = {fqn: look_up(patterns, fqn) for fqn in fqns}
+    if None in found.values():
+        return None
+    if len(set(found.values())) > 1:
+        raise ValueError(f"config: {' and '.join(fqns)} are one layer and get different configurations")
+    return found[fqns[0]]
+
+
+def _row(module: nn.Module, fqn: str, config: SwitchBackConfig | None, reason: str) -> ConvertedLayer:
+    if isinstance(module, nn.MultiheadAttention):
+        in_features, out_features = module.embed_dim, 3 * module.embed_dim
+    else:
+        assert isinstance(module, nn.Linear)
+        in_features, out_features = module.in_features, module.out_features
+    return ConvertedLayer(fqn, type(module).__name__, in_features, out_features, config, reason)
+
+
+def _refuse_compiled(model: nn.Module, layers: Mapping[nn.Module, SwitchBackConfig]) -> None:
+    """What torch.compile has traced keeps the class that a layer had."""
+    for fqn, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        if compiled and any(part in layers for part in module.modules()):
+            raise RuntimeError(
+                f"convert_to_switchback: {fqn or 'the model'} is compiled already; convert first, then torch.compile"
+            )

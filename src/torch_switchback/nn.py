@@ -1,6 +1,6 @@
 """SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,10 @@ from .autograd import WeightCache, quantize_weight, switchback_linear
 from .config import SwitchBackConfig
 from .distributed.fsdp import unwrap, wrap_like
 from .ops import dequantize_rowwise
+
+Entry = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype; None: any float, to be cast
+_PREPARED = "weight_int8", "weight_absmax"
+_OF_BITSANDBYTES = "W_int8", "state_W"
 
 
 class SwitchBackLinear(nn.Linear):
@@ -67,12 +71,11 @@ class SwitchBackLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
-        if self.is_prepared:
-            return switchback_linear(x, self.weight_int8, self.bias, self.config, weight_absmax=self.weight_absmax)
+        weight, absmax = (self.weight_int8, self.weight_absmax) if self.is_prepared else (self.weight, None)
         cache = None
-        if self.config.cache_quantized_weight and WeightCache.can_hold(self.weight):
+        if self.config.cache_quantized_weight and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-        return switchback_linear(x, self.weight, self.bias, self.config, weight_cache=cache)
+        return switchback_linear(x, weight, self.bias, self.config, weight_absmax=absmax, weight_cache=cache)
 
     def prepare_for_eval(self) -> None:
         """Quantise the weight for good and free it: the same output bit for bit, less time and memory.
@@ -143,43 +146,75 @@ class SwitchBackLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take a training state_dict or a prepared one, whichever of the two this layer is; or leave it as it is."""
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
-        shape = (self.out_features, self.in_features)
-        found = [name for name in ("weight_int8", "weight_absmax") if prefix + name in state_dict]
-        if len(found) == 1:
-            error_msgs.append(f"mismatch for weight: {prefix}{found[0]} alone, codes and absmax go together.")
+        """Take a training state_dict or a prepared one, whichever of the two this layer is; or leave it as it is.
+
+        nn.Linear copies what fits before it complains of what does not. Here nothing is copied then.
+        """
+        found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        becomes_prepared = not found.keys().isdisjoint(_PREPARED)
+        expected = self._expected_state(becomes_prepared, becomes_unprepared=self.is_prepared and "weight" in found)
+        problems = [
+            f"{what} mismatch for {prefix}{name}: got {got}, the layer has {has}."
+            for name in expected.keys() & found.keys()
+            for what, got, has in _mismatches(found[name], *expected[name])
+        ]
+        if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
+            problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 codes and their absmax do.")
+        elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
+            problems.append(
+                f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
+                "call prepare_for_eval() here."
+            )
+        if problems:
+            error_msgs.extend(problems)
             return
-        becomes_prepared = bool(found)
-        if becomes_prepared:
-            expected["weight_int8"] = shape, torch.int8
-            expected["weight_absmax"] = (self.config.scales_of(self.out_features),), torch.float32
-        elif self.is_prepared and f"{prefix}weight" in state_dict:
-            expected["weight"] = shape, None
-        for name, (size, dtype) in expected.items():
-            tensor = state_dict[prefix + name]
-            if tuple(tensor.shape) != size:
-                error_msgs.append(f"size mismatch for {prefix}{name}: got {tuple(tensor.shape)}, the layer has {size}.")
-                return
-            if dtype not in (None, tensor.dtype):
-                error_msgs.append(f"dtype mismatch for {prefix}{name}: got {tensor.dtype}, the layer has {dtype}.")
-                return
         if local_metadata.get("assign_to_params_buffers") and not becomes_prepared and f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}weight"] = wrap_like(state_dict[f"{prefix}weight"], self.weight)
         if becomes_prepared and not self.is_prepared:
             device = self.weight.device
-            self._become_prepared(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in expected.values()))
-        elif "weight" in expected:
+            self._become_prepared(
+                *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in (expected[n] for n in _PREPARED))
+            )
+        elif self.is_prepared and not becomes_prepared and "weight" in found:
             self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _expected_state(self, becomes_prepared: bool, becomes_unprepared: bool) -> dict[str, Entry]:
+        """Shapes and dtypes of what a state_dict has for this layer, once prepared or once not."""
+        state = {**self._parameters, **self._buffers}
+        expected = {
+            name: (tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in state.items()
+            if tensor is not None and name not in self._non_persistent_buffers_set
+        }
+        weight: dict[str, Entry] = {}
+        shape = self.out_features, self.in_features
+        if becomes_prepared:
+            absmaxes = self.config.scales_of(self.out_features)
+            weight = {"weight_int8": (shape, torch.int8), "weight_absmax": ((absmaxes,), torch.float32)}
+        elif becomes_unprepared:
+            weight = {"weight": (shape, None)}
+        else:
+            return expected
+        return {name: entry for name, entry in expected.items() if name not in ("weight", *_PREPARED)} | weight
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")
+
+
+def _mismatches(found: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[tuple[str, Any, Any]]:
+    """What is wrong with a state_dict's entry: of what, what it is, what it must be."""
+    if not isinstance(found, torch.Tensor):
+        yield "type", type(found).__name__, "torch.Tensor"
+    elif tuple(found.shape) != shape:
+        yield "size", tuple(found.shape), shape
+    elif found.dtype != dtype and not (dtype is None and found.is_floating_point()):
+        yield "dtype", found.dtype, dtype or "a float"
 
 
 SwitchBackLinearGlobal = partial(SwitchBackLinear, vector_wise_quantization=False)

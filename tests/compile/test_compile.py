@@ -48,22 +48,29 @@ def test_quantisers(architecture, dtype):
     compile_all(launches, architecture)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rotating_quantisers(architecture):
-    x, codes = torch.empty(65, 256, dtype=torch.bfloat16), torch.empty(65, 256, dtype=torch.int8)
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "block"),
+    [
+        *((architecture, "bf16", 64) for architecture in ARCHITECTURES),
+        *((architecture, dtype, 128) for architecture in ("sm_86", "gfx942") for dtype in ("bf16", "fp32")),
+    ],
+)
+def test_rotating_quantisers(architecture, dtype, block):
+    x, codes = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
     outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
-    launches = record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, 64, *outputs)
+    launches = record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
     compile_all(launches, architecture)
 
 
-def test_rotation_stays_in_registers():
-    """Nothing goes through shared memory but the codes, a byte each of a tile."""
+@pytest.mark.parametrize("block", [16, 128])
+def test_rotation_is_a_product_of_tensor_cores(block):
+    """Tiles are copied to where tensor cores read them while the one before is worked on, codes stored 16 at a time."""
     x, codes = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
-    launches = record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, 16, codes, torch.empty(256))
-    first_pass, second_pass = compile_all(launches, "sm_90")
-    assert first_pass.metadata.shared <= 1024
-    assert second_pass.metadata.shared <= quantize_rotated.TILE
-    assert set(re.findall(r"st\.global\.\S+", second_pass.asm["ptx"])) == {"st.global.v4.b32"}
+    launches = record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, block, codes, torch.empty(256))
+    for kernel in (compiled := compile_all(launches, "sm_90")):
+        assert "wgmma.mma_async" in kernel.asm["ptx"]
+        assert "cp.async.cg" in kernel.asm["ptx"]
+    assert set(re.findall(r"st\.global\.\S+", compiled[1].asm["ptx"])) == {"st.global.v4.b32"}
 
 
 def quantiser_launches(dtype, rows, cols):
@@ -183,6 +190,7 @@ def test_constants_come_last():
         assert is_constant == sorted(is_constant)
 
 
+@pytest.mark.promise("no fused multiply-add")
 @pytest.mark.parametrize("allowed", [False, True])
 def test_no_sum_is_contracted_with_a_product(allowed):
     """A fused multiply-add rounds once where the CPU meaning rounds twice; only the option keeps it away."""
@@ -207,6 +215,7 @@ def step_launches(tokens, in_features=256, out_features=384):
     ]
 
 
+@pytest.mark.promise("a token count that changes every step")
 @pytest.mark.parametrize("octave", [16, 128, 2048])
 def test_a_changing_token_count_compiles_once_a_power_of_two(octave):
     counts = [octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1, 2 * octave]

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import torch_switchback as ts
+from cases import convert_all
 
 
 def mlp(hidden=33, out=7):
@@ -16,7 +17,7 @@ def mlp(hidden=33, out=7):
 
 
 def converted(model, **config):
-    return ts.convert_to_switchback(copy.deepcopy(model), config=ts.SwitchBackConfig(**config))
+    return convert_all(copy.deepcopy(model), ts.SwitchBackConfig(**config))
 
 
 def batch(rows=8, features=20, step=0):

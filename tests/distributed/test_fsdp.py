@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from world import in_processes
 
 import torch_switchback as ts
+from cases import convert_all
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 from torch_switchback.distributed.fsdp import ShardWeight
 
@@ -320,7 +321,7 @@ def test_state_dict_is_that_of_a_plain_model():
 def test_built_on_the_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(20, 33), nn.GELU(), nn.Linear(33, 7))
-    sharded(ts.convert_to_switchback(model, config=ts.SwitchBackConfig(all_gather="int8")))
+    sharded(convert_all(model, ts.SwitchBackConfig(all_gather="int8")))
     model.to_empty(device="cpu")
     expected = mlp().state_dict()
     with torch.no_grad():
@@ -396,7 +397,7 @@ def test_compiled(all_gather, backend):
 def test_what_is_refused():
     config = ts.SwitchBackConfig(all_gather="int8")
     with pytest.raises(RuntimeError, match="before fully_shard"):
-        ts.convert_to_switchback(sharded(mlp()), config=config)
+        convert_all(sharded(mlp()), config)
     model = sharded(converted(mlp(), all_gather="int8"))
     with pytest.raises(RuntimeError, match="cannot be undone"):
         ts.revert_switchback(model)
@@ -416,7 +417,7 @@ def test_what_is_refused():
     tied = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
     tied["head"].weight = tied["embedding"].weight
     with pytest.raises(ValueError, match=r"shares its weight with head\.weight|embedding"):
-        ts.convert_to_switchback(tied, config=config)
+        convert_all(tied, config)
 
 
 def test_without_fully_shard_it_is_a_plain_layer():

@@ -18,6 +18,7 @@ from world import in_processes
 
 import torch_switchback as ts
 from cases import codes as random_codes
+from cases import convert_all
 from torch_switchback import ops
 from torch_switchback.distributed import precompute_absmax_for_fsdp, sharding_rules  # noqa: F401  (registers them)
 
@@ -145,7 +146,7 @@ def test_with_fully_shard_on_a_2d_mesh(scaling, all_gather):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     alone, model = converted(mlp(34, 16), weight_scaling=scaling), mlp(34, 16)
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    ts.convert_to_switchback(model, config=ts.SwitchBackConfig(scaling, all_gather=all_gather))
+    convert_all(model, ts.SwitchBackConfig(scaling, all_gather=all_gather))
     for module in (model[0], model[2], model):
         fully_shard(module, mesh=mesh["data"])
     optimizer = sgd(model)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import torch_switchback as ts
+from cases import convert_all
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +29,7 @@ def test_trains_as_without(scaling, precomputes):
     for all_gather in ("high_precision", "int8"):
         model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4))).to("cuda", torch.bfloat16)
         model.load_state_dict(original.state_dict())
-        ts.convert_to_switchback(model, config=ts.SwitchBackConfig(scaling, all_gather=all_gather))
+        convert_all(model, ts.SwitchBackConfig(scaling, all_gather=all_gather))
         for layer in model:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)

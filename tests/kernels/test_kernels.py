@@ -53,6 +53,7 @@ def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
     assert_same(out, expected_codes)
 
 
+@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @shapes
 @layouts
 @dtypes
@@ -61,6 +62,7 @@ def test_quantize_rowwise(dtype, layout, shape):
     check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, shape, shape[:1])
 
 
+@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
 @layouts
 def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
@@ -82,12 +84,19 @@ def test_the_tile_of_a_row():
         assert tile["CHUNKS"] * tile["BLOCK_COLS"] == cols
 
 
+@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
 def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     x = torch.randn(2, cols)
     check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (2, cols), (2,))
 
 
+@pytest.mark.promise(
+    "codes and absmax",
+    "slices, transposes, expanded, storage offsets",
+    "fused transpose",
+    "a NaN beside transposed codes",
+)
 @shapes
 @layouts
 @dtypes
@@ -102,6 +111,7 @@ def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
     )
 
 
+@pytest.mark.promise("codes and absmax")
 @shapes
 @layouts
 @dtypes
@@ -109,6 +119,12 @@ def test_quantize_global(dtype, layout, shape, passes):
     check_quantiser(quantize_global.quantize_global, ops.quantize_global, layout(*shape, dtype), shape, (1,))
 
 
+@pytest.mark.promise(
+    "codes and absmax",
+    "slices, transposes, expanded, storage offsets",
+    "fused transpose",
+    "a NaN beside transposed codes",
+)
 @shapes
 @layouts
 @dtypes
@@ -121,6 +137,12 @@ def test_quantize_global_transpose(dtype, layout, shape, passes):
     assert_same(out, expected)
 
 
+@pytest.mark.promise(
+    "codes and absmax",
+    "slices, transposes, expanded, storage offsets",
+    "fused transpose",
+    "a NaN beside transposed codes",
+)
 @shapes
 @layouts
 @dtypes
@@ -132,6 +154,7 @@ def test_quantize_global_with_transpose(dtype, layout, shape, passes):
         assert_same(actual, expected)
 
 
+@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @shapes
 @layouts
 @dtypes
@@ -151,6 +174,7 @@ def test_quantize_by_absmax_of_rows_longer_than_a_block():
     assert_same(out, ops.quantize_by_absmax(x, absmax))
 
 
+@pytest.mark.promise("a NaN beside transposed codes")
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
     negative_nan = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
     out = poisoned(5, 3)
@@ -188,6 +212,7 @@ configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 PRODUCTS = [(64, 96, 64), (33, 48, 80), (150, 64, 112), (1, 1, 1), (17, 83, 5), (70, 65, 129), (0, 4, 4), (4, 4, 0)]
 
 
+@pytest.mark.promise("every tile configuration", "the int8 product")
 @configs
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
@@ -207,6 +232,7 @@ def test_products(dtype, has_bias, rowwise, shape, config):
         assert_same(out, op(a, b, absmax_a, absmax_b, bias, dtype))
 
 
+@pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
 @pytest.mark.parametrize("inner", [133_144, 133_145, 133_152, 262_144])
 def test_products_that_int32_cannot_hold(inner):
     config = MatmulConfig("tma", 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
@@ -232,6 +258,7 @@ def test_the_kernel_folds_no_later_than_the_cpu():
     assert int8_matmul.FOLD <= int8_matmul_op.MAX_INT32_INNER
 
 
+@pytest.mark.promise("a product's kernel that does not compile")
 def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
     config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)

@@ -1,11 +1,10 @@
 """The GPU as ``torch-switchback tune`` sees it: what it is, and how long a product takes there."""
 
-import itertools
 import subprocess
-from collections.abc import Callable
 
 import torch
 
+from .._measuring import median_ms
 from ..tuning import MatmulConfig
 from ..tuning.search import Clock
 
@@ -53,6 +52,7 @@ class Gpu:
         """
         from ..kernels.int8_matmul import dequantized_product
 
+        device = torch.device("cuda")
         size = m * k + n * k + 2 * m * n
         operands = [
             (
@@ -75,7 +75,7 @@ class Gpu:
 
         def clock(config: MatmulConfig, launches: int) -> float:
             if not short:
-                return _median(lambda: products(config), launches) / len(operands)
+                return median_ms(lambda: products(config), launches, device) / len(operands)
             if config not in graphs:
                 products(config)  # compiles, which cannot be captured
                 torch.cuda.synchronize()
@@ -84,22 +84,9 @@ class Gpu:
                     for _ in range(turns):
                         products(config)
                 graphs[config] = graph
-            return _median(graphs[config].replay, launches) / (turns * len(operands))
+            return median_ms(graphs[config].replay, launches, device) / (turns * len(operands))
 
         return clock
-
-
-def _median(run: Callable[[], None], times: int) -> float:
-    """Milliseconds of one run, the median of several in a row, after one that is not counted."""
-    run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    elapsed = sorted(start.elapsed_time(stop) for start, stop in itertools.pairwise(events))
-    return float(elapsed[times // 2])
 
 
 def _driver() -> str:

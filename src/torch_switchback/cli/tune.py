@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import functools
-import json
+import json as json_module
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from ..tuning import MatmulConfig, allows_tma, matmul_config, user_table_path
 from ..tuning._tables import Row, Table, read, replace, row_from_json, served, shipped_table, write
 from ..tuning.candidates import candidates
 from ..tuning.search import FINALISTS, Found, fastest
+from .common import JsonFlag, stop
 from .gpu import Gpu, NoGpu
 
 Shape = tuple[int, int, int]  # M, N, K
@@ -78,6 +79,7 @@ def tune(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often the best configurations of a shape are compared.")] = 20,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is measured already.")] = False,
+    json: JsonFlag = False,
 ) -> None:
     """Measure which tiles make INT8 products fastest on your GPU, and remember them.
 
@@ -92,17 +94,16 @@ def tune(
 
     Examples:
 
+    \b
       torch-switchback tune
-
       torch-switchback tune --quick --shape 8192,4096,1024
     """
-    console = Console()
+    console = Console(stderr=json)
     shapes = tuple(dict.fromkeys(map(parse_shape, shape))) if shape else DEFAULT_SHAPES
     try:
         gpu = open_gpu()
     except NoGpu as error:
-        Console(stderr=True).print(f"torch-switchback tune: {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        stop("tune", error)
     path = output or user_table_path(gpu.architecture)
     partial = path.with_name(path.name + ".partial")
     provenance = {**gpu.versions, "script": f"torch-switchback {__version__} tune{' --quick' if quick else ''}"}
@@ -115,6 +116,8 @@ def tune(
     if len(pending) < len(shapes):
         console.print("The others are measured, with the same versions; --fresh measures them again.")
     if not pending and not finished:
+        if json:
+            typer.echo("[]")
         return
 
     tries = {
@@ -152,6 +155,8 @@ def tune(
     partial.unlink(missing_ok=True)
     console.print(what_changed(finished.values()))
     console.print(f"Written to {path}", highlight=False, soft_wrap=True)
+    if json:
+        typer.echo(json_module.dumps([dataclasses.asdict(done) for done in finished.values()], indent=1))
 
 
 def _measure(
@@ -245,11 +250,11 @@ def _read_partial(path: Path) -> list[Finished]:
     try:
         return [
             Finished(row_from_json(done["row"]), MatmulConfig(**done["before"]), done["before_tflops"])
-            for done in json.loads(path.read_text(encoding="utf-8"))
+            for done in json_module.loads(path.read_text(encoding="utf-8"))
         ]
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return []
 
 
 def _write_partial(path: Path, finished: Iterable[Finished]) -> None:
-    replace(path, json.dumps([dataclasses.asdict(done) for done in finished], indent=1))
+    replace(path, json_module.dumps([dataclasses.asdict(done) for done in finished], indent=1))

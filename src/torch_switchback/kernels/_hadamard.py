@@ -1,77 +1,55 @@
-"""The block Hadamard rotation, bit for bit that of ops/_hadamard.py."""
+"""The block Hadamard rotation of ops/_hadamard.py, on tensor cores.
+
+Products with ±1 are exact and sums are accumulated in float32, but in the hardware's order and width: where a sum is
+not exact it may differ from the CPU's in its last bits.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load_parts(part, step, inside, PARTS: tl.constexpr):
-    """PARTS tensors as a tuple in float32: one from the pointers ``part``, each next one ``step`` elements further on.
+def hadamard_matrix(dtype: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """[SIZE, SIZE]: Sylvester's ±1 matrices of BLOCK on the diagonal, their columns in the order that unshuffle undoes.
 
-    inside: [n], of how many of its PARTS values each pointer may load; the others are zeros.
+    dtype: of what it is to rotate; float32 is rotated in parts of bfloat16.
     """
-    if tl.min(inside, axis=0) >= PARTS:  # no masks: they would be an instruction an element
-        parts = load_all(part, step, PARTS)
+    part: tl.constexpr = tl.bfloat16 if dtype == tl.float32 else dtype
+    row = tl.arange(0, SIZE)[:, None]
+    place = tl.arange(0, SIZE)[None, :]
+    col = (place // 2 % 4) * (SIZE // 4) + place // 8 * 2 + place % 2
+    common = row & col & (BLOCK - 1)
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1  # whose last bit is the parity of the bits that row and col share
+    sign = 1 - 2 * (common & 1)
+    return tl.where(row // BLOCK == col // BLOCK, sign, 0).to(tl.float32).to(part)
+
+
+@triton.jit
+def rotate_transposed(x, matrix):
+    """x [SIZE, n] rotated along its rows by the hadamard_matrix, without the factor BLOCK ** -0.5: float32 [n, SIZE].
+
+    Its columns are in the order of tensor cores' results: see unshuffle.
+    """
+    if x.dtype == tl.float32:
+        rotated = tl.zeros([x.shape[1], x.shape[0]], dtype=tl.float32)
+        for _ in tl.static_range(3):  # three times 8 bits: exactly x
+            part = x.to(tl.bfloat16)
+            rotated = tl.dot(tl.trans(part), matrix, rotated)
+            x -= part.to(tl.float32)
     else:
-        parts = load_some(part, step, inside, PARTS)
-    return parts
+        rotated = tl.dot(tl.trans(x), matrix)
+    return rotated
 
 
 @triton.jit
-def load_all(part, step, PARTS: tl.constexpr):
-    parts = ()
-    for _ in tl.static_range(PARTS):
-        parts += (tl.load(part).to(tl.float32),)
-        part += step
-    return parts
+def unshuffle(x):
+    """[n, SIZE] -> [n, SIZE], the columns of rotate_transposed in their own order.
 
-
-@triton.jit
-def load_some(part, step, inside, PARTS: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(PARTS):
-        parts += (tl.load(part, mask=inside > i, other=0.0).to(tl.float32),)
-        part += step
-    return parts
-
-
-@triton.jit
-def hadamard(parts, BLOCK: tl.constexpr):
-    """Rotate a tuple of tensors, each BLOCK of them by themselves, without the factor BLOCK ** -0.5.
-
-    What is summed lies in one thread's registers: the rotated axis is the tuple's.
+    Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbours, so that it stores
+    whole words of codes and none changes its thread.
     """
-    for i in tl.static_range(1, BLOCK.bit_length()):
-        parts = butterfly(parts, 1 << (i - 1))
-    return parts
-
-
-@triton.jit
-def butterfly(parts, SPAN: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(len(parts)):
-        if i & SPAN:
-            sums += (parts[i ^ SPAN] - parts[i],)
-        else:
-            sums += (parts[i] + parts[i ^ SPAN],)
-    return sums
-
-
-@triton.jit
-def stack(parts):
-    """The tensors of a tuple, a power of two, beside each other: [n] each -> [n, number of parts]."""
-    length: tl.constexpr = parts[0].shape[0]
-    count: tl.constexpr = len(parts)
-    for _ in tl.static_range(1, count.bit_length()):
-        parts = join_halves(parts)
-    return parts[0].reshape((length, count))
-
-
-@triton.jit
-def join_halves(parts):
-    """Half as many tensors, each of a part and the one half of the tuple further on, along a new last axis."""
-    half: tl.constexpr = len(parts) // 2
-    pairs = ()
-    for i in tl.static_range(half):
-        pairs += (tl.join(parts[i], parts[i + half]),)
-    return pairs
+    n: tl.constexpr = x.shape[0]
+    size: tl.constexpr = x.shape[1]
+    return x.reshape((n, size // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((n, size))

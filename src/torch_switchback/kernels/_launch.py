@@ -1,11 +1,15 @@
 """The one place that launches kernels, and what it must know of a device."""
 
 import functools
+import tempfile
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 # Compiled kernels by all that Triton specialises on and more: integers count with their values, so that looking one
 # up takes no analysis. A few launches a layer shape and batch size; emptied before it could grow without bound.
@@ -26,6 +30,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
 
     Raises:
         CannotCompile: Triton cannot compile or load the kernel.
+        torch.OutOfMemoryError: the driver has no memory to load it.
     """
     if 0 in grid:
         return
@@ -36,16 +41,54 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         compiled, constants = found
         compiled[grid](*args, *constants)
         return
-    try:
-        compiled = kernel[grid](*args, enable_fp_fusion=False, **options)
-    except Exception as error:  # whatever Triton, its backend or the driver raise for what they cannot run
-        if triton.knobs.runtime.interpret:
-            raise
-        raise CannotCompile(f"{kernel.__name__} with {options}: {type(error).__name__}: {error}") from error
+    compiled = _first_run(kernel, grid, args, options)
     if compiled is not None:  # the interpreter compiles nothing
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+
+
+def _first_run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Compile a kernel or find it in Triton's cache, and run it; past the cache, if that is what is broken."""
+
+    def run() -> Any:
+        return kernel[grid](*args, enable_fp_fusion=False, **options)
+
+    if triton.knobs.runtime.interpret:
+        return run()
+    try:
+        return run()
+    except (CompilationError, OutOfResources) as error:
+        raise CannotCompile(f"{kernel.__name__} with {options}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a folder that cannot be written, a file that is cut off, what a driver refuses: any
+        if "out of memory" in str(error):  # the driver's, which loads kernels beside PyTorch's memory
+            raise torch.OutOfMemoryError(str(error)) from error
+        first_error = error
+    try:
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = _own_cache().name
+            kernel.device_caches.clear()  # which may hold what could not be loaded
+            compiled = run()
+    except Exception:
+        why = f"{type(first_error).__name__}: {first_error}"
+        raise CannotCompile(f"{kernel.__name__} with {options}: {why}") from first_error
+    _warn_of_the_cache()
+    return compiled
+
+
+@functools.cache
+def _own_cache() -> tempfile.TemporaryDirectory[str]:
+    """A cache for this process alone, removed when it ends."""
+    return tempfile.TemporaryDirectory(prefix="torch_switchback_triton_")
+
+
+@functools.cache
+def _warn_of_the_cache() -> None:
+    warnings.warn(
+        f"torch_switchback compiles past Triton's cache {triton.knobs.cache.dir}, which cannot be used. Remove it, or "
+        "set TRITON_CACHE_DIR",
+        stacklevel=5,
+    )
 
 
 def _signature(arg: Any) -> Any:

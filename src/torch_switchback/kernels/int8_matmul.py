@@ -6,6 +6,7 @@ All kernels share the epilogue's arithmetic, and integer sums are exact: their o
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,7 +24,7 @@ _PLAINER = {
     "tma": _LAST_RESORT,
     "pointer": _LAST_RESORT,
 }
-_replaced: dict[MatmulConfig, MatmulConfig] = {}
+_replaced: dict[MatmulConfig, tuple[MatmulConfig, str]] = {}
 
 
 def int8_matmul_mixed_dequantize(
@@ -77,15 +78,24 @@ def dequantized_product(
         return
     tuned = matmul_config(architecture(a.device), M, N, K, tma=fits_tma)
     while True:
-        config = _replaced.get(tuned, tuned)
+        config, _ = _replaced.get(tuned, (tuned, ""))
         try:
             return _launcher(config, fits_tma, K)(*operands, absmax_per_col, config)
         except CannotCompile as error:
             plainer = _PLAINER[config.kernel]
             if config == plainer:
                 raise
-            _replaced[tuned] = plainer
+            _replaced[tuned] = plainer, str(error)
             warnings.warn(f"torch_switchback runs {plainer} instead of {tuned}: {error}", stacklevel=2)
+
+
+def chosen(architecture: str, m: int, n: int, k: int, *, fits_tma: bool) -> tuple[MatmulConfig, str]:
+    """What a product [m, k] × [k, n] runs with as far as is known, and why it is not what was tuned; "" if it is."""
+    tuned = matmul_config(architecture, m, n, k, tma=fits_tma)
+    config, reason = _replaced.get(tuned, (tuned, ""))
+    if config.kernel == "warp_specialized" and k > FOLD:
+        return replace(config, kernel="tma"), f"its sums are folded, at an inner dimension above {FOLD}"
+    return config, reason
 
 
 def _launcher(config: MatmulConfig, fits_tma: bool, inner: int) -> Callable[..., None]:

@@ -9,17 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ._hadamard import hadamard, load_parts, stack
-from ._launch import ceil_div, launch, next_power_of_2
+from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
+from ._launch import ceil_div, launch, multiprocessors
 from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
 
-# Each thread holds a column or two of a tile: more rows are more registers, fewer are shorter pieces of a row of codes.
-TILE_ROWS = 64
-TILE = 16384  # elements
-NUM_WARPS = 4
+TILE_ROWS = 64  # at least: what one instruction of tensor cores wants
+TILE = 8192  # elements
+NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
+NUM_STAGES = 3
+PROGRAMS = 16  # a multiprocessor, so that the last of them to end are few
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def rotated_absmax_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     row_absmax_ptr,  # [rows] int32 bits, zeros at first; unused unless ROWWISE
@@ -28,33 +29,35 @@ def rotated_absmax_kernel(
     cols,
     stride_row,
     stride_col,
+    tiles,  # below each other, that a program does
     ROWWISE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * TILE_ROWS
-    col = tl.program_id(1).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
-    tile = x_ptr + start * stride_row + col * stride_col
-    inside = tl.where(col < cols, (rows - start).to(tl.int32), 0)
-    parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS), BLOCK)
-    bits = magnitude_bits(parts[0])
-    for i in tl.static_range(1, TILE_ROWS):
-        bits = tl.maximum(bits, magnitude_bits(parts[i]))
+    col_tiles = tl.cdiv(cols, TILE_COLS)
+    program = tl.program_id(0)
+    col = (program % col_tiles).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
+    first = (program // col_tiles).to(tl.int64) * tiles * TILE_ROWS
+    row = tl.arange(0, TILE_ROWS)
+    tile = x_ptr + (first + row)[:, None] * stride_row + (col * stride_col)[None, :]
+    matrix = hadamard_matrix(x_ptr.dtype.element_ty, BLOCK, TILE_ROWS)
+    bits = tl.zeros([TILE_COLS], dtype=tl.int32)
+    left = tl.minimum(rows - first, tiles * TILE_ROWS).to(tl.int32)
+    for start in range(0, left, TILE_ROWS):
+        in_rows = start + row < left
+        x = tl.load(tile, mask=in_rows[:, None] & (col < cols)[None, :], other=0.0)
+        tile += TILE_ROWS * stride_row
+        bits = tl.maximum(bits, tl.max(magnitude_bits(rotate_transposed(x, matrix)), axis=1))
+        if ROWWISE:
+            row_bits = tl.max(magnitude_bits(x), axis=1)
+            tl.atomic_max(row_absmax_ptr + first + start + row, row_bits, mask=in_rows, sem="relaxed")
     # Rounding keeps the order: the largest product is that of the largest.
     bits = magnitude_bits(bits_to_float(bits) * BLOCK**-0.5)
     tl.atomic_max(col_absmax_ptr + col, bits, mask=col < cols, sem="relaxed")
 
-    if ROWWISE:
-        # The tile once more, from the cache: here a warp holds pieces of rows, above whole columns.
-        row = start + tl.arange(0, TILE_ROWS)
-        in_x = (row < rows)[:, None] & (col < cols)[None, :]
-        x = tl.load(x_ptr + row[:, None] * stride_row + (col * stride_col)[None, :], mask=in_x, other=0.0)
-        bits = tl.max(magnitude_bits(x), axis=1)
-        tl.atomic_max(row_absmax_ptr + row, bits, mask=row < rows, sem="relaxed")
 
-
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def quantize_rotated_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     row_absmax_ptr,  # [rows] fp32; unused unless ROWWISE
@@ -66,29 +69,35 @@ def quantize_rotated_kernel(
     padded_rows,
     stride_row,
     stride_col,
+    tiles,  # below each other, that a program does
     ROWWISE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * TILE_ROWS
-    row = start + tl.arange(0, TILE_ROWS)
-    col = tl.program_id(1).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
-    tile = x_ptr + start * stride_row + col * stride_col
-    inside = tl.where(col < cols, (rows - start).to(tl.int32), 0)
-    parts = hadamard(load_parts(tile, stride_row, inside, TILE_ROWS), BLOCK)
-    inverse = inverse_scale(tl.load(col_absmax_ptr + col, mask=col < cols, other=0.0))
-    codes = ()
-    for i in tl.static_range(TILE_ROWS):
-        codes += (quantize(parts[i] * BLOCK**-0.5, inverse),)
-    in_codes = (col < cols)[:, None] & (row < padded_rows)[None, :]
-    tl.store(col_codes_ptr + col[:, None] * padded_rows + row[None, :], stack(codes), mask=in_codes)
-
-    if ROWWISE:
-        in_x = (row < rows)[:, None] & (col < cols)[None, :]
-        x = tl.load(x_ptr + row[:, None] * stride_row + (col * stride_col)[None, :], mask=in_x, other=0.0)
-        inverse = inverse_scale(tl.load(row_absmax_ptr + row, mask=row < rows, other=0.0))
-        tl.store(row_codes_ptr + row[:, None] * cols + col[None, :], quantize(x, inverse[:, None]), mask=in_x)
+    # From the last to the first: what the first pass read last may still be in the cache.
+    col_tiles = tl.cdiv(cols, TILE_COLS)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    col = (program % col_tiles).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)
+    first = (program // col_tiles).to(tl.int64) * tiles * TILE_ROWS
+    row = tl.arange(0, TILE_ROWS)
+    tile = x_ptr + (first + row)[:, None] * stride_row + (col * stride_col)[None, :]
+    matrix = hadamard_matrix(x_ptr.dtype.element_ty, BLOCK, TILE_ROWS)
+    inverse = inverse_scale(tl.load(col_absmax_ptr + col, mask=col < cols, other=0.0)) * BLOCK**-0.5
+    left = tl.minimum(rows - first, tiles * TILE_ROWS).to(tl.int32)
+    for start in range(0, left, TILE_ROWS):
+        in_rows = start + row < left
+        in_x = in_rows[:, None] & (col < cols)[None, :]
+        x = tl.load(tile, mask=in_x, other=0.0)
+        tile += TILE_ROWS * stride_row
+        codes = unshuffle(quantize(rotate_transposed(x, matrix), inverse[:, None]))
+        place = first + start + row
+        in_codes = (col < cols)[:, None] & (place < padded_rows)[None, :]
+        tl.store(col_codes_ptr + col[:, None] * padded_rows + place[None, :], codes, mask=in_codes)
+        if ROWWISE:
+            row_inverse = inverse_scale(tl.load(row_absmax_ptr + place, mask=in_rows, other=0.0))
+            codes = quantize(x, row_inverse[:, None])
+            tl.store(row_codes_ptr + place[:, None] * cols + col[None, :], codes, mask=in_x)
 
 
 def quantize_rotated_columnwise_and_transpose(
@@ -118,8 +127,11 @@ def _quantize(
 ) -> None:
     rows, cols = x.shape
     tile_rows = max(TILE_ROWS, rotate_tokens)
-    tile_cols = min(next_power_of_2(cols), TILE // tile_rows)
-    grid = (ceil_div(rows, tile_rows), ceil_div(cols, tile_cols))
+    tile_cols = TILE // tile_rows
+    col_tiles = ceil_div(cols, tile_cols)
+    row_tiles = ceil_div(rows, tile_rows)
+    tiles = max(1, row_tiles * col_tiles // (PROGRAMS * multiprocessors(x.device)))
+    grid = (ceil_div(row_tiles, tiles) * col_tiles,)
     rowwise = row_absmax is not None
     row_absmax = col_absmax if row_absmax is None else row_absmax
     constants = {
@@ -127,7 +139,8 @@ def _quantize(
         "BLOCK": rotate_tokens,
         "TILE_ROWS": tile_rows,
         "TILE_COLS": tile_cols,
-        "num_warps": NUM_WARPS,
+        "num_warps": NUM_WARPS[x.element_size()],
+        "num_stages": NUM_STAGES,
     }
     col_absmax.zero_()
     launch(
@@ -140,6 +153,7 @@ def _quantize(
         cols,
         x.stride(0),
         x.stride(1),
+        tiles,
         **constants,
     )
     launch(
@@ -155,5 +169,6 @@ def _quantize(
         col_codes.shape[1],
         x.stride(0),
         x.stride(1),
+        tiles,
         **constants,
     )

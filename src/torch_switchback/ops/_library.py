@@ -1,6 +1,7 @@
 """How every operation reaches PyTorch: one schema, one allocator, a CPU meaning and a Triton launcher."""
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,9 @@ import torch
 from torch import nn
 
 LIBRARY = torch.library.Library("torch_switchback", "DEF")
+
+not_compiled: dict[str, str] = {}
+"""Why an operation's kernel cannot run in this process, by the operation's name: plain torch computes it instead."""
 
 
 class Operation(NamedTuple):
@@ -23,7 +27,7 @@ def define(
     schema: str,
     *,
     allocate: Callable[..., Any],
-    cpu: Callable[..., Any],
+    meaning: Callable[..., Any],
     kernels: str,
 ) -> Operation:
     """Register an operation.
@@ -32,26 +36,27 @@ def define(
         schema: the operation's signature in torch.library's language; its first argument is a tensor.
         allocate: from the operation's arguments to its empty outputs. It serves as the fake and hands the
             launcher its outputs, so the two cannot differ in shape, dtype or layout.
-        cpu: the operation's meaning in plain torch. The kernels must equal it bit for bit.
+        meaning: the operation in plain torch: what the CPU runs, and CUDA where the kernel does not compile. The
+            kernels must equal it bit for bit, save where an operation says what else it promises.
         kernels: the module of ``torch_switchback.kernels`` whose function of the operation's name takes the
             arguments and then the outputs. It is imported, and Triton with it, by the first CUDA call.
     """
     name = schema.partition("(")[0]
-    launcher: Callable[..., None] | None = None
+    run: Callable[..., Any] | None = None
 
     def cuda(*args: Any) -> Any:
-        nonlocal launcher
-        if launcher is None:
-            launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
+        nonlocal run
+        if run is None:
+            run = _on_cuda(name, kernels, allocate, meaning)
         device: int = args[0].get_device()
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return _fill(launcher, allocate, args)
-        return _fill(launcher, allocate, args)
+                return run(*args)
+        return run(*args)
 
     # needs_fixed_stride_order: the compiler must hand over the very strides that the program had.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, meaning, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"torch_switchback::{name}", allocate, lib=LIBRARY)
     dispatched = getattr(torch.ops.torch_switchback, name).default
@@ -73,7 +78,34 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _fill(launcher: Callable[..., None], allocate: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    outputs = allocate(*args)
-    launcher(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
-    return outputs
+def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation for CUDA tensors: its kernel, or its meaning without Triton or where the kernel does not compile.
+
+    Warns (once an operation) of the latter: the result is the same, the time is not.
+    """
+
+    def give_way(error: Exception) -> None:
+        not_compiled[name] = str(error)
+        warnings.warn(
+            f"torch_switchback runs {name} in plain PyTorch, slowly: its kernel cannot run: {error}", stacklevel=3
+        )
+
+    try:
+        launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
+        from ..kernels._launch import CannotCompile
+    except ImportError as error:
+        give_way(error)
+        return meaning
+
+    def run(*args: Any) -> Any:
+        if name in not_compiled:  # trying again would take seconds, at every call
+            return meaning(*args)
+        outputs = allocate(*args)
+        try:
+            launcher(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        except CannotCompile as error:
+            give_way(error)
+            return meaning(*args)
+        return outputs
+
+    return run

@@ -32,7 +32,7 @@ def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
 def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     """int8 codes [cols, rows], contiguous, of x [rows, cols] for absmax values (1,) or (cols,)."""
     rows, cols = x.shape
-    codes = torch.empty((cols, rows), dtype=torch.int8)
+    codes = x.new_empty((cols, rows), dtype=torch.int8)
     for block in row_blocks(x):
         codes[:, block] = quantize(x[block], absmax).t()
     return codes
@@ -42,11 +42,11 @@ def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """The largest |x| in float32, over all of x as shape (1,) or along dim; 0 over nothing; NaN stays NaN."""
     if dim is None:
         if x.numel() == 0:
-            return torch.zeros(1, dtype=torch.float32)
+            return x.new_zeros(1, dtype=torch.float32)
         low, high = torch.aminmax(x)
         return torch.maximum(low.abs(), high.abs()).float().view(1)
     if x.shape[dim] == 0:
-        return torch.zeros(x.shape[1 - dim], dtype=torch.float32)
+        return x.new_zeros(x.shape[1 - dim], dtype=torch.float32)
     return x.abs().amax(dim).float()
 
 

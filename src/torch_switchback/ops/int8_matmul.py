@@ -98,7 +98,7 @@ def _allocate(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-def _dequantize_product_cpu(
+def _dequantize_product_in_torch(
     a: torch.Tensor,
     b: torch.Tensor,
     state_x: torch.Tensor,
@@ -110,7 +110,7 @@ def _dequantize_product_cpu(
     scale_x, scale_w = (state_x * ONE_OVER_127)[:, None], state_w * ONE_OVER_127
     # float32 results take the place of the sums: a new buffer of that size costs more than the arithmetic.
     in_place = out_dtype == torch.float32 and product.dtype == torch.int32
-    out = product.view(torch.float32) if in_place else torch.empty(product.shape, dtype=out_dtype)
+    out = product.view(torch.float32) if in_place else a.new_empty(product.shape, dtype=out_dtype)
     for block in row_blocks(product):
         scaled = product[block].to(torch.float32).mul_(scale_x[block] * scale_w)
         out[block] = scaled if bias is None else scaled.add_(bias.float())
@@ -118,24 +118,32 @@ def _dequantize_product_cpu(
 
 
 def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of int8 matrices on the CPU, exact: int32, or int64 where int32 could overflow."""
+    """a @ b of int8 matrices, exact: int32, or int64 where int32 could overflow."""
     inner = a.shape[1]
     if inner > MAX_INT32_INNER:
         halves = (slice(0, inner // 2), slice(inner // 2, inner))
         return sum(
-            (_exact_product(a[:, half], b[half]).long() for half in halves), start=torch.zeros((), dtype=torch.long)
+            (_exact_product(a[:, half], b[half]).long() for half in halves), start=a.new_zeros((), dtype=torch.long)
         )
     # torch._int_mm (2.13) leaves the output unwritten at inner dimension 1 and misreads an expanded operand.
-    if inner > 1 and _int_mm_is_exact():
+    if inner > 1 and not a.is_cuda and _int_mm_is_exact():
         is_transposed = b.stride(0) == 1 and b.stride(1) >= inner
         return torch._int_mm(a.contiguous(), b if is_transposed else b.contiguous())
     return _exact_product_in_float(a, b)
 
 
+def cpu_path(inner: int) -> tuple[str, str]:
+    """How a product over an inner dimension runs on this CPU, and why not faster; "" if that is fast."""
+    if inner > 1 and _int_mm_is_exact():
+        return "torch._int_mm", ""
+    reason = "is not exact on this CPU" if inner > 1 else "is wrong at inner dimension 1"
+    return "float32 products", f"torch._int_mm {reason}"
+
+
 def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b through float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
-    total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
-    with torch.autocast("cpu", enabled=False):  # it would round the sums to 16 bit
+    total = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+    with torch.autocast(a.device.type, enabled=False):  # it would round the sums to 16 bit
         for start in range(0, a.shape[1], 1024):
             chunk = slice(start, start + 1024)
             total += (a[:, chunk].float() @ b[chunk].float()).to(torch.int32)
@@ -157,7 +165,7 @@ int8_matmul_mixed_dequantize_op = define(
     "int8_matmul_mixed_dequantize("
     "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
     allocate=_allocate,
-    cpu=_dequantize_product_cpu,
+    meaning=_dequantize_product_in_torch,
     kernels="int8_matmul",
 )
 
@@ -165,6 +173,6 @@ int8_matmul_rowwise_dequantize_op = define(
     "int8_matmul_rowwise_dequantize("
     "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
     allocate=_allocate,
-    cpu=_dequantize_product_cpu,
+    meaning=_dequantize_product_in_torch,
     kernels="int8_matmul",
 )

@@ -34,8 +34,8 @@ def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return quantize_by_absmax_op.dispatched(x, absmax)
 
 
-def _quantize_by_absmax_cpu(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    codes = torch.empty(x.shape, dtype=torch.int8)
+def _quantize_by_absmax_in_torch(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    codes = x.new_empty(x.shape, dtype=torch.int8)
     absmax = absmax.expand(x.shape[0])[:, None]
     for block in row_blocks(x):
         codes[block] = quantize(x[block], absmax[block])
@@ -45,6 +45,6 @@ def _quantize_by_absmax_cpu(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tens
 quantize_by_absmax_op = define(
     "quantize_by_absmax(Tensor x, Tensor absmax) -> Tensor",
     allocate=lambda x, absmax: x.new_empty(x.shape, dtype=torch.int8),
-    cpu=_quantize_by_absmax_cpu,
+    meaning=_quantize_by_absmax_in_torch,
     kernels="quantize_by_absmax",
 )

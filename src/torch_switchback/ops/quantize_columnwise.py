@@ -25,8 +25,9 @@ def quantize_columnwise_and_transpose(
 
     Returns:
         int8 codes [cols, rows], contiguous, and the float32 absmax [cols]; both equal ``quantize_rowwise(x.t())``.
-        Rotated: codes [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x. A NaN or an Inf
-        in a column makes its absmax NaN or Inf and its codes 0.
+        Rotated: codes [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x. On a GPU its
+        sums are in the hardware's order: the same from run to run, a few codes one from the CPU's. A NaN or an Inf in
+        a column makes its absmax NaN or Inf and its codes 0.
 
     Raises:
         TypeError: x has another dtype.
@@ -46,8 +47,8 @@ def _allocate(x: torch.Tensor, rotate_tokens: int = 1) -> tuple[torch.Tensor, to
     return x.new_empty((cols, padded_rows), dtype=torch.int8), x.new_empty((cols,), dtype=torch.float32)
 
 
-def _quantize_columnwise_and_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = torch.zeros(x.shape[1], dtype=torch.float32)
+def _quantize_columnwise_and_transpose_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = x.new_zeros(x.shape[1], dtype=torch.float32)
     for block in row_blocks(x):
         absmax = torch.maximum(absmax, absmax_of(x[block], dim=0))
     return quantize_transposed(x, absmax), absmax
@@ -56,27 +57,27 @@ def _quantize_columnwise_and_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tenso
 quantize_columnwise_and_transpose_op = define(
     "quantize_columnwise_and_transpose(Tensor x) -> (Tensor, Tensor)",
     allocate=_allocate,
-    cpu=_quantize_columnwise_and_transpose_cpu,
+    meaning=_quantize_columnwise_and_transpose_in_torch,
     kernels="quantize_columnwise",
 )
 
 
-def _quantize_rotated_columnwise_and_transpose_cpu(
+def _quantize_rotated_columnwise_and_transpose_in_torch(
     x: torch.Tensor, rotate_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
-    rotated = torch.zeros((rows + -rows % rotate_tokens, cols), dtype=torch.float32)
+    rotated = x.new_zeros((rows + -rows % rotate_tokens, cols), dtype=torch.float32)
     rotated[:rows] = x
     at_once = max(1, 2**18 // max(1, cols * rotate_tokens)) * rotate_tokens  # as row_blocks, in whole blocks
     for part in rotated.split(at_once):
         part.copy_(rotate(part, rotate_tokens))
-    return _quantize_columnwise_and_transpose_cpu(rotated)
+    return _quantize_columnwise_and_transpose_in_torch(rotated)
 
 
 quantize_rotated_columnwise_and_transpose_op = define(
     "quantize_rotated_columnwise_and_transpose(Tensor x, int rotate_tokens) -> (Tensor, Tensor)",
     allocate=_allocate,
-    cpu=_quantize_rotated_columnwise_and_transpose_cpu,
+    meaning=_quantize_rotated_columnwise_and_transpose_in_torch,
     kernels="quantize_rotated",
 )
 
@@ -111,16 +112,16 @@ def _allocate_both(
     return codes, absmax, *_allocate(x, rotate_tokens)
 
 
-def _quantize_rowwise_and_rotated_columnwise_cpu(
+def _quantize_rowwise_and_rotated_columnwise_in_torch(
     x: torch.Tensor, rotate_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rowwise = quantize_rowwise_op.dispatched(x)
-    return *rowwise, *_quantize_rotated_columnwise_and_transpose_cpu(x, rotate_tokens)
+    return *rowwise, *_quantize_rotated_columnwise_and_transpose_in_torch(x, rotate_tokens)
 
 
 quantize_rowwise_and_rotated_columnwise_op = define(
     "quantize_rowwise_and_rotated_columnwise(Tensor x, int rotate_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
     allocate=_allocate_both,
-    cpu=_quantize_rowwise_and_rotated_columnwise_cpu,
+    meaning=_quantize_rowwise_and_rotated_columnwise_in_torch,
     kernels="quantize_rotated",
 )

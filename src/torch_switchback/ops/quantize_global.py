@@ -32,10 +32,10 @@ def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((1,), dtype=torch.float32)
 
 
-def _quantize_global_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_global_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = absmax_of(x)
     rows = x.flatten(0, -2) if x.dim() > 1 else x.flatten()
-    codes = torch.empty(rows.shape, dtype=torch.int8)
+    codes = x.new_empty(rows.shape, dtype=torch.int8)
     for block in row_blocks(rows):
         codes[block] = quantize(rows[block], absmax)
     return codes.view(x.shape), absmax
@@ -44,7 +44,7 @@ def _quantize_global_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 quantize_global_op = define(
     "quantize_global(Tensor x) -> (Tensor, Tensor)",
     allocate=_allocate,
-    cpu=_quantize_global_cpu,
+    meaning=_quantize_global_in_torch,
     kernels="quantize_global",
 )
 
@@ -72,7 +72,7 @@ def _allocate_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return input.new_empty((cols, rows), dtype=torch.int8), input.new_empty((1,), dtype=torch.float32)
 
 
-def _quantize_global_transpose_cpu(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_global_transpose_in_torch(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = absmax_of(input)
     return quantize_transposed(input, absmax), absmax
 
@@ -80,7 +80,7 @@ def _quantize_global_transpose_cpu(input: torch.Tensor) -> tuple[torch.Tensor, t
 quantize_global_transpose_op = define(
     "quantize_global_transpose(Tensor input) -> (Tensor, Tensor)",
     allocate=_allocate_transpose,
-    cpu=_quantize_global_transpose_cpu,
+    meaning=_quantize_global_transpose_in_torch,
     kernels="quantize_global",
 )
 
@@ -112,7 +112,7 @@ def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch
 quantize_transpose_by_absmax_op = define(
     "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
     allocate=lambda x, absmax: _allocate_transpose(x)[0],
-    cpu=quantize_transposed,
+    meaning=quantize_transposed,
     kernels="quantize_global",
 )
 
@@ -140,14 +140,14 @@ def _allocate_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return codes, x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), absmax
 
 
-def _quantize_global_with_transpose_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, absmax = _quantize_global_cpu(x)
+def _quantize_global_with_transpose_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, absmax = _quantize_global_in_torch(x)
     return codes, codes.t().clone(memory_format=torch.contiguous_format), absmax
 
 
 quantize_global_with_transpose_op = define(
     "quantize_global_with_transpose(Tensor x) -> (Tensor, Tensor, Tensor)",
     allocate=_allocate_with_transpose,
-    cpu=_quantize_global_with_transpose_cpu,
+    meaning=_quantize_global_with_transpose_in_torch,
     kernels="quantize_global",
 )

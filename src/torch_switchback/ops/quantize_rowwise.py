@@ -32,7 +32,7 @@ def _allocate_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty((rows, cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
 
 
-def _quantize_rowwise_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rowwise_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes, absmax = _allocate_quantize(x)
     for block in row_blocks(x):
         absmax[block] = absmax_of(x[block], dim=1)
@@ -43,7 +43,7 @@ def _quantize_rowwise_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 quantize_rowwise_op = define(
     "quantize_rowwise(Tensor x) -> (Tensor, Tensor)",
     allocate=_allocate_quantize,
-    cpu=_quantize_rowwise_cpu,
+    meaning=_quantize_rowwise_in_torch,
     kernels="quantize_rowwise",
 )
 
@@ -76,7 +76,7 @@ def _allocate_dequantize(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-def _dequantize_rowwise_cpu(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_rowwise_in_torch(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     # contiguous(): a factor 0 * Inf or 0 * NaN is NaN, as it must be.
     return (x.contiguous().float() * (absmax * ONE_OVER_127)[:, None]).to(out_dtype)
 
@@ -84,6 +84,6 @@ def _dequantize_rowwise_cpu(x: torch.Tensor, absmax: torch.Tensor, out_dtype: to
 dequantize_rowwise_op = define(
     "dequantize_rowwise(Tensor x, Tensor absmax, ScalarType out_dtype) -> Tensor",
     allocate=_allocate_dequantize,
-    cpu=_dequantize_rowwise_cpu,
+    meaning=_dequantize_rowwise_in_torch,
     kernels="quantize_rowwise",
 )

@@ -1,8 +1,10 @@
 """The search for a product's fastest configuration; whoever calls it brings the clock."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from ._tables import MatmulConfig
 
@@ -10,6 +12,7 @@ FINALISTS = 6
 LAUNCHES = 5  # a measurement
 WORTH_CHANGING = 1.02  # a winner less ahead than this is noise: keep what is there
 
+Contestant = TypeVar("Contestant", bound=Hashable)
 Clock = Callable[[MatmulConfig, int], float]  # (config, launches) → milliseconds of one launch; raises if it cannot run
 
 
@@ -59,14 +62,21 @@ def fastest(
     finalists = sorted(first, key=first.__getitem__)[:FINALISTS]
     if current in first and current not in finalists:
         finalists[-1] = current
-    times: dict[MatmulConfig, list[float]] = {config: [] for config in finalists}
-    for _ in range(rounds):
-        for config in finalists:
-            times[config].append(clock(config, LAUNCHES))
-            advance()
-    medians = {config: statistics.median(measured) for config, measured in times.items()}
+    medians = in_turns({config: partial(clock, config, LAUNCHES) for config in finalists}, rounds, advance)
     winner = min(medians, key=medians.__getitem__)
     before = medians.get(current)
     if before is not None and before < WORTH_CHANGING * medians[winner]:
         winner = current
     return Found(winner, medians[winner], before, skipped, reason)
+
+
+def in_turns(
+    clocks: Mapping[Contestant, Callable[[], float]], rounds: int, advance: Callable[[], object] = lambda: None
+) -> dict[Contestant, float]:
+    """The median of some measurements of each contestant, taken A B C A B C …, so that clock drift hits all alike."""
+    times: dict[Contestant, list[float]] = {contestant: [] for contestant in clocks}
+    for _ in range(rounds):
+        for contestant, clock in clocks.items():
+            times[contestant].append(clock())
+            advance()
+    return {contestant: statistics.median(measured) for contestant, measured in times.items()}

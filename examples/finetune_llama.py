@@ -1,0 +1,111 @@
+"""Fine-tune a Llama with Hugging Face's Trainer, its linear layers in SwitchBack; or LoRA over an int8 base.
+
+    python examples/finetune_llama.py           # a random Llama, small or for a GPU, on bytes of text
+    python examples/finetune_llama.py --lora    # the base in int8 alone, no 16-bit copy
+    python examples/finetune_llama.py --model path/to/llama --out runs/llama
+
+Needs pip install 'transformers>=5,<6' accelerate, and peft for --lora.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from corpus import Corpus, load_corpus
+from torch_switchback.integrations.transformers import SwitchBackCallback
+
+CPU = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPU = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of a corpus, a byte a token."""
+
+    def __init__(self, corpus: Corpus, context: int) -> None:
+        self.bytes, self.context = corpus.train, context
+
+    def __len__(self) -> int:
+        return len(self.bytes) // self.context
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = self.bytes[index * self.context :][: self.context].long()
+        return {"input_ids": window, "labels": window}
+
+
+@app.command(help="Fine-tune a Llama with Hugging Face's Trainer and SwitchBack.")
+def main(
+    model: Annotated[str | None, typer.Option(help="of from_pretrained; by default a small random one")] = None,
+    lora: Annotated[bool, typer.Option(help="train adapters; keep the base as int8")] = False,
+    steps: Annotated[int, typer.Option(min=1)] = 60,
+    monitor_every: Annotated[int, typer.Option(min=0, help="steps from one sample of the noise to the next")] = 20,
+    seed: Annotated[int, typer.Option(help="of the weights and the data order")] = 0,
+    out: Annotated[Path, typer.Option(file_okay=False, help="the trained model")] = Path("runs/llama"),
+) -> None:
+    is_cuda = torch.cuda.is_available()
+    torch.manual_seed(seed)
+    context = 1024 if is_cuda else 64
+    if model is None:
+        config = LlamaConfig(vocab_size=256, max_position_embeddings=context, **(GPU if is_cuda else CPU))
+        llama = LlamaForCausalLM(config)
+    else:
+        llama = AutoModelForCausalLM.from_pretrained(model)
+    callback = SwitchBackCallback(
+        monitor_every=0 if lora else monitor_every,
+        monitor_layers="*.mlp.down_proj",
+        module_filter_fn=lambda module, fqn: "layers." in fqn and "lora_" not in fqn,
+    )
+    arguments = TrainingArguments(
+        str(out),
+        max_steps=steps,
+        learning_rate=1e-2 if lora else (3e-4 if is_cuda else 3e-3),
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        per_device_train_batch_size=16 if is_cuda else 8,
+        bf16=is_cuda,
+        use_cpu=not is_cuda,
+        logging_steps=max(1, steps // 10),
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+    trainer = Trainer(
+        with_adapters(llama) if lora else llama,
+        arguments,
+        train_dataset=Windows(load_corpus(), context),
+        callbacks=[callback],
+    )
+    if lora:
+        from torch_switchback.integrations.peft import freeze_base
+
+        freeze_base(trainer.model)
+    trainer.train()
+    trainer.save_model(str(out))
+    report(trainer, out)
+
+
+def with_adapters(model: torch.nn.Module) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+def report(trainer: Trainer, out: Path) -> None:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token; saved in {out}")
+    for entry in history:
+        noise = [value for tag, value in entry.items() if tag.endswith("/output_snr")]
+        if noise:
+            print(
+                f"step {entry['switchback_step']}: outputs of the down projections {min(noise):.1f} dB above the noise"
+            )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,89 @@
+"""With how many tokens, and in which dtype, a model calls its linear layers."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .ops._validation import FLOAT_DTYPES
+
+
+class Call(NamedTuple):
+    """One call of a layer."""
+
+    tokens: int
+    dtype: torch.dtype  # that it computes in: the input's, or autocast's
+
+
+def layer_calls(
+    model: nn.Module, sample_input: Any = None, tokens: int | None = None
+) -> dict[str, tuple[nn.Linear, list[Call]]]:
+    """Every nn.Linear of a model, converted or not, by its first fully qualified name, with its calls.
+
+    Args:
+        model: run once in evaluation mode, without gradients.
+        sample_input: what to call it with: a tensor, a tuple of arguments or a mapping of keywords.
+        tokens: instead of a sample: every layer is taken to be called once with so many, in its weight's dtype.
+
+    Raises:
+        ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
+    """
+    if (sample_input is None) == (tokens is None):
+        raise ValueError("give either sample_input or tokens")
+    found: dict[str, tuple[nn.Linear, list[Call]]] = {
+        fqn.replace("_orig_mod.", ""): (module, [])
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if tokens is not None:
+        if tokens < 1:
+            raise ValueError(f"tokens must be positive, got {tokens}")
+        for module, calls in found.values():
+            weight = next(iter(module.parameters()), torch.empty(0))
+            calls.append(Call(tokens, weight.dtype))
+        return found
+
+    def record(calls: list[Call]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))
+            autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_DTYPES
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            calls.append(Call(x.shape[:-1].numel(), dtype))
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for module, calls in found.values():
+            hooks.callback(module.register_forward_pre_hook(record(calls), with_kwargs=True).remove)
+        with every_layer_called(model), torch.no_grad():
+            run(model, sample_input)
+    return found
+
+
+def run(model: nn.Module, sample_input: Any) -> Any:
+    """Call a model with a sample: a tensor, a tuple of arguments or a mapping of keywords."""
+    if isinstance(sample_input, Mapping):
+        return model(**sample_input)
+    return model(*sample_input) if isinstance(sample_input, tuple) else model(sample_input)
+
+
+@contextlib.contextmanager
+def every_layer_called(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, so that running it changes nothing, and without ways round its layers.
+
+    Those are compiled code, in which hooks do not run, and the fast path of nn.TransformerEncoderLayer, which reads its
+    layers' weights itself.
+    """
+    modes = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes.items():
+            module.training = training

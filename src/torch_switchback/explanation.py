@@ -1,0 +1,237 @@
+"""What runs in each layer of a model, and where it is not what was meant to."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _grad_weight
+from ._layer_calls import Call, layer_calls
+from ._text import table
+from .autograd import switchback_linear
+from .nn import SwitchBackLinear
+from .tuning import MatmulConfig
+
+Shape = tuple[int, int, int]
+HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "falls back")
+
+
+class FallbackError(RuntimeError):
+    """A layer does not run as it was meant to."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of a layer's three matrix products, [m, k] × [k, n]."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    kernel: str
+    """A kernel of this library, or the function of PyTorch's that runs instead."""
+    tile: MatmulConfig | None
+    """How the kernel cuts the product up; None where PyTorch decides."""
+    fallback: str
+    """Why a slower way was taken; empty if none was."""
+
+    def __str__(self) -> str:
+        if self.tile is None:
+            return self.kernel
+        return f"{self.kernel} {self.tile.block_m}×{self.tile.block_n}×{self.tile.block_k}"
+
+
+@dataclass(frozen=True)
+class ExplainedLayer:
+    """A linear layer and its largest call."""
+
+    fqn: str
+    strategy: str
+    in_features: int
+    out_features: int
+    calls: int
+    tokens: int | None
+    """Of the largest call; None if the layer was not called."""
+    dtype: str
+    """That it computes in, as "bfloat16"."""
+    products: tuple[Product, ...]
+    """Of a SwitchBackLinear that was called."""
+    fallback: str
+    """Why the layer, or some of its products, takes a slower way; empty if none does."""
+
+    def cells(self) -> tuple[str, ...]:
+        """What stands under HEADERS."""
+        products = {product.name: str(product) for product in self.products}
+        return (
+            self.fqn or "(the model)",
+            self.strategy,
+            "–" if self.tokens is None else str(self.tokens),
+            str(self.in_features),
+            str(self.out_features),
+            self.dtype,
+            *(products.get(name, "") for name in ("output", "grad_input", "grad_weight")),
+            self.fallback,
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row for every linear layer, nn.Linear too. Printed, it is a table."""
+
+    device: str
+    layers: tuple[ExplainedLayer, ...]
+
+    @property
+    def fallbacks(self) -> tuple[ExplainedLayer, ...]:
+        return tuple(layer for layer in self.layers if layer.fallback)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        return f"{self.device}\n" + table(HEADERS, [layer.cells() for layer in self.layers])
+
+
+def explain(
+    model: nn.Module,
+    sample_input: Any = None,
+    *,
+    tokens: int | None = None,
+    strict: bool = False,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Say how each layer of a converted model computes: strategy, kernels and tiles, and what falls back and why.
+
+    On a GPU the forward and backward of each distinct layer run once, so that a kernel that does not compile here is
+    found. A fall-back is a plainer kernel than the tuned one, operands that TMA cannot take where the GPU has it, a
+    weight gradient that stays at high precision where int8 was asked for, a CPU without exact ``torch._int_mm``, and a
+    SwitchBackLinear that the model does not call (it may use the weight directly, or not for this input).
+
+    Args:
+        model: converted, in part or not at all; run once on the sample, in evaluation mode and without gradients.
+        sample_input: a tensor, a tuple of arguments or a mapping of keywords for the model. Under autocast, call this
+            function under autocast too.
+        tokens: instead of a sample, how many tokens each layer is to be taken to see; the model is not run then, and
+            may be on the meta device.
+        strict: whether a fall-back is an error.
+        device: where the layers of a model on the meta device would run: by default the GPU if there is one.
+
+    Raises:
+        FallbackError: strict, and there is a fall-back; it names all of them.
+        ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
+    """
+    calls = layer_calls(model, sample_input, tokens)
+    where = device_of(model, device)
+    tried: set[Any] = set()
+    rows = []
+    for fqn, (layer, seen) in calls.items():
+        call = max(seen, key=lambda call: call.tokens, default=None)
+        if call is not None and isinstance(layer, SwitchBackLinear) and where.type == "cuda":
+            key = (call, layer.config, layer.in_features, layer.out_features, layer.is_prepared)
+            if key not in tried:
+                _try(layer, call, where)
+                tried.add(key)
+        rows.append(_explained(fqn, layer, call, len(seen), where))
+    explanation = Explanation(describe(where), tuple(rows))
+    if strict and explanation.fallbacks:
+        lines = [f"{layer.fqn or 'the model'}: {layer.fallback}" for layer in explanation.fallbacks]
+        raise FallbackError("explain: " + "; ".join(lines))
+    return explanation
+
+
+def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where a model lies; of one on the meta device where it would run: device, or the GPU if there is one."""
+    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if own.type != "meta":
+        return own
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _explained(fqn: str, layer: nn.Linear, call: Call | None, calls: int, device: torch.device) -> ExplainedLayer:
+    converted = isinstance(layer, SwitchBackLinear)
+    strategy = layer.config.strategy if isinstance(layer, SwitchBackLinear) else type(layer).__name__
+    products: tuple[Product, ...] = ()
+    fallback = ""
+    if isinstance(layer, SwitchBackLinear) and call is not None:
+        products = tuple(_products(layer, call, device))
+        fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
+    elif converted:
+        fallback = "not called: the model uses its weight directly, or not for this input"
+    return ExplainedLayer(
+        fqn,
+        strategy,
+        layer.in_features,
+        layer.out_features,
+        calls,
+        None if call is None else call.tokens,
+        "" if call is None else str(call.dtype).removeprefix("torch."),
+        products,
+        fallback,
+    )
+
+
+def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list[Product]:
+    tokens, inputs, outputs = call.tokens, layer.in_features, layer.out_features
+    products = [
+        _int8_product("output", (tokens, outputs, inputs), call.dtype, device),
+        _int8_product("grad_input", (tokens, inputs, outputs), call.dtype, device),
+    ]
+    if layer.is_prepared or not layer.weight.requires_grad:
+        return products
+    config = layer.config
+    wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
+    if config.grad_weight == "int8_always" or (config.grad_weight == "int8" and wins):
+        block = config.rotate_tokens or 1
+        padded = -(-tokens // block) * block
+        return [*products, _int8_product("grad_weight", (outputs, inputs, padded), layer.weight.dtype, device)]
+    fallback = ""
+    if config.grad_weight == "int8":
+        fallback = (
+            f"at high precision: int8 wins from {_grad_weight.LEAST_TOKENS} tokens and in * out / (in + out) = "
+            f"{_grad_weight.LEAST_FEATURES} on"
+        )
+    name = f"torch.mm {str(call.dtype).removeprefix('torch.')}"
+    return [*products, Product("grad_weight", outputs, inputs, tokens, name, None, fallback)]
+
+
+def _int8_product(name: str, shape: Shape, out_dtype: torch.dtype, device: torch.device) -> Product:
+    m, n, k = shape
+    if device.type != "cuda":
+        from .ops.int8_matmul import cpu_path
+
+        kernel, reason = cpu_path(k)
+        return Product(name, m, n, k, kernel, None, reason)
+    from .kernels._launch import architecture
+    from .kernels.int8_matmul import chosen
+    from .tuning._tables import served, shipped_table
+
+    fits_tma = k % 16 == 0 and n * out_dtype.itemsize % 16 == 0
+    name_of_gpu = architecture(device)
+    config, reason = chosen(name_of_gpu, m, n, k, fits_tma=fits_tma)
+    if not reason and not fits_tma and served(shipped_table(name_of_gpu)[1], name_of_gpu).tma:
+        reason = f"TMA wants rows in units of 16 bytes, not of {k} and {n * out_dtype.itemsize}"
+    return Product(name, m, n, k, config.kernel, config, reason)
+
+
+def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
+    """Run a layer forward and backward, on random inputs of the call's shape."""
+    x = torch.randn(call.tokens, layer.in_features, device=device, dtype=call.dtype, requires_grad=True)
+    absmax = None
+    if layer.is_prepared:
+        weight, absmax = layer.weight_int8, layer.weight_absmax
+    elif layer.weight.is_meta:
+        weight = torch.randn(layer.out_features, layer.in_features, device=device, dtype=layer.weight.dtype)
+    else:
+        weight = layer.weight.detach()
+    if absmax is None:
+        weight = weight.requires_grad_(layer.weight.requires_grad)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        y = switchback_linear(x, weight, None, layer.config, weight_absmax=absmax)
+        torch.autograd.grad(y, [tensor for tensor in (x, weight) if tensor.requires_grad], torch.ones_like(y))

@@ -1,0 +1,38 @@
+"""Which layers convert_to_switchback leaves alone unless it is told to convert them, and why."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import nn
+
+# The narrower side of the narrowest layers that have been seen to gain: trained on an H200 and compiled, a GPT whose
+# layers have 1024 features and more runs at 1.07 × nn.Linear, one of 768 at 0.92 × (docs/performance.md). Quantising
+# costs in proportion to in + out, the products gain in proportion to in * out.
+LEAST_FEATURES = 1024
+
+
+def default_filter(model: nn.Module, least_features: int = LEAST_FEATURES) -> Callable[[nn.Linear, str], str]:
+    """Why a linear layer of a model should stay, by the layer and its fully qualified name; "" if it should not.
+
+    Left are the LM head, whose logits need more than eight bits; LoRA's two matrices; and layers with too few features
+    for int8 to win. A layer is taken for the LM head if it is called ``lm_head``, if its weight is an embedding's too,
+    or if it is the only layer whose weight has the shape of an embedding's.
+    """
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    shapes: Counter[tuple[int, ...]] = Counter((linear.out_features, linear.in_features) for linear in linears)
+    heads = [tuple(weight.shape) for weight in embeddings if shapes[tuple(weight.shape)] == 1]
+
+    def why_left(layer: nn.Linear, fqn: str) -> str:
+        names = fqn.lower().split(".")
+        if "lora_a" in names or "lora_b" in names:
+            return "LoRA's matrices are too thin for int8 to win"
+        tied = any(layer.weight is weight for weight in embeddings)
+        if names[-1] == "lm_head" or tied or (layer.out_features, layer.in_features) in heads:
+            return "the LM head: its logits need more than eight bits"
+        narrower = min(layer.in_features, layer.out_features)
+        if narrower < least_features:
+            return f"too few features: {narrower}, and below {least_features} int8 does not win"
+        return ""
+
+    return why_left

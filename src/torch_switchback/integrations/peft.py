@@ -1,0 +1,61 @@
+"""PEFT: LoRA beside base weights that are kept in int8 alone.
+
+convert_to_switchback(model)
+model = freeze_base(get_peft_model(model, LoraConfig(…)))
+"""
+
+from collections import Counter
+from typing import TypeVar
+
+from torch import nn
+
+from .. import SwitchBackLinear
+from ._peer import peer
+
+with peer("peft", "peft>=0.18,<1"):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def freeze_base(model: Model) -> Model:
+    """Quantise the frozen weights of a PEFT model's SwitchBack layers once and for all, and free them.
+
+    A frozen layer then keeps 1 byte an element and no 16-bit copy; output and input gradient are computed from those
+    codes. With one absmax a weight they are, bit for bit, what they were before. The backward transposes the codes each
+    time; with ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once and keeps both, 2 bytes an element.
+    With one absmax a row (``"rowwise"``) that saves more: there the codes are quantised again, by column.
+
+    Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
+
+    Args:
+        model: ``get_peft_model`` of a converted model.
+
+    Returns:
+        The same model. Its adapters save and load as ever; merge them after :func:`unfreeze_base`.
+
+    Raises:
+        ValueError: the model has no adapters, or one (DoRA, for example) computes with the base's weight.
+    """
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not adapted:
+        raise ValueError("freeze_base: model has no adapter layers; call get_peft_model first")
+    for module in adapted:
+        if any(getattr(module, "lora_variant", {}).values()):
+            raise ValueError(f"freeze_base: {type(module).__name__} computes with its base layer's weight: {module}")
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    for module in _switchback_layers(model):
+        if not module.is_prepared and not module.weight.requires_grad and owners[id(module.weight)] == 1:
+            module.prepare_for_eval()
+    return model
+
+
+def unfreeze_base(model: Model) -> Model:
+    """Undo :func:`freeze_base`: weights in the dtype they had, dequantised. What was rounded away stays away."""
+    for module in _switchback_layers(model):
+        module.prepare_for_training()
+    return model
+
+
+def _switchback_layers(model: nn.Module) -> list[SwitchBackLinear]:
+    return [module for module in model.modules() if isinstance(module, SwitchBackLinear)]

@@ -1,0 +1,283 @@
+"""Whether SwitchBack is worth it for a model on this machine, by measurement, and the configuration that follows."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from ._layer_calls import every_layer_called, layer_calls, run
+from ._layer_steps import LEAST_ROUNDS, measure_layers
+from ._measuring import median_ms, saved_bytes
+from ._text import table
+from .convert import convert_to_switchback, revert_switchback
+from .explanation import describe, device_of
+from .filters import default_filter
+from .nn import SwitchBackLinear
+from .recipes import config_of
+from .tuning.search import WORTH_CHANGING, in_turns
+
+LINEAR = "nn.Linear"
+Measured = TypeVar("Measured")
+# The paper's default and the variant that saves memory: the recipes between which only speed and memory decide.
+CANDIDATES = ("switchback", "switchback_memory_efficient")
+
+
+class LayerShape(NamedTuple):
+    """All of a layer's call that decides how long it takes."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: torch.dtype
+    """That it computes in."""
+    weight_dtype: torch.dtype
+    trains: bool
+    """Whether its weight wants a gradient."""
+
+    def new_linear(self, device: torch.device) -> nn.Linear:
+        layer = nn.Linear(self.in_features, self.out_features, self.bias, device=device, dtype=self.weight_dtype)
+        return layer.requires_grad_(self.trains)
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """A shape of layer, with what its training step takes: the forward, and the backward with the gradients wanted."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: str
+    trains: bool
+    """Whether its weight wants a gradient; a frozen one's backward has one product, not two."""
+    fqns: tuple[str, ...]
+    """The layers that have it, once for each of their calls."""
+    milliseconds: dict[str, float]
+    """By recipe, and of nn.Linear."""
+    saved_bytes: dict[str, int]
+    """What one layer keeps for its backward."""
+    recipe: str | None
+    """The fastest, if it is 2 % faster than nn.Linear."""
+
+    @property
+    def speed_up(self) -> float:
+        """Of the best recipe over nn.Linear, recommended or not."""
+        return self.milliseconds[LINEAR] / min(ms for name, ms in self.milliseconds.items() if name != LINEAR)
+
+    @property
+    def chosen(self) -> str:
+        return self.recipe or LINEAR
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model's forward and backward as it is and converted as recommended."""
+
+    milliseconds: float
+    milliseconds_converted: float
+    saved_bytes: int
+    """What it keeps for its backward, all layers together."""
+    saved_bytes_converted: int
+
+    @property
+    def speed_up(self) -> float:
+        return self.milliseconds / self.milliseconds_converted
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was measured, and the configuration that follows. Printed, it is a table."""
+
+    device: str
+    layers: tuple[MeasuredLayer, ...]
+    left: dict[str, str]
+    """Layers that were not measured, and why."""
+    model: MeasuredModel | None
+    """None if there was no sample to run it on."""
+
+    @property
+    def config(self) -> dict[str, str | None]:
+        """Recipes by the layers' names: what ``convert_to_switchback`` takes as config, and JSON keeps."""
+        config: dict[str, str | None] = dict.fromkeys(self.left)
+        for layer in self.layers:
+            for fqn in layer.fqns:  # None if that is best for one of its shapes
+                config[fqn] = layer.recipe if config.get(fqn, "") is not None else None
+        return config
+
+    @property
+    def linear_speed_up(self) -> float:
+        """Of all linear layers that were measured, together."""
+        before = sum(len(layer.fqns) * layer.milliseconds[LINEAR] for layer in self.layers)
+        return before / sum(len(layer.fqns) * layer.milliseconds[layer.chosen] for layer in self.layers)
+
+    @property
+    def linear_saved_bytes(self) -> tuple[int, int]:
+        """What they keep for their backward as nn.Linear and as recommended; an input of several counts for each."""
+        before = sum(len(layer.fqns) * layer.saved_bytes[LINEAR] for layer in self.layers)
+        return before, sum(len(layer.fqns) * layer.saved_bytes[layer.chosen] for layer in self.layers)
+
+    def to_json(self) -> str:
+        """The fields and properties."""
+        content = dataclasses.asdict(self) | {
+            "config": self.config,
+            "linear_speed_up": self.linear_speed_up,
+            "linear_saved_bytes": self.linear_saved_bytes,
+        }
+        return json.dumps(content)
+
+    def __str__(self) -> str:
+        recipes = [name for name in self.layers[0].milliseconds if name != LINEAR]
+        headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
+        rows = [
+            (
+                *map(str, (layer.tokens, layer.in_features, layer.out_features)),
+                layer.dtype,
+                str(len(layer.fqns)),
+                f"{layer.milliseconds[LINEAR]:.3f}",
+                *(f"{layer.milliseconds[LINEAR] / layer.milliseconds[name]:.2f} ×" for name in recipes),
+                layer.chosen,
+            )
+            for layer in self.layers
+        ]
+        lines = [self.device, table(headers, rows)]
+        lines += [f"{fqn or 'the model'} stays nn.Linear: {reason}" for fqn, reason in self.left.items()]
+        before, after = (kept / 2**20 for kept in self.linear_saved_bytes)
+        lines.append(
+            f"linear layers: {self.linear_speed_up:.2f} ×, kept for the backward: {before:.1f} → {after:.1f} MiB "
+            "(an input of several layers counts for each)"
+        )
+        if self.model is not None:
+            before, after = self.model.saved_bytes / 2**20, self.model.saved_bytes_converted / 2**20
+            lines.append(
+                f"the model's forward and backward: {self.model.speed_up:.2f} × "
+                f"({self.model.milliseconds:.2f} → {self.model.milliseconds_converted:.2f} ms), "
+                f"kept for the backward: {before:.1f} → {after:.1f} MiB"
+            )
+        return "\n".join(lines)
+
+
+def recommend(
+    model: nn.Module,
+    sample_input: Any = None,
+    *,
+    tokens: int | None = None,
+    recipes: Sequence[str] = CANDIDATES,
+    cuda_graph: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seconds: float = 2.0,
+) -> Recommendation:
+    """Measure each distinct layer shape of a model as nn.Linear and as SwitchBackLinear, and choose for each layer.
+
+    Layers are measured alone, with random values, in turns. A layer gets the fastest recipe if that is 2 % faster than
+    nn.Linear. The LM head and LoRA's matrices stay. Given a sample, the model is then run forward and backward as it is
+    and as recommended; it is nn.Linear again afterwards, and its gradients are untouched.
+
+    Args:
+        model: not converted yet.
+        sample_input: a tensor, a tuple of arguments or a mapping of keywords for the model, as large as in training.
+            Under autocast, call this function under autocast too.
+        tokens: instead of a sample, how many tokens each layer sees in a step; the model is not run then, and may be
+            on the meta device.
+        recipes: those to choose from (:data:`RECIPES`); by default the paper's and its memory-efficient variant.
+        cuda_graph: measure layers in CUDA graphs, without the host's time, as for a model that will be compiled.
+        device: where the layers of a model on the meta device are measured: by default the GPU if there is one.
+        dtype: what layers compute in if there is no sample; by default their weights' dtype.
+        seconds: about so long for all layers' measurements; first calls, which compile kernels, come on top.
+
+    Raises:
+        ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not
+            exactly one of sample_input and tokens is given.
+    """
+    if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
+        raise ValueError("recommend: model is converted already; revert_switchback(model) first")
+    configs = {recipe: config_of(recipe) for recipe in recipes}
+    where = device_of(model, device)
+    why_left = default_filter(model, least_features=0)
+    left: dict[str, str] = {}
+    shapes: dict[LayerShape, list[str]] = {}
+    for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
+        reason = why_left(layer, fqn) if type(layer) is nn.Linear else "a subclass of nn.Linear"
+        if not calls:
+            reason = "the model did not call it"
+        if reason:
+            left[fqn] = reason
+            continue
+        for call in calls:
+            shape = LayerShape(
+                call.tokens,
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                dtype if dtype is not None and tokens is not None else call.dtype,
+                layer.weight.dtype,
+                layer.weight.requires_grad,
+            )
+            shapes.setdefault(shape, []).append(fqn)
+    if not shapes:
+        raise ValueError("recommend: model calls no linear layer that could be converted")
+
+    rows = []
+    for shape, fqns in shapes.items():
+        x = torch.randn(shape.tokens, shape.in_features, device=where, dtype=shape.dtype, requires_grad=True)
+        layers: dict[str, nn.Module] = {LINEAR: shape.new_linear(where)}
+        for recipe in configs:
+            layers[recipe] = convert_to_switchback(shape.new_linear(where), config=recipe)
+        milliseconds, saved = measure_layers(layers, x, seconds=seconds / len(shapes), cuda_graph=cuda_graph)
+        best = min(configs, key=milliseconds.__getitem__)
+        wins = milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR]
+        rows.append(
+            MeasuredLayer(
+                shape.tokens,
+                shape.in_features,
+                shape.out_features,
+                shape.bias,
+                str(shape.dtype).removeprefix("torch."),
+                shape.trains,
+                tuple(fqns),
+                milliseconds,
+                saved,
+                best if wins else None,
+            )
+        )
+    recommendation = Recommendation(describe(where), tuple(rows), left, None)
+    if sample_input is None:
+        return recommendation
+    return dataclasses.replace(
+        recommendation, model=_measure_model(model, sample_input, recommendation.config, where, seconds)
+    )
+
+
+def _measure_model(
+    model: nn.Module, sample_input: Any, config: dict[str, str | None], device: torch.device, seconds: float
+) -> MeasuredModel:
+    def forward() -> Any:
+        with torch.enable_grad():
+            return run(model, sample_input)
+
+    def step() -> None:
+        leaves = torch.utils._pytree.tree_leaves(forward())
+        losses = [leaf.float().sum() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if losses:
+            wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)
+
+    def as_recommended(measurement: Callable[[], Measured]) -> Measured:
+        convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
+        try:
+            return measurement()
+        finally:
+            revert_switchback(model)
+
+    with every_layer_called(model):
+        kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
+        times = max(1, int(seconds * 1e3 / (2 * LEAST_ROUNDS * median_ms(step, 1, device))))
+        clock = partial(median_ms, step, times, device)
+        before, after = in_turns({"before": clock, "after": partial(as_recommended, clock)}, LEAST_ROUNDS).values()
+    return MeasuredModel(before, after, *kept)

@@ -1,0 +1,70 @@
+"""explain, recommend, doctor and bench on a GPU."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from torch_switchback.kernels import int8_matmul
+from torch_switchback.kernels._launch import architecture
+from torch_switchback.recommendation import LINEAR
+from torch_switchback.tuning import matmul_config
+
+
+def large():
+    return nn.Sequential(nn.Linear(4096, 4096), nn.GELU(), nn.Linear(4096, 64)).to("cuda", torch.bfloat16)
+
+
+def test_explain_knows_the_tuned_tiles():
+    model = ts.convert_to_switchback(large())
+    x = torch.randn(2, 1024, 4096, device="cuda", dtype=torch.bfloat16)
+    first, last = ts.explain(model, x, strict=True).layers
+    config = matmul_config(architecture(x.device), 2048, 4096, 4096)
+    assert [product.tile for product in first.products[:2]] == [config, config]
+    assert (first.tokens, first.dtype, last.strategy) == (2048, "bfloat16", "Linear")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_explain_finds_a_kernel_that_does_not_run(monkeypatch):
+    def broken(*arguments):
+        raise int8_matmul.CannotCompile("not today")
+
+    monkeypatch.setattr(int8_matmul, "_replaced", {})
+    tuned = matmul_config(architecture(torch.device("cuda", 0)), 4096, 4096, 4096)
+    if not tuned.tma:
+        pytest.skip("the plainest kernel has no fall-back")
+    monkeypatch.setattr(int8_matmul, "_warp_specialized", lambda: broken)
+    monkeypatch.setattr(int8_matmul, "launch_tma", broken)
+    layer = ts.SwitchBackLinear(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="runs .* instead of"):
+        (row,) = ts.explain(layer, tokens=4096).layers
+    assert {product.kernel for product in row.products[:2]} == {"pointer"}
+    assert "output: not today" in row.fallback
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_recommend_converts_what_wins(cuda_graph):
+    model = large()
+    x = torch.randn(16384, 4096, device="cuda", dtype=torch.bfloat16)
+    found = ts.recommend(model, x, cuda_graph=cuda_graph)
+    assert found.config["0"] in ("switchback", "switchback_memory_efficient") and found.config["2"] is None
+    assert found.layers[0].speed_up > 1.1 and found.model.speed_up > 1.05
+    assert found.layers[0].saved_bytes[LINEAR] == x.nbytes
+    assert all(type(module) is not ts.SwitchBackLinear for module in model)
+
+
+def test_doctor_and_bench(tmp_path):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from torch_switchback.cli.app import app
+
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "GPU layer" in result.output and "kernel pointer" in result.output
+    arguments = ["--shape", "4096,1024,2048", "--recipe", "switchback", "--seconds", "0.2", "--json"]
+    result = CliRunner().invoke(app, ["bench", *arguments, "--cuda-graph"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [row["name"] for row in json.loads(result.stdout)["results"]] == [LINEAR, "switchback"]

@@ -1,0 +1,99 @@
+"""The tests of the layer again, with every operation computed by its interpreted kernel instead of plain torch."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from test_kernels import poisoned
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import test_int8_matmul
+import test_nn
+import test_quantize
+import test_rotation
+from cases import assert_same
+from test_nn import gradients, make_layer
+from torch_switchback import kernels
+from torch_switchback.kernels import int8_matmul
+from torch_switchback.tuning import MatmulConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
+
+MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(kernels.__path__)
+    if not module.name.startswith("_") and module.name != "int8_matmul_warp_specialized"
+]
+
+
+class Interpreted(TorchDispatchMode):
+    """Runs launchers, on outputs shaped as the meaning's and poisoned, wherever an operation is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "torch_switchback":
+            return result
+        name = func.name().partition("::")[2].partition(".")[0]
+        (launcher,) = {getattr(module, name) for module in MODULES if hasattr(module, name)}
+        is_tuple = isinstance(result, tuple)
+        outputs = tuple(poisoned(*out.shape, dtype=out.dtype) for out in (result if is_tuple else (result,)))
+        launcher(*args, *outputs)
+        self.launched.add(name)
+        return outputs if is_tuple else outputs[0]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    config = MatmulConfig("pointer", 32, 32, 64, group_m=2, num_stages=2, num_warps=4)
+    monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
+    with Interpreted() as mode:
+        yield mode
+
+
+@pytest.mark.promise("output and grad_input", "int8 grad_weight", "run to run")
+@test_nn.strategies
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_step_is_the_cpus(dtype, config, interpreted):
+    layer = make_layer(config, 83, 70)
+    x, grad = torch.randn(37, 83).to(dtype), torch.randn(37, 70).to(dtype)
+    step = gradients(layer, x, grad)
+    assert len(interpreted.launched) >= 3
+    for actual, again in zip(step, gradients(layer, x, grad), strict=True):
+        assert_same(actual, again)
+    with torch.utils._python_dispatch._disable_current_modes():
+        expected = gradients(layer, x, grad)
+    for actual, wanted in zip(step, expected, strict=True):
+        assert_same(actual, wanted)
+
+
+# What pytest finds in this module runs as above.
+test_shapes = test_nn.test_shapes
+test_odd_sizes = test_nn.test_odd_sizes
+test_any_layout_of_input_and_gradient = test_nn.test_any_layout_of_input_and_gradient
+test_rows_do_not_depend_on_their_batch = test_nn.test_rows_do_not_depend_on_their_batch
+test_nan_and_inf_reach_their_row_and_no_other = test_nn.test_nan_and_inf_reach_their_row_and_no_other
+test_nan_in_the_weight = test_nn.test_nan_in_the_weight
+test_zeros_stay_zeros = test_nn.test_zeros_stay_zeros
+test_tiny_and_huge_rows_keep_their_accuracy = test_nn.test_tiny_and_huge_rows_keep_their_accuracy
+test_grad_scaler_skips_a_step_with_nan = test_nn.test_grad_scaler_skips_a_step_with_nan
+test_weight_edited_between_forward_and_backward = test_nn.test_weight_edited_between_forward_and_backward
+test_backward_twice = test_nn.test_backward_twice
+test_double_backward = test_nn.test_double_backward
+test_checkpointing_and_offloading = test_nn.test_checkpointing_and_offloading
+test_inference_mode = test_nn.test_inference_mode
+test_float16_result_overflows_to_inf_and_others_do_not = (
+    test_int8_matmul.test_float16_result_overflows_to_inf_and_others_do_not
+)
+test_a_power_of_two_leaves_the_codes = test_quantize.test_a_power_of_two_leaves_the_codes
+test_the_flush_limit_is_where_127_over_absmax_overflows = (
+    test_quantize.test_the_flush_limit_is_where_127_over_absmax_overflows
+)
+test_a_row_of_a_million = test_quantize.test_a_row_of_a_million
+test_what_is_not_finite_marks_its_column_and_no_other = (
+    test_rotation.test_what_is_not_finite_marks_its_column_and_no_other
+)

@@ -1,0 +1,42 @@
+"""A step's output and input gradient are the stated arithmetic bit for bit (docs/determinism.md), every time."""
+
+import pytest
+import torch
+
+from cases import assert_same
+from test_int8_matmul import expected as dequantised_product
+from test_nn import dtypes, gradients, make_layer, strategies
+from test_quantize import expected_codes
+
+
+def rowwise(x):
+    absmax = x.float().abs().amax(1)
+    return expected_codes(x, absmax[:, None]), absmax
+
+
+def quantised_weight(weight, scaling):
+    if scaling == "rowwise":
+        return rowwise(weight)
+    absmax = weight.float().abs().max().view(1)
+    return expected_codes(weight, absmax), absmax
+
+
+@pytest.mark.promise("output and grad_input", "run to run")
+@strategies
+@dtypes
+@pytest.mark.parametrize("shape", [(33, 83, 17), (128, 64, 96)], ids=str)
+def test_a_step_is_the_stated_arithmetic(shape, dtype, config, device):
+    tokens, in_features, out_features = shape
+    layer = make_layer(config, in_features, out_features, device)
+    weight = layer.weight.detach()
+    x = torch.randn(tokens, in_features, device=device).to(dtype)
+    grad = torch.randn(tokens, out_features, device=device).to(dtype)
+    (x_codes, x_absmax), (grad_codes, grad_absmax) = rowwise(x), rowwise(grad)
+    codes, absmax = quantised_weight(weight, config.weight_scaling)
+    codes_t, absmax_t = quantised_weight(weight.t(), config.weight_scaling)
+    output = dequantised_product(x_codes, codes.t(), x_absmax, absmax, layer.bias.detach(), dtype)
+    grad_input = dequantised_product(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, dtype)
+    for _ in range(3):
+        y, grad_x, *_ = gradients(layer, x, grad)
+        assert_same(y, output)
+        assert_same(grad_x, grad_input)

@@ -1,0 +1,367 @@
+"""``torch-switchback``'s commands on the CPU, as they are called: what they print, write and exit with."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+from typer.testing import CliRunner
+
+import torch_switchback as ts
+from cases import convert_all
+from torch_switchback.cli import bench, doctor, transformer
+from torch_switchback.cli.app import app
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "vocab_size": 100,
+    "torch_dtype": "float32",
+}
+MODELS = """
+import torch
+import torch_switchback as ts
+from torch import nn
+
+class Builders:
+    def plain():
+        return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+def with_sample():
+    return Builders.plain(), torch.randn(6, 16)
+
+def converted():
+    model = ts.convert_to_switchback(Builders.plain(), module_filter_fn=lambda module, fqn: fqn == "0")
+    return model, {"input": torch.randn(6, 16)}
+
+def no_model():
+    return 5
+
+def broken():
+    return nn.Linear(8, 8), torch.randn(3, 7)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "some_models.py").write_text(MODELS)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    yield tmp_path
+    sys.modules.pop("some_models", None)
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def loaded(*arguments, code=0):
+    return json.loads(call(*arguments, "--json", code=code).stdout)
+
+
+@pytest.mark.parametrize("command", ["doctor", "recommend", "explain", "bench", "tune", "export"])
+def test_help_teaches_by_example(command):
+    text = call(command, "--help").output
+    assert f"torch-switchback {command}" in text and "Examples:" in text and "--json" in text
+    assert command in call("--help").output
+
+
+# doctor
+
+
+def test_doctor_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {finding["name"]: finding for finding in loaded("doctor")}
+    assert found["torch"]["detail"].startswith(torch.__version__)
+    assert (found["CPU layer"]["status"], found["CPU layer"]["detail"]) == ("ok", "as defined")
+    assert found["GPU"]["status"] == "note"
+    assert "all is well" in call("doctor").output
+
+
+@pytest.mark.parametrize(("test", "detail"), [(lambda: False, "other results"), (lambda: 1 / 0, "ZeroDivisionError")])
+def test_doctor_exits_with_1_if_a_test_fails(monkeypatch, test, detail):
+    monkeypatch.setattr(doctor, "_layer_on_the_cpu", test)
+    result = call("doctor", code=1)
+    assert "failed  CPU layer" in result.output and detail in result.output
+    assert "1 of " in result.output
+
+
+def test_doctor_examines_a_gpu_by_its_table(monkeypatch):
+    launch = pytest.importorskip("torch_switchback.kernels._launch")
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_130")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = type("Properties", (), {"name": "A GPU", "total_memory": 2**34, "multi_processor_count": 9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = {finding.name: finding for finding in doctor.examine_gpu()}
+    assert found["GPU"].detail == "A GPU, sm_130, 16 GiB, 9 multiprocessors"
+    assert found["tiles"].status == "note" and "none for sm_130" in found["tiles"].detail
+    assert found["kernel tma"] == ("kernel tma", "note", "not on sm_130")
+    if not torch.cuda.is_initialized():
+        assert found["kernel pointer"].status == "failed"
+
+
+# explain
+
+
+def test_explain_a_function_with_a_sample():
+    rows = loaded("explain", "some_models:converted", "--device", "cpu")["layers"]
+    assert [(row["fqn"], row["strategy"], row["tokens"]) for row in rows] == [("0", "global", 6), ("2", "Linear", 6)]
+    assert "global" in call("explain", "some_models:converted", "--device", "cpu", "--strict").stdout
+
+
+def test_explain_converts_what_is_not_converted(folder):
+    (folder / "map.json").write_text(json.dumps({"model.layers.1.mlp.down_proj": "rowwise"}))
+    rows = loaded("explain", "config.json", "--config", "map.json", "--tokens", "5", "--device", "cpu")["layers"]
+    strategies = {row["fqn"]: row["strategy"] for row in rows}
+    assert strategies.pop("model.layers.1.mlp.down_proj") == "rowwise"
+    assert set(strategies.values()) == {"Linear"} and len(strategies) == 14
+    assert {row["tokens"] for row in rows} == {5}
+
+
+def test_explain_strictly(folder):
+    (folder / "map.json").write_text(json.dumps({"lm_head": "switchback_int8_grad_weight"}))
+    arguments = ("explain", "config.json", "--config", "map.json", "--tokens", "5", "--device", "cpu")
+    assert "at high precision" in call(*arguments).stdout
+    assert "1 of 15 layers fall back" in call(*arguments, "--strict", code=1).stderr
+
+
+# recommend
+
+
+def test_recommend_writes_what_convert_takes(folder):
+    arguments = ("recommend", "some_models:with_sample", "--recipe", "rowwise", "--seconds", "0", "--device", "cpu")
+    found = loaded(*arguments, "--output", "chosen.json")
+    config = json.loads((folder / "chosen.json").read_text())
+    assert config == found["config"] and set(config) == {"0", "2"}
+    assert found["model"]["milliseconds"] > 0
+    assert set(found["layers"][0]["milliseconds"]) == {"nn.Linear", "rowwise"}
+    ts.convert_to_switchback(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)), config=config)
+
+
+def test_recommend_from_a_config_file():
+    output = call("recommend", "config.json", "--tokens", "6", "--bf16", "--seconds", "0", "--device", "cpu").stdout
+    assert "lm_head stays nn.Linear: the LM head" in output and "bfloat16" in output
+    assert output.count("0.") or output.count("1.")
+
+
+# bench
+
+
+def test_bench_shapes(folder):
+    result = loaded(
+        *("bench", "--shape", "6,16,24", "--shape", "6,24,16", "--recipe", "rowwise", "--dtype", "float32"),
+        *("--seconds", "0", "--device", "cpu", "--output", "bench.json"),
+    )
+    assert [(row["shape"], row["name"]) for row in result["results"]] == [
+        ([6, 16, 24], "nn.Linear"),
+        ([6, 16, 24], "rowwise"),
+        ([6, 24, 16], "nn.Linear"),
+        ([6, 24, 16], "rowwise"),
+    ]
+    linear, rowwise = result["results"][:2]
+    assert rowwise["speed_up"] == linear["milliseconds"] / rowwise["milliseconds"]
+    assert linear["saved_bytes"] == 6 * 16 * 4
+    assert json.loads((folder / "bench.json").read_text()) == result
+
+
+def test_bench_the_layers_of_a_model(folder):
+    pytest.importorskip("matplotlib")
+    output = call(
+        *("bench", "--model", "config.json", "--tokens", "6", "--recipe", "switchback", "--dtype", "float32"),
+        *("--seconds", "0", "--device", "cpu", "--picture", "bench.svg"),
+    ).stdout
+    for shape in ("6, 32 → 32", "6, 32 → 16", "6, 32 → 48", "6, 48 → 32", "6, 32 → 100"):
+        assert output.count(shape) == 2
+    assert "switchback" in (folder / "bench.svg").read_text()
+
+
+def test_a_peer_that_fails_is_a_row_with_the_reason(monkeypatch):
+    def broken(linear, scaling):
+        raise RuntimeError(f"no {scaling} here")
+
+    monkeypatch.setattr(bench, "_float8", broken)
+    results = bench._measured((6, 16, 24), ["rowwise"], True, torch.device("cpu"), "float32", 0.0, False)
+    assert [result.reason for result in results] == [
+        "",
+        "",
+        "RuntimeError: no tensorwise here",
+        "RuntimeError: no rowwise here",
+    ]
+    assert "no tensorwise here" in bench.as_table(results)
+
+
+# export
+
+
+@pytest.fixture
+def checkpoint(folder):
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 16)).bfloat16()
+    safetensors.save_file(model.state_dict(), folder / "training.safetensors", metadata={"epoch": "3"})
+    return model
+
+
+def load(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.parametrize("recipe", ["switchback", "rowwise_memory_efficient"])
+def test_export_is_prepare_for_eval(checkpoint, recipe):
+    arguments = ("export", "training.safetensors", "int8.safetensors", "--config", recipe, "--layers", "[13]")
+    found = loaded(*arguments)
+    assert found["layers"] == ["1", "3"] and found["bytes_after"] < found["bytes_before"]
+    model = convert_all(checkpoint, recipe)
+    x = torch.randint(10, (5,))
+    expected = model(x)
+    state = load("int8.safetensors")
+    assert state["1.weight_int8"].dtype == torch.int8 and state["0.weight"].dtype == torch.bfloat16
+    model.load_state_dict(state)
+    assert model[1].is_prepared and torch.equal(model(x), expected)
+
+
+def test_export_and_back(checkpoint, folder):
+    from safetensors import safe_open
+
+    (folder / "map.json").write_text(json.dumps({"1": "rowwise", "3": "switchback", "*": None}))
+    assert "2 layers" in call("export", "training.safetensors", "int8.safetensors", "--config", "map.json").stdout
+    call("export", "int8.safetensors", "again.safetensors", "--back")
+    again, before = load("again.safetensors"), checkpoint.state_dict()
+    assert again.keys() == before.keys()
+    assert {name: tensor.dtype for name, tensor in again.items()} == {name: t.dtype for name, t in before.items()}
+    for name, tensor in again.items():
+        if name in ("1.weight", "3.weight"):
+            step = before[name].abs().max().item() / 127
+            assert 0 < (tensor - before[name]).abs().max() <= step  # half of it, and the rounding to bfloat16
+        else:
+            assert torch.equal(tensor, before[name])
+    for name in ("int8.safetensors", "again.safetensors"):
+        with safe_open(name, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["epoch"] == "3" and ("torch_switchback" in metadata) == (name == "int8.safetensors")
+
+
+def test_export_reads_what_torch_saved_but_runs_no_code_of_it(checkpoint):
+    state = checkpoint.state_dict()
+    state["tied.weight"] = state["1.weight"]
+    torch.save(state, "training.pt")
+    call("export", "training.pt", "int8.safetensors", "--layers", "3")
+    assert torch.equal(load("int8.safetensors")["tied.weight"], state["1.weight"])
+    torch.save({"weight": nn.Linear(2, 2)}, "module.pt")
+    assert "weights_only" in call("export", "module.pt", "x.safetensors", "--layers", "*", code=1).stderr
+    torch.save({"model": state}, "nested.pt")
+    assert "holds no state_dict" in call("export", "nested.pt", "x.safetensors", "--layers", "*", code=1).stderr
+
+
+def test_export_refuses(checkpoint, folder):
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    for code, message, arguments in (
+        (2, "say which layers", ("training.safetensors", "x.safetensors")),
+        (2, "must end in .safetensors", ("training.safetensors", "x.pt", "--layers", "1")),
+        (1, "holds no matrix under these names", ("training.safetensors", "x.safetensors", "--layers", "nobody")),
+        (1, "holds no prepared layer", ("training.safetensors", "x.safetensors", "--back")),
+        (1, "torch-switchback export", ("broken.safetensors", "x.safetensors", "--layers", "1")),
+    ):
+        assert message in " ".join(call("export", *arguments, code=code).stderr.replace("│", "").split())
+    assert not (folder / "x.safetensors").exists()
+
+
+# What all share
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "nowhere:build"), "No module named 'nowhere'"),
+        (("explain", "some_models:nothing"), "no attribute 'nothing'"),
+        (("explain", "some_models:no_model"), "returned no nn.Module but int"),
+        (("explain", "some_models"), "must be package.module:function or a .json file"),
+        (("explain", "missing.json"), "No such file"),
+        (("explain", "config.json", "--config", "int4"), "--config must be a .json file or one of switchback"),
+        (("explain", "config.json", "--config", "config.json"), "must map layers' names to recipes or null"),
+        (("explain", "config.json", "--device", "tpu"), "--device must be cuda or cpu"),
+        (("recommend", "config.json", "--recipe", "int4"), "--recipe must be one of switchback"),
+        (("bench", "--recipe", "int4"), "--recipe must be one of switchback"),
+        (("bench", "--dtype", "int8"), "--dtype must be bfloat16"),
+        (("bench", "--shape", "1,2"), "three positive integers"),
+        (("bench", "--shape", "1,2,3", "--model", "config.json"), "not both"),
+    ],
+)
+def test_wrong_calls_exit_with_2(arguments, message):
+    assert message in " ".join(call(*arguments, code=2).stderr.replace("│", "").split())
+
+
+@pytest.mark.parametrize("command", ["explain", "recommend"])
+def test_a_model_that_fails_exits_with_1(command):
+    result = call(command, "some_models:broken", "--device", "cpu", code=1)
+    assert f"torch-switchback {command}: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("matplotlib", "demo", ("bench", "--shape", "2,2,2", "--picture", "x.png", "--device", "cpu")),
+        ("safetensors.torch", "cli", ("export", "config.json", "x.safetensors")),
+    ],
+)
+def test_missing_extras_name_their_pip_line(monkeypatch, module, extra, arguments):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = call(*arguments, code=1).stderr
+    assert f"needs {module.partition('.')[0]}: pip install 'torch-switchback[{extra}]'" in message
+
+
+# config.json
+
+
+def shapes(config):
+    return {
+        fqn: (module.in_features, module.out_features, module.bias is not None)
+        for fqn, module in transformer.transformer(config).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def test_the_layers_of_a_llama():
+    found = shapes(LLAMA)
+    assert len(found) == 15 and not any(bias for *_, bias in found.values())
+    layer = {fqn.rpartition(".")[2]: sizes[:2] for fqn, sizes in found.items()}
+    assert layer == {
+        "q_proj": (32, 32),
+        "k_proj": (32, 16),
+        "v_proj": (32, 16),
+        "o_proj": (32, 32),
+        "gate_proj": (32, 48),
+        "up_proj": (32, 48),
+        "down_proj": (48, 32),
+        "lm_head": (32, 100),
+    }
+    model = transformer.transformer({"text_config": LLAMA})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_layers_of_a_vit():
+    found = shapes({"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_act": "gelu"})
+    assert "lm_head" not in found and "model.layers.0.mlp.gate_proj" not in found
+    assert found["model.layers.0.mlp.up_proj"] == (32, 128, True)
+
+
+def test_what_a_config_file_must_say():
+    with pytest.raises(ValueError, match="no hidden_size or n_embd"):
+        transformer.transformer({})
+    with pytest.raises(ValueError, match="mixture of experts"):
+        transformer.transformer(LLAMA | {"num_local_experts": 8})

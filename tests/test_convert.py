@@ -1,0 +1,215 @@
+"""Which layers of a model become SwitchBackLinear, with which configuration, and what the report says of the others."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from cases import convert_all
+from torch_switchback import RECIPES, SwitchBackConfig, SwitchBackLinear
+from torch_switchback.filters import LEAST_FEATURES
+
+WIDTH, VOCABULARY = LEAST_FEATURES, 4 * LEAST_FEATURES
+
+
+class Lora(nn.Module):
+    """A layer as PEFT adapts it."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.base_layer = nn.Linear(WIDTH, WIDTH)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(WIDTH, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, WIDTH, bias=False)})
+
+
+def language_model(head="output", rank=8):
+    with torch.device("meta"):
+        blocks = [
+            nn.ModuleDict({"q": Lora(rank), "gate": nn.Linear(WIDTH, 1), "up": nn.Linear(WIDTH, 2 * WIDTH)})
+            for _ in range(2)
+        ]
+        return nn.ModuleDict(
+            {
+                "embedding": nn.Embedding(VOCABULARY, WIDTH),
+                "positions": nn.Embedding(2 * WIDTH, WIDTH),  # of the shape of up, of which there are several
+                "blocks": nn.ModuleList(blocks),
+                head: nn.Linear(WIDTH, VOCABULARY, bias=False),
+            }
+        )
+
+
+def converted(model):
+    return [fqn for fqn, module in model.named_modules() if type(module) is SwitchBackLinear]
+
+
+def reasons(model):
+    return {layer.fqn: layer.reason for layer in ts.conversion_report(model).left}
+
+
+WINNING = [f"blocks.{block}.{name}" for block in (0, 1) for name in ("q.base_layer", "up")]
+
+
+def test_by_default_what_cannot_win_stays():
+    model = ts.convert_to_switchback(language_model())
+    assert converted(model) == WINNING == [layer.fqn for layer in ts.conversion_report(model).converted]
+    left = reasons(model)
+    assert left["output"].startswith("the LM head")
+    assert left["blocks.0.gate"] == "too few features: 1, and below 1024 int8 does not win"
+    assert left["blocks.1.q.lora_A.default"].startswith("LoRA") and left["blocks.1.q.lora_B.default"].startswith("LoRA")
+    assert len(left) == 7
+
+
+def test_wide_lora_stays_too():
+    model = ts.convert_to_switchback(language_model(rank=2 * WIDTH))
+    assert converted(model) == WINNING
+
+
+@pytest.mark.parametrize("how", ["tied", "named"])
+def test_a_head_that_shape_alone_does_not_tell(how):
+    model = language_model("lm_head" if how == "named" else "output")
+    if how == "named":
+        del model["embedding"]  # on another stage of a pipeline
+    else:
+        head = model["output"]
+        head.weight = model["embedding"].weight
+        model["another of its shape"] = nn.Linear(WIDTH, VOCABULARY, device="meta")
+    ts.convert_to_switchback(model)
+    assert [fqn for fqn, reason in reasons(model).items() if "LM head" in reason] == [
+        "lm_head" if how == "named" else "output"
+    ]
+
+
+def test_the_threshold():
+    layers = [(WIDTH, WIDTH), (WIDTH - 1, WIDTH), (WIDTH, WIDTH - 1)]
+    model = nn.Sequential(*(nn.Linear(*sizes, device="meta") for sizes in layers))
+    assert converted(ts.convert_to_switchback(model)) == ["0"]
+
+
+def test_a_filter_replaces_the_default_one():
+    model = ts.convert_to_switchback(language_model(), module_filter_fn=lambda module, fqn: fqn == "output")
+    assert converted(model) == ["output"]
+    assert set(reasons(model).values()) == {"module_filter_fn leaves it out"}
+
+
+def test_a_mapping_gives_each_layer_its_own():
+    model = language_model()
+    mine = SwitchBackConfig(cache_quantized_weight=True)
+    config = {"*.1.up": None, "*.up": mine, "*": "rowwise", "blocks.1.q.base_layer": "switchback", "output": "rowwise"}
+    ts.convert_to_switchback(model, config=config)
+    configs = {layer.fqn: layer.config for layer in ts.conversion_report(model).converted}
+    assert configs == {
+        "blocks.0.q.base_layer": RECIPES["rowwise"],
+        "blocks.0.up": mine,  # the first pattern that matches
+        "blocks.1.q.base_layer": RECIPES["switchback"],  # its very name, wherever it stands
+        "output": RECIPES["rowwise"],  # its very name overrides the default filter
+    }
+    assert reasons(model)["blocks.1.up"] == "config asks for nn.Linear"
+    assert model["blocks"][0]["up"].config is mine
+
+
+def test_what_no_pattern_matches_stays():
+    model = ts.convert_to_switchback(language_model(), config={"*.up": "switchback"})
+    assert converted(model) == ["blocks.0.up", "blocks.1.up"]
+
+
+def test_a_mapping_refuses_what_is_no_recipe():
+    model = language_model()
+    with pytest.raises(ValueError, match="the recipes are"):
+        ts.convert_to_switchback(model, config={"*": "int4"})
+    with pytest.raises(TypeError, match="got 4"):
+        ts.convert_to_switchback(model, config={"*": 4})
+    assert converted(model) == []
+
+
+def test_one_layer_under_two_names():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    with pytest.raises(ValueError, match="a and b are one layer"):
+        ts.convert_to_switchback(model, config={"a": "switchback", "b": "rowwise"})
+    ts.convert_to_switchback(model, config={"a": "switchback", "b": None})
+    assert type(model["a"]) is nn.Linear
+    ts.convert_to_switchback(model, config={"a": "switchback", "b": "switchback"})
+    assert type(model["b"]) is SwitchBackLinear
+
+
+def test_a_root_linear_is_asked_for():
+    layer = ts.convert_to_switchback(nn.Linear(8, 8), config={"*": "rowwise"})
+    assert layer.config == RECIPES["rowwise"]
+    assert ts.conversion_report(layer).converted[0].fqn == ""
+
+
+def test_twice_is_once():
+    model = ts.convert_to_switchback(language_model())
+    first = converted(model)
+    ts.convert_to_switchback(model, config="rowwise")
+    assert converted(model) == first
+    assert {layer.config for layer in ts.conversion_report(model).converted} == {SwitchBackConfig()}
+
+
+def test_layers_with_one_weight():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    convert_all(model)
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[2].weight is model[0].weight
+    assert len(list(model.parameters())) == 3
+    assert model[0].weight.grad is not None
+
+
+def test_meta_layers_materialise_as_they_were_converted():
+    with torch.device("meta"):
+        model = convert_all(nn.Sequential(nn.Linear(8, 8)))
+    assert model[0].weight.is_meta
+    model.to_empty(device="cpu")
+    nn.init.ones_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    assert torch.equal(model(torch.ones(1, 8)), torch.full((1, 8), 8.0))
+
+
+@pytest.mark.parametrize("part", ["model", "child", "wrapper"])
+def test_compiled_models_are_refused(part):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    if part == "wrapper":
+        model = torch.compile(model, backend="eager")
+    else:
+        (model if part == "model" else model[1]).compile(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled already; convert first"):
+        convert_all(model)
+    assert converted(model) == []
+
+
+def test_compiled_after_conversion_is_no_error():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8)))
+    model.compile(backend="eager")
+    convert_all(model)
+    other = nn.ModuleDict({"compiled": model, "layer": nn.Linear(8, 8)})
+    assert converted(convert_all(other)) == ["compiled.0", "layer"]
+
+
+def test_packed_projections_are_reported():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 8, device="meta")})
+    left = reasons(ts.convert_to_switchback(model))
+    assert "projections' weights itself" in left["attention"]
+    assert "NonDynamicallyQuantizableLinear is a subclass" in left["attention.out_proj"]
+
+
+def test_the_report():
+    model = language_model()
+    with pytest.raises(ValueError, match="has not been through convert_to_switchback"):
+        ts.conversion_report(model)
+    ts.convert_to_switchback(model, config="rowwise")
+    report = ts.conversion_report(nn.Sequential(model))
+    assert report is ts.conversion_report(copy.copy(model))
+    text = str(report)
+    assert text.startswith("4 of 11 layers are SwitchBackLinear\n")
+    assert ["blocks.0.up", "1024", "2048", "rowwise"] in [line.split() for line in text.splitlines()]
+    assert "left      the LM head" in text
+    rows = json.loads(report.to_json())
+    assert {row["fqn"]: row["config"] and row["config"]["weight_scaling"] for row in rows}["blocks.0.up"] == "rowwise"
+    assert list(language_model().state_dict()) == list(model.state_dict())
+    ts.revert_switchback(model)
+    with pytest.raises(ValueError, match="has not been"):
+        ts.conversion_report(model)

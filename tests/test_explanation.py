@@ -1,0 +1,182 @@
+"""What explain says of the layers of a model, and what it calls a fall-back."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from cases import convert_all
+from torch_switchback import SwitchBackConfig, explanation, ops
+from torch_switchback.tuning import matmul_config
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(24, 48)
+        self.norm = nn.BatchNorm1d(48)
+        self.down = nn.Linear(48, 24)
+        self.unused = nn.Linear(24, 24)
+
+    def forward(self, x, scale=1.0):
+        x = self.norm(self.up(x=x))
+        return self.down(x) + self.down(x[:3]).sum() * scale
+
+
+def layers(found):
+    return {layer.fqn: layer for layer in found.layers}
+
+
+@pytest.fixture
+def model():
+    model = Model()
+    return ts.convert_to_switchback(model, config="rowwise", module_filter_fn=lambda module, fqn: fqn != "unused")
+
+
+def test_a_row_a_layer(model):
+    found = layers(ts.explain(model, torch.randn(8, 24)))
+    assert list(found) == ["up", "down", "unused"]
+    up, down, unused = found.values()
+    assert (up.strategy, up.tokens, up.in_features, up.out_features, up.dtype) == ("rowwise", 8, 24, 48, "float32")
+    assert (up.calls, down.calls, down.tokens) == (1, 2, 8)
+    assert [(p.name, p.m, p.n, p.k) for p in up.products] == [
+        ("output", 8, 48, 24),
+        ("grad_input", 8, 24, 48),
+        ("grad_weight", 48, 24, 8),
+    ]
+    assert up.products[2].kernel == "torch.mm float32"
+    assert (unused.strategy, unused.tokens, unused.products, unused.fallback) == ("Linear", None, (), "")
+
+
+def test_running_the_model_changes_nothing(model):
+    model.norm.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ts.explain(model, {"x": torch.randn(8, 24), "scale": 2.0})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training and not model.norm.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_autocast_decides_the_dtype(model):
+    model.norm = nn.Identity()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layers(ts.explain(model, (torch.randn(8, 24), 2.0)))["up"].dtype == "bfloat16"
+
+
+def test_a_compiled_model_is_explained(model):
+    compiled = torch.compile(model, backend="eager")
+    assert list(layers(ts.explain(compiled, torch.randn(8, 24)))) == ["up", "down", "unused"]
+
+
+def test_tokens_instead_of_a_sample():
+    with torch.device("meta"):
+        model = convert_all(Model())
+    found = layers(ts.explain(model, tokens=4096, device="cpu"))
+    assert {layer.tokens for layer in found.values()} == {4096}
+    for wrong in ({}, {"sample_input": torch.ones(1), "tokens": 1}, {"tokens": 0}):
+        with pytest.raises(ValueError, match="tokens"):
+            ts.explain(model, **wrong)
+
+
+def test_int8_grad_weight_that_stays_is_a_fallback():
+    for always in (True, False):
+        config = SwitchBackConfig(grad_weight="int8_always" if always else "int8")
+        model = ts.convert_to_switchback(nn.Linear(24, 48), config=config)
+        (layer,) = ts.explain(model, torch.randn(70, 24)).layers
+        product = layer.products[2]
+        if always:
+            assert (product.m, product.n, product.k) == (48, 24, 128)  # tokens in whole blocks of the rotation
+            assert layer.fallback == ""
+        else:
+            assert layer.fallback.startswith("grad_weight: at high precision: int8 wins from 2048 tokens")
+            with pytest.raises(ts.FallbackError, match="the model: grad_weight: at high precision"):
+                ts.explain(model, torch.randn(70, 24), strict=True)
+
+
+def test_a_layer_that_is_not_called_is_a_fallback(model):
+    convert_all(model)
+    with pytest.raises(ts.FallbackError, match="unused: not called"):
+        ts.explain(model, torch.randn(8, 24), strict=True)
+
+
+def test_frozen_and_prepared_layers_have_no_grad_weight():
+    layer = ts.SwitchBackLinear(24, 48)
+    layer.weight.requires_grad_(False)
+    assert len(ts.explain(layer, torch.randn(8, 24)).layers[0].products) == 2
+    layer.prepare_for_eval()
+    assert len(ts.explain(layer, torch.randn(8, 24)).layers[0].products) == 2
+
+
+def test_a_cpu_without_exact_int_mm(model, monkeypatch):
+    assert ops.int8_matmul.cpu_path(1) == ("float32 products", "torch._int_mm is wrong at inner dimension 1")
+    monkeypatch.setattr(ops.int8_matmul, "_int_mm_is_exact", lambda: False)
+    fallback = layers(ts.explain(model, torch.randn(8, 24)))["up"].fallback
+    assert fallback == (
+        "output: torch._int_mm is not exact on this CPU; grad_input: torch._int_mm is not exact on this CPU"
+    )
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    launch = pytest.importorskip("torch_switchback.kernels._launch")
+    monkeypatch.setattr(explanation, "device_of", lambda model, device: torch.device("cuda"))
+    monkeypatch.setattr(explanation, "describe", str)
+    monkeypatch.setattr(explanation, "_try", lambda *arguments: None)
+    return lambda architecture: monkeypatch.setattr(launch, "architecture", lambda device: architecture)
+
+
+def test_the_tuned_kernel_of_each_product(on_a_gpu):
+    on_a_gpu("sm_90")
+    layer = ts.SwitchBackLinear(4096, 14336, device="meta", dtype=torch.bfloat16)
+    output, grad_input, _ = ts.explain(layer, tokens=16384).layers[0].products
+    assert output.tile == matmul_config("sm_90", 16384, 14336, 4096)
+    assert grad_input.tile == matmul_config("sm_90", 16384, 4096, 14336)
+    assert output.kernel == output.tile.kernel == "warp_specialized"
+    assert str(output) == f"warp_specialized {output.tile.block_m}×{output.tile.block_n}×{output.tile.block_k}"
+
+
+@pytest.mark.parametrize(("architecture", "falls_back"), [("sm_90", True), ("sm_80", False)])
+def test_operands_that_tma_cannot_take(on_a_gpu, architecture, falls_back):
+    on_a_gpu(architecture)
+    layer = ts.SwitchBackLinear(4095, 4096, device="meta", dtype=torch.bfloat16)
+    (row,) = ts.explain(layer, tokens=4096).layers
+    assert {product.kernel for product in row.products[:2]} == {"pointer"}
+    assert row.fallback.startswith("output: TMA wants rows in units of 16 bytes, not of 4095") == falls_back
+
+
+def test_a_kernel_that_was_replaced(on_a_gpu, monkeypatch):
+    from torch_switchback.kernels import int8_matmul
+
+    on_a_gpu("sm_90")
+    tuned = matmul_config("sm_90", 4096, 4096, 4096)
+    monkeypatch.setattr(int8_matmul, "_replaced", {tuned: (int8_matmul._LAST_RESORT, "no such instruction")})
+    layer = ts.SwitchBackLinear(4096, 4096, device="meta", dtype=torch.bfloat16)
+    (row,) = ts.explain(layer, tokens=4096).layers
+    assert row.products[0].tile == int8_matmul._LAST_RESORT
+    assert row.fallback == "output: no such instruction; grad_input: no such instruction"
+
+
+def test_long_sums_are_folded_by_another_kernel(on_a_gpu):
+    on_a_gpu("sm_90")
+    layer = ts.SwitchBackLinear(4096, 2**18, device="meta", dtype=torch.bfloat16)
+    grad_input = ts.explain(layer, tokens=16384).layers[0].products[1]
+    assert grad_input.kernel == "tma" and "above 131072" in grad_input.fallback
+
+
+def test_as_text_and_as_json(model):
+    found = ts.explain(model, torch.randn(8, 24))
+    assert str(found).splitlines()[1].split()[:6] == ["layer", "strategy", "tokens", "in", "out", "dtype"]
+    assert len(str(found).splitlines()) == 5
+    rows = json.loads(found.to_json())["layers"]
+    assert rows[0]["products"][0] == {
+        "name": "output",
+        "m": 8,
+        "n": 48,
+        "k": 24,
+        "kernel": ops.int8_matmul.cpu_path(24)[0],
+        "tile": None,
+        "fallback": ops.int8_matmul.cpu_path(24)[1],
+    }

@@ -1,0 +1,100 @@
+"""What a launch makes of what Triton raises, and an operation of a launch that cannot be. No GPU is needed."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.compiler.errors import CompilationError
+
+from cases import assert_same
+from torch_switchback.kernels import _launch
+from torch_switchback.ops import _library, quantize_rowwise
+from torch_switchback.ops.quantize_rowwise import _allocate_quantize, _quantize_rowwise_in_torch
+
+
+class Kernel:
+    """A kernel whose runs end as told: in an exception, or with what a compiled one would return."""
+
+    __name__, arg_names = "kernel", ()
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.caches, self.device_caches = list(outcomes), [], {}
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.caches.append(triton.knobs.cache.dir)
+            outcome = self.outcomes.pop(0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def _a_fresh_process(monkeypatch):
+    monkeypatch.setattr(_launch, "_compiled", {})
+    monkeypatch.setattr(_library, "not_compiled", {})
+    _launch._warn_of_the_cache.cache_clear()
+
+
+@pytest.mark.promise("a corrupt or read-only Triton cache")
+@pytest.mark.parametrize(
+    "error", [ValueError("Expecting value: line 1"), PermissionError("read-only"), RuntimeError("?")]
+)
+def test_a_broken_cache_is_passed_by_and_said_once(error):
+    usual = triton.knobs.cache.dir
+    kernel = Kernel(error, "compiled", error, "compiled")
+    with pytest.warns(UserWarning, match=f"past Triton's cache {usual}"):
+        _launch.launch(kernel, (1,), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _launch.launch(kernel, (1,), 2)
+    assert kernel.caches == [usual, _launch._own_cache().name] * 2
+    assert triton.knobs.cache.dir == usual
+
+
+def test_a_kernel_that_is_wrong_is_not_tried_again():
+    kernel = Kernel(CompilationError("", None, "no such operation"))
+    with pytest.raises(_launch.CannotCompile, match="no such operation"):
+        _launch.launch(kernel, (1,))
+    assert len(kernel.caches) == 1
+
+
+def test_what_fails_without_the_cache_too_is_no_fault_of_the_cache():
+    with pytest.raises(_launch.CannotCompile, match="no C compiler"):
+        _launch.launch(Kernel(RuntimeError("no C compiler"), RuntimeError("again")), (1,))
+
+
+@pytest.mark.promise("out of memory in the middle of a forward")
+def test_the_drivers_out_of_memory_is_pytorchs():
+    with pytest.raises(torch.OutOfMemoryError):
+        _launch.launch(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (1,))
+
+
+@pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
+@pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
+def test_an_operation_gives_way_to_its_meaning(kernels, monkeypatch):
+    """As a CUDA tensor's call would: the second time without trying the kernel, or saying anything."""
+    tried = []
+
+    def launch(*args, **options):
+        tried.append(args)
+        raise _launch.CannotCompile("no C compiler")
+
+    monkeypatch.setattr("torch_switchback.kernels.quantize_rowwise.launch", launch)
+    x = torch.randn(5, 7)
+    with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly"):
+        run = _library._on_cuda("quantize_rowwise", kernels, _allocate_quantize, _quantize_rowwise_in_torch)
+        first = run(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = run(x)
+    for result in (first, second):
+        for actual, expected in zip(result, quantize_rowwise(x), strict=True):
+            assert_same(actual, expected)
+    assert len(tried) == (kernels == "quantize_rowwise")
+    assert list(_library.not_compiled) == ["quantize_rowwise"]
