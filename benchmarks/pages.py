@@ -37,7 +37,7 @@ def layers(document: Record) -> str:
         cells = []
         for name in names:
             found = [find(document["results"], shape=list(shape), name=name, mode=mode) for mode in ("eager", "graph")]
-            cells.append("–" if not any(found) else f"{times(found[0])} ({times(found[1])})")
+            cells.append(times(found[0]) + (f" ({times(found[1])})" if found[1] else ""))
         rows.append((str(Shape(*shape)), *cells))
     return markdown(("layer", *names), rows)
 
