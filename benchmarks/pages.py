@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 
 OURS = ("switchback", "switchback-mem-efficient")
-FLOAT8 = ("torchao float8 tensorwise", "torchao float8 rowwise")
+FLOAT8 = tuple(f"torchao float8 {recipe}" for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"))
 
 
 def times(record: Record | None, key: str = "speed_up") -> str:

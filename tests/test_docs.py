@@ -37,6 +37,8 @@ PAGES = {
 }
 # Page and need of every block that is only compiled.
 NOT_RUN: set[tuple[str, str]] = set()
+# Pages that another test runs, which has what they need.
+RUN_ELSEWHERE = {"docs/integrations.md": "tests/integrations/test_docs_integrations.py"}
 # Pages whose blocks are alternatives, each with what is given anew.
 ALTERNATIVES = {"docs/scaling.md"}
 
@@ -219,7 +221,9 @@ def no_process_group_after():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if "```python" in page])
+@pytest.mark.parametrize(
+    "name", [name for name, page in PAGES.items() if "```python" in page and name not in RUN_ELSEWHERE]
+)
 def test_python_blocks_run(name, tmp_path, monkeypatch, no_process_group_after):
     monkeypatch.chdir(tmp_path)
     run(PAGES[name], GIVEN.get(name, dict), alternatives=name in ALTERNATIVES, name=name)
@@ -227,6 +231,11 @@ def test_python_blocks_run(name, tmp_path, monkeypatch, no_process_group_after):
 
 def test_blocks_that_are_not_run_are_few_and_listed():
     assert {(name, fence.needs) for name, page in PAGES.items() for fence in fences(page) if fence.needs} == NOT_RUN
+
+
+@pytest.mark.parametrize(("name", "test"), RUN_ELSEWHERE.items())
+def test_pages_that_are_run_elsewhere_are(name, test):
+    assert name not in PAGES or name in (ROOT / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", PAGES)
