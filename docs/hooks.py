@@ -75,7 +75,8 @@ def _linked(start: Iterable[Path]) -> set[Path]:
 
 
 def _command_line() -> str:
-    """The help of all commands as Markdown, in which ``<`` would begin HTML outside of code."""
+    """The help of all commands as Markdown: its examples as code, and outside of code no ``<``, which begins HTML."""
     command = [sys.executable, "-m", "typer", "torch_switchback.cli.app", "utils", "docs", "--name", "torch-switchback"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"^  (?=\S)", "    ", text.replace("\b", ""), flags=re.MULTILINE)
     return re.sub(r"```.*?```|`[^`]*`|<", lambda part: "&lt;" if part[0] == "<" else part[0], text, flags=re.DOTALL)

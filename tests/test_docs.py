@@ -210,6 +210,7 @@ def words_of_help(*subcommand: str) -> set[str]:
 
 @cache
 def words_of_script(script: str) -> set[str]:
+    pytest.importorskip("matplotlib", reason="the scripts need torch-switchback[demo]")
     finished = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     return set(re.findall(r"--[\w-]+", finished.stdout))
 
