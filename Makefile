@@ -74,8 +74,8 @@ fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints ho
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
 reliability: $(VENV)/.test  ## docs/reliability.md from a run of its tests
-	$(RUN)/python tests/reliability.py run cpu -n 2 --dist loadgroup tests
-	$(RUN)/python tests/reliability.py run interpreter -n 2 tests/kernels
+	$(RUN)/python tests/reliability.py run cpu -n 2 --dist loadgroup
+	$(RUN)/python tests/reliability.py run interpreter -n 2
 	$(RUN)/python tests/reliability.py page
 
 test-gpu:  ## the GPU's tests, in the present environment

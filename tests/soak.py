@@ -9,6 +9,7 @@ repeat a case.
 """
 
 import argparse
+import math
 import sys
 import time
 import traceback
@@ -144,14 +145,15 @@ def allocated(device: str) -> int:
     return pages * 4096
 
 
-def soak(device: str, minutes: float, seed: int, first: int = 0) -> dict[str, object]:
-    """Cases until the time is over: how many, of what, which were wrong, and what memory was allocated between."""
-    for kind in ("bf16", "fp16"):  # else cuBLAS may round partial sums, which no bound here counts
-        setattr(torch.backends.cuda.matmul, f"allow_{kind}_reduced_precision_reduction", False)
+def soak(device: str, minutes: float, seed: int, first: int = 0, most: float = math.inf) -> dict[str, object]:
+    """Cases until the time is over or they are the most: how many, of what, which were wrong, what memory was held."""
+    # cuBLAS may round partial sums, else, which no bound here counts.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     start, number = time.monotonic(), first
     counts: Counter[str] = Counter()
     wrong, memory = [], []
-    while time.monotonic() - start < 60 * minutes:
+    while time.monotonic() - start < 60 * minutes and number - first < most:
         case = Case(seed + number, device)
         try:
             case.run()

@@ -44,7 +44,9 @@ def measure(steps: Mapping[str, Callable[[], object]], device: torch.device, sec
 
 def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     other = next(layer.parameters()).dtype != x.dtype
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype=x.dtype if other else None, enabled=other):
+    # Autocast's cache would keep a weight's copy from one step for the next, and from a CUDA graph's memory.
+    autocast = torch.autocast(x.device.type, dtype=x.dtype if other else None, enabled=other, cache_enabled=False)
+    with torch.enable_grad(), autocast:
         return layer(x)
 
 
