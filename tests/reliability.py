@@ -19,9 +19,11 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from promises import PROMISES, Promise
 
@@ -37,6 +39,7 @@ Test = dict[str, Any]
 
 def run(column: str, output: Path, arguments: list[str]) -> int:
     """Run a column's tests, with pytest's further arguments, and write what they came to."""
+    environment_of()  # or fail now
     variables = {**os.environ, "TRITON_INTERPRET": "1"} if column == "interpreter" else dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
@@ -48,14 +51,17 @@ def run(column: str, output: Path, arguments: list[str]) -> int:
 
 def write(output: Path, device: str, tests: dict[str, Test], **more: Any) -> None:
     """Write a result with its provenance."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import torch
-
-    from report import environment
-
-    content = {"environment": environment(torch.device(device)), **more, "tests": dict(sorted(tests.items()))}
+    content = {"environment": environment_of()(torch.device(device)), **more, "tests": dict(sorted(tests.items()))}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def environment_of() -> Callable[[torch.device], dict[str, Any]]:
+    """The examples' function that says where and with what they ran."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from report import environment
+
+    return environment
 
 
 def tests_of(report: str) -> dict[str, Test]:

@@ -184,6 +184,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()
+    reliability.environment_of()  # or fail now
     result = soak(flags.device, flags.minutes, flags.seed, flags.first)
     wrong = len(result["wrong"]) + (flags.device == "cuda" and not is_flat(result["allocated_bytes"]))
     test = {"passed": int(not wrong), "failed": int(bool(wrong)), "skipped": 0}
