@@ -43,7 +43,7 @@ PROMISES: dict[str, list[Promise]] = {
             interpreter="NumPy fuses none",
             h200="read from the compiled code, without a GPU",
         ),
-        P("int8 grad_weight", "the same bits on the CPU and on the GPU, too"),
+        P("int8 grad_weight", "the same bits as on the CPU; if rotated, to a code in a thousand of its operands"),
     ],
     "Hostile inputs": [
         P(
