@@ -68,7 +68,7 @@ test-integrations: $(INTEGRATIONS)/.installed  ## the bridges to other libraries
 	$(INTEGRATIONS)/bin/pytest -n 2 --dist loadfile tests/integrations
 
 docs: $(VENV)/.test  ## the documentation's site in site/, from these files alone; a dead link fails
-	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
