@@ -18,7 +18,7 @@ from torch_switchback import convert_to_switchback
 from torch_switchback._measuring import saved_bytes
 
 # None leaves nn.Linear as it is.
-RECIPES = DEMO_RECIPES | {"int8-grad-weight": ts.SwitchBackConfig(grad_weight="int8_always")}
+RECIPES = DEMO_RECIPES | {"int8-grad-weight": ts.RECIPES["switchback_int8_grad_weight"]}
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}
 TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)
