@@ -15,7 +15,7 @@ from demo import RECIPES as DEMO_RECIPES
 from measure import SUSTAINED_MS, Contestant, Cycle, Mode
 from shapes import Shape
 from torch_switchback import convert_to_switchback
-from torch_switchback._measuring import saved_bytes
+from torch_switchback.advice.measuring import saved_bytes
 
 # None leaves nn.Linear as it is.
 RECIPES = DEMO_RECIPES | {"int8-grad-weight": ts.RECIPES["switchback_int8_grad_weight"]}
