@@ -18,7 +18,8 @@ def test_both_recipes_start_alike_and_learn(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"(\S+): loss ([\d.]+) -> ([\d.]+), accuracy ([\d.]+)% of new images, [\d,]+ images/s", done.stdout)
+    line = r"(\S+): loss ([\d.]+) -> ([\d.]+), accuracy ([\d.]+)% of new images, [\d,]+ images/s"
+    lines = re.findall(line, done.stdout)
     assert [recipe for recipe, *_ in lines] == ["linear", "switchback"]
     (first, last, _), (ours_first, ours_last, _) = (map(float, values) for _, *values in lines)
     assert abs(ours_first - first) < 0.01
