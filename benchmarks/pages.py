@@ -15,7 +15,7 @@ import typer
 
 from measure import Record, find, new_app
 from shapes import Shape
-from summary import markdown
+from summary import GOALS, host_table, markdown, row
 
 app = new_app()
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 
 OURS = ("switchback", "switchback-mem-efficient")
+ROWWISE_FP8 = "torch._scaled_mm rowwise"
 FLOAT8 = tuple(f"torchao float8 {recipe}" for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"))
 
 
@@ -120,7 +121,74 @@ def noise(document: Record) -> str:
     return markdown(("data", "product", "absmax/rms", *formats), rows)
 
 
+def goals(documents: Record) -> str:
+    rows = [row(goal, documents.get(goal.script))[:4] for goal in GOALS]
+    return markdown(("goal", "reach", "worst case", "reached"), rows)
+
+
+def products(document: Record) -> str:
+    """The INT8 product over its peers."""
+    peers = ((ROWWISE_FP8, "interleaved"), (ROWWISE_FP8, "sustained"), ("bf16", "sustained"))
+    rows = []
+    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
+        of = {"shape": list(shape)}
+        cells = (
+            times(find(document["results"], **of, name=name, pace=pace), "switchback_speed_up") for name, pace in peers
+        )
+        fastest = find(document["results"], **of, name="switchback", pace="sustained")
+        rows.append((str(Shape(*shape)), f"{fastest['tflop_per_s']:.0f}" if fastest else "–", *cells))
+    header = ("product", "TOPS, sustained", "over fp8 row-wise, short turns", "sustained", "over bf16, sustained")
+    return markdown(header, rows)
+
+
+def quantisers(document: Record) -> str:
+    """Shares of a large copy's bandwidth."""
+    shapes = list(dict.fromkeys(tuple(record["shape"]) for record in document["results"]))
+    rows = []
+    for name in dict.fromkeys(record["name"] for record in document["results"]):
+        of = [find(document["results"], shape=list(shape), name=name) for shape in shapes]
+        moved = next(record["bytes_an_element"] for record in of if record)
+        rows.append((f"`{name}` ({moved:g})", *(times(record, "share_of_copy") for record in of)))
+    return markdown(("quantiser", *(f"{rows} × {cols}" for rows, cols in shapes)), rows)
+
+
+def few_tokens(document: Record) -> str:
+    records = [record for record in document["results"] if record["name"] == "switchback"]
+    cells = [f"{record['shape'][0]}" for record in records]
+    return markdown(("tokens", *cells), [("over nn.Linear", *map(times, records))])
+
+
+def steps(document: Record) -> str:
+    """Layers' steps beside float8's, and Amdahl's limit of the default."""
+    names = (*OURS, "int8-grad-weight")
+    rows = []
+    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
+        of = {"shape": list(shape)}
+        cells = [times(find(document["results"], **of, name=name, mode="eager")) for name in names]
+        cells += [times(find(document["results"], **of, name=name, mode="compiled")) for name in FLOAT8]
+        bound = next(each for each in document["limits"] if each["shape"] == of["shape"] and each["name"] == names[0])
+        reached = bound["share_reached"] and f"{bound['share_reached']:.0%}"
+        rows.append((str(Shape(*shape)), *cells, times(bound, "limit"), reached or "–"))
+    return markdown(("layer", *names, *FLOAT8, "Amdahl's limit of switchback", "reached"), rows)
+
+
+def first_calls(document: Record) -> str:
+    rows = [
+        (str(Shape(*one["shape"])), f"{one['forward_s']:.2f}", f"{one['backward_s']:.2f}", str(one["compiled"]))
+        for one in document["first_calls"]
+    ]
+    return markdown(("first call, one after another", "forward, s", "backward, s", "kernels compiled"), rows)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "goals": ("h200", goals),
+    "products": ("h200/bench_matmul.json", products),
+    "quantisers": ("h200/bench_quantize.json", quantisers),
+    "few_tokens": ("h200/bench_inference.json", few_tokens),
+    "steps": ("h200/bench_linear.json", steps),
+    "all_models": ("h200/bench_model.json", models(*OURS, "int8-grad-weight", *FLOAT8)),
+    "host_calls": ("h200/bench_host.json", host_table),
+    "first_calls": ("h200/bench_host.json", first_calls),
     "layers": ("h200/bench_linear.json", layers),
     "kept": ("h200/bench_linear.json", kept),
     "models": ("h200/bench_model.json", models(*OURS)),
@@ -135,8 +203,17 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
 }
 
 
+def load(path: Path) -> Record:
+    """A results file; of a folder all benchmarks', by name."""
+    if path.is_dir():
+        return {file.stem: load(file) for file in sorted(path.glob("bench_*.json"))}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def origin(path: str, document: Record) -> str:
-    """A line that links the file and says what measured it."""
+    """A line that links the file and says what measured it; a folder's files say it themselves."""
+    if "results" not in document:
+        return f"([results](../benchmarks/results/{path}))\n"
     source = document.get("provenance") or document["results"][0]["environment"]
     parts = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
     if any("torchao" in record.get("name", "") for record in document["results"]):
@@ -152,7 +229,7 @@ def fill(page: str) -> str:
         if match[1] not in BLOCKS:
             return match[0]
         path, block = BLOCKS[match[1]]
-        document = json.loads((RESULTS / path).read_text(encoding="utf-8"))
+        document = load(RESULTS / path)
         content = block(document)
         gap = "\n" if content.startswith("|") else ""
         return f"<!-- begin: {match[1]} -->\n{content}{gap}{origin(path, document)}<!-- end -->"
