@@ -4,7 +4,7 @@ RUN = $(VENV)/bin
 INTEGRATIONS = $(VENV)-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz reliability test-gpu test-gpu-sanitizer soak lint clean
+.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz reliability test-gpu test-gpu-sanitizer soak lint docs clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[demo,dev,test]'
+	$(RUN)/pip install --quiet -c constraints.txt -e '.[demo,dev,docs,test]'
 	touch $@
 
 demo: $(VENV)/.demo  ## train a small GPT on real text, nn.Linear beside SwitchBack
@@ -33,7 +33,7 @@ lint: $(VENV)/.test  ## style and types
 
 # Interpreted kernels want TRITON_INTERPRET before Triton is imported, compiled ones must not have it; and the
 # tests of the bitsandbytes bridge run once without bitsandbytes and once with it.
-test: lint  ## lint, types and every test that needs no GPU
+test: lint docs  ## lint, types, the site and every test that needs no GPU
 	$(RUN)/pip uninstall --quiet --yes bitsandbytes
 	$(RUN)/pytest -n 2 --dist loadgroup tests
 	TRITON_INTERPRET=1 $(RUN)/pytest -n 2 tests/kernels
@@ -67,12 +67,15 @@ $(INTEGRATIONS)/.installed: pyproject.toml constraints.txt constraints-integrati
 test-integrations: $(INTEGRATIONS)/.installed  ## the bridges to other libraries, with the real ones, on the CPU
 	$(INTEGRATIONS)/bin/pytest -n 2 --dist loadfile tests/integrations
 
+docs: $(VENV)/.test  ## the documentation's site in site/, from these files alone; a dead link fails
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
 fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
 reliability: $(VENV)/.test  ## docs/reliability.md from a run of its tests
-	$(RUN)/python tests/reliability.py run cpu -n 2 --dist loadgroup tests
-	$(RUN)/python tests/reliability.py run interpreter -n 2 tests/kernels
+	$(RUN)/python tests/reliability.py run cpu -n 2 --dist loadgroup
+	$(RUN)/python tests/reliability.py run interpreter -n 2
 	$(RUN)/python tests/reliability.py page
 
 test-gpu:  ## the GPU's tests, in the present environment
@@ -85,4 +88,4 @@ soak:  ## ten minutes of random steps on the GPU, in the present environment
 	$(PYTHON) tests/soak.py --minutes 10 --output tests/results/h200_soak.json
 
 clean:  ## remove what was made
-	rm -rf $(VENV) $(INTEGRATIONS) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

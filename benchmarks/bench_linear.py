@@ -169,6 +169,7 @@ def main(
     quick: QuickFlag = False,
     tiny: TinyFlag = False,
     output: OutputFlag = None,
+    only: Annotated[str, typer.Option("--only", help="shapes that contain this, as in 4096 or 65536")] = "",
     compile_all: Annotated[
         bool, typer.Option("--compile-all", help="compile every layer for every shape: some minutes more")
     ] = False,
@@ -181,10 +182,12 @@ def main(
         quick=quick,
         tiny=tiny,
         output=output,
+        only=only,
         compile_all=compile_all,
     )
+    shapes = [shape for shape in LAYERS if only in str(shape)]
     limits: list[Record] = []
-    for shape in bench.cases(LAYERS, TINY):
+    for shape in bench.cases(shapes, TINY):
         inputs = random_inputs(
             shape, copies(2 * shape.tokens * (shape.in_features + shape.out_features), bench.device), bench.device
         )

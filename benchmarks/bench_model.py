@@ -42,7 +42,7 @@ from peers import TORCHAO, compile_in_place, convert, gradients
 
 app = new_app()
 EAGER = ("linear", "switchback", "switchback-mem-efficient")
-COMPILED = (*EAGER, *TORCHAO)
+COMPILED = (*EAGER, "int8-grad-weight", *TORCHAO)
 Step = Callable[[], object]
 
 

@@ -15,11 +15,11 @@ from demo import RECIPES as DEMO_RECIPES
 from measure import SUSTAINED_MS, Contestant, Cycle, Mode
 from shapes import Shape
 from torch_switchback import convert_to_switchback
-from torch_switchback._measuring import saved_bytes
+from torch_switchback.advice.measuring import saved_bytes
 
 # None leaves nn.Linear as it is.
 RECIPES = DEMO_RECIPES | {
-    "int8-grad-weight": ts.SwitchBackConfig(grad_weight="int8_always"),
+    "int8-grad-weight": ts.RECIPES["switchback_int8_grad_weight"],
     "rowwise-rotated-features": ts.RECIPES["rowwise_rotated_features"],
 }
 TORCHAO_FLOAT8 = {f"torchao float8 {recipe}": recipe for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")}

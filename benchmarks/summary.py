@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from measure import Record, new_app
+from measure import Record, find, new_app, ratio
 from shapes import PRODUCTS, SMALL, Shape
 
 app = new_app()
@@ -64,6 +64,18 @@ def share_of_limit(document: Record) -> Cases:
     for limit in document["limits"]:
         shown = "share_reached_in_a_graph" if tuple(limit["shape"]) == SMALL else "share_reached"
         yield f"{shape(limit)}, {limit['name']}", limit[shown]
+
+
+def over(peer: str, peer_mode: str, name: str, mode: str) -> Callable[[Record], Cases]:
+    """How many times as fast as a peer one of ours is, of each shape."""
+
+    def cases(document: Record) -> Cases:
+        for ours in document["results"]:
+            if (ours["name"], ours["mode"]) == (name, mode) and tuple(ours["shape"]) in LLAMA + VIT:
+                theirs = find(document["results"], name=peer, mode=peer_mode, shape=ours["shape"])
+                yield shape(ours), ratio(theirs and theirs["median_ms"], ours["median_ms"])
+
+    return cases
 
 
 def model(name: str, value: str, competitor: str = "switchback") -> Callable[[Record], Cases]:
@@ -120,6 +132,24 @@ GOALS = (
         at_most=True,
         form="{:.3f}",
     ),
+    Goal(
+        "layer step, int8 grad_weight, 4096 ↔ 14336",
+        1.65,
+        "bench_linear",
+        by_shape("speed_up", LLAMA[1:], name="int8-grad-weight", mode="eager"),
+    ),
+    Goal(
+        "layer step, int8 grad_weight, ViT shapes",
+        1.40,
+        "bench_linear",
+        by_shape("speed_up", VIT, name="int8-grad-weight", mode="eager"),
+    ),
+    Goal(
+        "layer step, int8 grad_weight, over torchao float8 tensorwise, compiled",
+        1.03,
+        "bench_linear",
+        over("torchao float8 tensorwise", "compiled", "int8-grad-weight", "eager"),
+    ),
     Goal("layer step, share of Amdahl's limit", 0.95, "bench_linear", share_of_limit),
     *(
         Goal(
@@ -139,6 +169,10 @@ GOALS = (
     ),
     Goal("Llama blocks, compiled", 1.36, "bench_model", model("Llama", "speed_up")),
     Goal("ViT-H blocks, compiled", 1.20, "bench_model", model("ViT", "speed_up")),
+    Goal(
+        "Llama blocks, compiled, int8 grad_weight", 1.47, "bench_model", model("Llama", "speed_up", "int8-grad-weight")
+    ),
+    Goal("ViT-H blocks, compiled, int8 grad_weight", 1.27, "bench_model", model("ViT", "speed_up", "int8-grad-weight")),
     Goal("GPT of width 768, compiled, tokens/s", 1.05, "bench_model", model("GPT", "speed_up")),
     Goal("prepared layer, few tokens", 1.6, "bench_inference", by_shape("speed_up", name="switchback")),
     Goal("first call on a new shape, s", 1.0, "bench_host", later_first_calls, at_most=True),

@@ -66,6 +66,24 @@ def assert_same_to_a_code(actual, expected):
     assert apart.sum() <= max(1, 1e-3 * apart.numel())
 
 
+def assert_same_int8_grad_weight(actual, expected, x, grad, config):
+    """As another device computes it: bit for bit, or of rotated operands that assert_same_to_a_code would accept."""
+    if config.rotate_tokens is None:
+        assert_same(actual, expected)
+        return
+    assert actual.dtype == expected.dtype
+    actual, limits = actual.detach().cpu().double(), torch.finfo(expected.dtype)
+    absmax, x_absmax = (
+        ts.quantize_columnwise_and_transpose(each.cpu(), rotate_tokens=config.rotate_tokens)[1] for each in (grad, x)
+    )
+    codes_apart = 2 + 2e-3 * len(x)  # each of them with a code of at most 127
+    bound = codes_apart / 127 * absmax.double()[:, None] * x_absmax.double()
+    bound += (4e-5 + 2 * limits.eps) * expected.double().abs() + 2 * limits.smallest_normal
+    assert not actual[~expected.isfinite()].isfinite().any()
+    in_range = expected.isfinite() & (expected.double().abs() + bound < limits.max)
+    assert ((actual - expected.double()).abs() <= bound)[in_range].all()
+
+
 def convert_all(model, config=None):
     """Toy layers too, which the default filter leaves alone."""
     return ts.convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)

@@ -16,8 +16,9 @@ def pytest_addoption(parser):
     parser.addoption("--sanitizer", action="store_true", help="run the kernels under compute-sanitizer, some minutes")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Each test's report says which promises it shows; on a GPU, only if it takes its tensors there."""
+    """Each test's report says which promises it shows. On a GPU, a test that does not use it shows none."""
     known = {promise.name for promises in PROMISES.values() for promise in promises}
     for item in items:
         names = [name for mark in item.iter_markers("promise") for name in mark.args]
@@ -25,6 +26,7 @@ def pytest_collection_modifyitems(config, items):
             raise pytest.UsageError(f"{item.nodeid}: promises.py has no {set(names) - known}")
         if config.getoption("--device") == "cpu" or "device" in item.fixturenames or "gpu" in item.path.parts:
             item.user_properties += [("promise", name) for name in names]
+            item.add_marker("takes_device")
 
 
 @pytest.hookimpl(wrapper=True)

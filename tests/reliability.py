@@ -1,7 +1,7 @@
 """Run the tests of the promises and make docs/reliability.md of what they came to.
 
     python tests/reliability.py run cpu                          # or interpreter, or, on a machine with a GPU, h200
-    python tests/reliability.py run h200 --output tests/results/h200_two_gpus.json tests/gpu/test_gpu.py
+    python tests/reliability.py run h200 --output tests/results/h200_two_gpus.json -k not_the_current
     python tests/reliability.py page
 
 Every JSON in tests/results is a part of the column that its name begins with: ``h200.json``, ``h200_soak.json``. It has
@@ -19,9 +19,11 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from promises import PROMISES, Promise
 
@@ -29,37 +31,37 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 COLUMNS = {"cpu": "CPU", "interpreter": "interpreter", "h200": "H200"}
-RUNS = {
-    "cpu": ["tests"],
-    "interpreter": ["tests/kernels"],
-    "h200": ["--device", "cuda", "tests/gpu", *sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("tests/test_*.py"))],
-}
+FLAGS = {"cpu": [], "interpreter": ["tests/kernels"], "h200": ["--device", "cuda"]}
+COUNTED = {"examples": "examples that hypothesis drew", "steps": "random steps of the soak"}
 OUTCOMES = ("passed", "failed", "skipped")
 Test = dict[str, Any]
 
 
 def run(column: str, output: Path, arguments: list[str]) -> int:
-    """Run a column's tests, or those that the arguments select, and write what they came to."""
+    """Run a column's tests, with pytest's further arguments, and write what they came to."""
+    environment_of()  # or fail now
     variables = {**os.environ, "TRITON_INTERPRET": "1"} if column == "interpreter" else dict(os.environ)
-    selected = [*RUNS[column][:-1], *arguments] if column == "h200" and arguments else arguments or RUNS[column]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "promise", f"--junitxml={report}", *selected]
-        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "promise and takes_device", f"--junitxml={report}"]
+        code = subprocess.run([*command, *FLAGS[column], *arguments], cwd=ROOT, env=variables).returncode
         write(output, "cuda" if column == "h200" else "cpu", tests_of(report.read_text()))
     return code
 
 
 def write(output: Path, device: str, tests: dict[str, Test], **more: Any) -> None:
     """Write a result with its provenance."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import torch
-
-    from report import environment
-
-    content = {"environment": environment(torch.device(device)), **more, "tests": dict(sorted(tests.items()))}
+    content = {"environment": environment_of()(torch.device(device)), **more, "tests": dict(sorted(tests.items()))}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def environment_of() -> Callable[[torch.device], dict[str, Any]]:
+    """The examples' function that says where and with what they ran."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from report import environment
+
+    return environment
 
 
 def tests_of(report: str) -> dict[str, Test]:
@@ -78,8 +80,9 @@ def tests_of(report: str) -> dict[str, Test]:
         if outcome == "skipped":
             test["reason"] = found["skipped"].get("message")
         test["promises"] = sorted({*test["promises"], *promises})
-        for examples in (int(value) for name, value in properties if name == "examples" and value):
-            test["examples"] = test.get("examples", 0) + examples
+        for counted, value in properties:
+            if counted in COUNTED:
+                test[counted] = test.get(counted, 0) + int(value or 0)
     return tests
 
 
@@ -183,9 +186,8 @@ def _summary(column: str, tests: dict[str, Test]) -> str:
         f"{sum(test['failed'] for test in tests.values()):,} failed",
         f"{cases:,} of them of hostile inputs, states and faults",
     ]
-    for counted in ("examples", "steps"):
+    for counted, what in COUNTED.items():
         total = sum(test.get(counted, 0) for test in tests.values())
-        what = {"examples": "examples that hypothesis drew", "steps": "random steps of the soak"}[counted]
         numbers += [f"{total:,} {what}"] if total else []
     wheres = []
     for file, result in results(column).items():
@@ -201,7 +203,7 @@ def _summary(column: str, tests: dict[str, Test]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="run the tests of a column, or those that further arguments tell pytest")
+    running = commands.add_parser("run", help="run the tests of a column; further arguments are for pytest")
     running.add_argument("column", choices=COLUMNS)
     running.add_argument("--output", type=Path, help="by default tests/results/COLUMN.json")
     commands.add_parser("page", help="write docs/reliability.md")

@@ -29,7 +29,7 @@ import peers
 import summary
 from blocks import LlamaBlock, Stack, ViTBlock
 from torch_switchback import SwitchBackLinear
-from torch_switchback._measuring import saved_bytes
+from torch_switchback.advice.measuring import saved_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
 

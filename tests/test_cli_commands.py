@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import torch_switchback as ts
 from cases import convert_all
-from torch_switchback.cli import bench, doctor, transformer
+from torch_switchback.cli import bench, doctor, export, transformer
 from torch_switchback.cli.app import app
 
 LLAMA = {
@@ -278,6 +278,16 @@ def test_export_refuses(checkpoint, folder):
     ):
         assert message in " ".join(call("export", *arguments, code=code).stderr.replace("│", "").split())
     assert not (folder / "x.safetensors").exists()
+
+
+def test_back_needs_an_absmax_and_a_dtype():
+    codes, absmax = torch.ones(2, 2, dtype=torch.int8), torch.ones(1)
+    with pytest.raises(ValueError, match=r"has no a\.weight_absmax"):
+        export.restored({"a.weight_int8": codes}, {})
+    state = {"a.weight_int8": codes, "a.weight_absmax": absmax}
+    with pytest.raises(ValueError, match="noted as of 'load'"):
+        export.restored(state, {"a": {"dtype": "load"}})
+    assert export.restored(state, {})[0]["a.weight"].dtype == torch.bfloat16
 
 
 # What all share

@@ -143,7 +143,8 @@ def test_nothing_is_rotated_where_there_is_no_weight_gradient(layer, calls, devi
     ("tokens", "in_features", "out_features", "wins"),
     [
         (16_384, 4096, 14_336, True),
-        (65_536, 1280, 5120, False),
+        (65_536, 1280, 5120, True),
+        (65_536, 1280, 1280, False),
         (2048, 4096, 4096, True),
         (1024, 4096, 4096, False),
         (65_536, 768, 768, False),

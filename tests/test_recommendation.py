@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from torch_switchback import SwitchBackLinear, _layer_steps, recommendation
-from torch_switchback.recommendation import LINEAR
+from torch_switchback import SwitchBackLinear
+from torch_switchback.advice import layer_steps, recommendation
+from torch_switchback.advice.recommendation import LINEAR
 
 # Of a layer's step, by its in_features: the middle one wins, the last by too little.
 TIMES = {
@@ -43,7 +44,7 @@ def times(monkeypatch):
         layer, _ = steps[LINEAR].args
         return dict(TIMES[layer.in_features])
 
-    monkeypatch.setattr(_layer_steps, "measure", measure)
+    monkeypatch.setattr(layer_steps, "measure", measure)
 
 
 def test_the_fastest_recipe_that_wins_by_enough(times):

@@ -1,4 +1,4 @@
-"""A few seconds of the soak, and that it would see what it looks for."""
+"""A few steps of the soak, and that it would see what it looks for."""
 
 import pytest
 
@@ -7,10 +7,11 @@ from test_nn import gradients
 
 
 @pytest.mark.promise("soak")
-def test_some_seconds(record_property):
-    result = soak.soak("cpu", 0.1, seed=1000)
-    record_property("steps", result["cases"])
-    assert result["cases"] > 10
+def test_some_steps(request):
+    result = soak.soak("cpu", minutes=10, seed=1000, most=30)
+    request.node.user_properties.append(("steps", result["cases"]))
+    assert result["cases"] == 30
+    assert result["counts"]["out of memory"] >= 1
     assert result["wrong"] == []
 
 

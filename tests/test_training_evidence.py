@@ -99,7 +99,8 @@ def test_runs_of_a_seed_are_paired(records):
     for seed in SEEDS:
         first = [r["train_losses"][0] for r in records if r["seed"] == seed and r["reason"] is None]
         assert max(first) - min(first) < 0.01
-    assert abs(records[0]["train_losses"][0] - records[-1]["train_losses"][0]) > 0.01
+    apart = [abs(a - b) for a, b in zip(records[0]["train_losses"], records[-1]["train_losses"], strict=True)]
+    assert records[0]["seed"] != records[-1]["seed"] and max(apart) > 0.01
 
 
 def test_a_run_of_the_same_seed_is_the_same_and_again_is_not_quite(records, corpus_folder, plan):
@@ -150,8 +151,8 @@ def test_digits(plan, corpus_folder):
     for name in ("linear", "all int8"):
         record = run_job(Job("digits", name, 0), long, corpus_folder)
         assert record["reason"] is None
-        assert record["test_accuracy"] > 0.5
-        assert record["test_loss"] < 2
+        assert record["test_accuracy"] > 0.8
+        assert record["test_loss"] < 0.8
     one, other = (training_runs.Digits.load(seed, torch.device("cpu")) for seed in (0, 1))
     assert len(one.test[0]) == 449 and len(one.train[0]) == 1348
     assert not torch.equal(one.test[0], other.test[0])

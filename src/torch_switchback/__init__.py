@@ -1,10 +1,11 @@
 """INT8 training for PyTorch: SwitchBackLinear (arXiv 2304.13013) and the operations it is made of."""
 
+from .advice.explanation import FallbackError, explain
+from .advice.recommendation import recommend
 from .autograd import switchback_linear
 from .config import SwitchBackConfig
 from .convert import ConversionReport, conversion_report, convert_to_switchback, revert_switchback
 from .distributed import precompute_absmax_for_fsdp
-from .explanation import FallbackError, explain
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import (
     SwitchBackLinear,
@@ -23,7 +24,6 @@ from .ops import (
     quantize_rowwise,
 )
 from .recipes import RECIPES
-from .recommendation import recommend
 
 __version__ = "0.1.0"
 

@@ -14,10 +14,10 @@ from .config import SwitchBackConfig
 from .ops import direct as ops
 
 # Beside the row-wise codes, which the other products need anyway, each of a token's in + out values is read once more
-# and written once more, and int8 saves half of the time of its in * out products. On an H200 the parts of a step of
-# 65536 × 5120 → 1280 (bench_linear.json), where in * out / (in + out) is 1024, are 0.91 ms lost and 0.73 won: equal at
-# 1280.
-LEAST_FEATURES = 1280
+# and written once more, and int8 saves half of the time of its in * out products. On an H200 a step of 65536 tokens,
+# 5120 → 1280, where in * out / (in + out) is 1024, loses 0.44 ms (notes/rotating-quantisers.txt) and wins 0.73
+# (bench_linear.json): equal near 610.
+LEAST_FEATURES = 768
 LEAST_TOKENS = 2048  # fewer leave launches to weigh as much as the arithmetic
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
+from torch_switchback.advice.recommendation import LINEAR
 from torch_switchback.kernels import int8_matmul
 from torch_switchback.kernels._launch import architecture
-from torch_switchback.recommendation import LINEAR
 from torch_switchback.tuning import matmul_config
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from triton import knobs
 
 import torch_switchback as ts
 from test_nn import STRATEGIES, make_layer
-from torch_switchback import SwitchBackConfig
+from torch_switchback import SwitchBackConfig, ops
+from torch_switchback.ops._hadamard import rotate
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -50,7 +52,7 @@ def test_memory_is_flat_over_steps():
 
 @pytest.mark.promise("CUDA-graph capture after warm-up")
 @strategies
-def test_cuda_graph_after_warm_up(config):
+def test_cuda_graph_after_warm_up(config, monkeypatch):
     layer = make_layer(config, 256, 128, "cuda", torch.bfloat16)
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(512, 128, device="cuda", dtype=torch.bfloat16)
@@ -65,9 +67,12 @@ def test_cuda_graph_after_warm_up(config):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    assert not compiled
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
         layer.weight.copy_(torch.randn_like(layer.weight))
@@ -100,6 +105,20 @@ def test_more_than_two_to_the_31_elements():
     codes, absmax = ts.quantize_columnwise_and_transpose(x)
     assert absmax[-1].item() == 100.0
     assert codes[-1, -1].item() == 127
+    del codes
+    *_, codes, absmax = ops.quantize_rowwise_and_rotated_columnwise(x, 64)
+    last = rows // 64 * 64
+    padded = nn.functional.pad(x[last:].cpu().float(), (0, 0, 0, last + 64 - rows))
+    assert torch.equal(codes[:, last:].t().cpu(), ops.quantize_by_absmax(rotate(padded, 64).t(), absmax.cpu()).t())
+
+
+@pytest.mark.promise("≥ 2³¹ elements")
+def test_more_than_two_to_the_31_codes():
+    rows, cols = 70_000, 32_768
+    x = torch.randint(-127, 128, (rows, cols), device="cuda", dtype=torch.int8)
+    absmax = torch.rand(rows, device="cuda")
+    out = ts.dequantize_rowwise(x, absmax, torch.bfloat16)
+    assert torch.equal(out[-64:].cpu(), ts.dequantize_rowwise(x[-64:].cpu(), absmax[-64:].cpu(), torch.bfloat16))
 
 
 @pytest.mark.promise("≥ 2³¹ elements")

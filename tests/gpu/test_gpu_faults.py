@@ -16,7 +16,7 @@ import torch_switchback as ts
 from cases import assert_same
 from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
-from torch_switchback.kernels import _launch
+from torch_switchback.kernels import _launch, int8_matmul
 from torch_switchback.ops import _library
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
@@ -56,6 +56,7 @@ def nothing_compiles(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(_launch, "_compiled", {})
     monkeypatch.setattr(_library, "not_compiled", {})
+    monkeypatch.setattr(int8_matmul, "_replaced", {})
 
 
 @pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
@@ -121,10 +122,10 @@ def start(folder, code=STEP):
 
 
 def finish(process):
-    """The hash of a step's output and gradient, and what was written to stderr."""
+    """The hash of a step's output and gradient, and our warnings."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return out.split()[-1], err
+    return out.split()[-1], "\n".join(line for line in err.splitlines() if "Warning: torch_switchback" in line)
 
 
 @pytest.fixture(scope="module")
@@ -170,4 +171,4 @@ def test_a_cache_that_cannot_be_written(tmp_path, expected):
 def test_without_triton(tmp_path, expected):
     result, said = finish(start(tmp_path, NO_TRITON + STEP))
     assert result == expected
-    assert said.count("in plain PyTorch") == said.count("UserWarning") >= 3
+    assert said.count("in plain PyTorch") >= 3

@@ -119,7 +119,8 @@ def test_frozen_base_takes_one_byte_an_element_between_forward_and_backward_too(
     features = 192, 320  # a number of elements that nothing else here has
     numel = features[0] * features[1]
     base = torch.nn.Sequential(torch.nn.Linear(*features, bias=False, dtype=dtype))
-    ts.convert_to_switchback(base, config=ts.SwitchBackConfig(scaling, **cached))
+    config = ts.SwitchBackConfig(scaling, **cached)
+    ts.convert_to_switchback(base, config=config, module_filter_fn=lambda module, fqn: True)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
     layer = model.get_submodule("base_model.model.0.base_layer")
     before = layer.weight.nbytes
@@ -167,3 +168,7 @@ def test_refusals():
         freeze_base(ts.convert_to_switchback(Regressor()))
     with pytest.raises(ValueError, match="computes with its base layer's weight"):
         freeze_base(make_model(use_dora=True))
+    model = make_model()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="call unmerge_adapter first"):
+        freeze_base(model)

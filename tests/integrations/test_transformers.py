@@ -100,6 +100,20 @@ def test_callback_without_monitor_logs_nothing_and_a_writer_gets_all(tmp_path):
     assert steps == {"0", "1"}
 
 
+def test_a_model_that_the_trainer_makes_anew_is_converted_too(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", use_cpu=True, report_to="none")
+    trainer = Trainer(
+        args=arguments,
+        model_init=lambda: LlamaForCausalLM(CONFIG),
+        train_dataset=counting(),
+        callbacks=[SwitchBackCallback(module_filter_fn=not_the_lm_head)],
+    )
+    before = trainer.model
+    trainer.train()
+    assert trainer.model is not before
+    assert len(converted(trainer.model)) == PROJECTIONS
+
+
 @pytest.fixture
 def saved(tmp_path):
     LlamaForCausalLM(CONFIG).save_pretrained(tmp_path / "plain")

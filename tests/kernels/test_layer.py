@@ -12,7 +12,7 @@ import test_int8_matmul
 import test_nn
 import test_quantize
 import test_rotation
-from cases import assert_same
+from cases import assert_same, assert_same_int8_grad_weight
 from test_nn import gradients, make_layer
 from torch_switchback import kernels
 from torch_switchback.kernels import int8_matmul
@@ -67,8 +67,13 @@ def test_a_step_is_the_cpus(dtype, config, interpreted):
         assert_same(actual, again)
     with torch.utils._python_dispatch._disable_current_modes():
         expected = gradients(layer, x, grad)
-    for actual, wanted in zip(step, expected, strict=True):
-        assert_same(actual, wanted)
+    (y, grad_input, grad_weight, grad_bias), (*wanted, wanted_weight, wanted_bias) = step, expected
+    for actual, each in zip((y, grad_input, grad_bias), (*wanted, wanted_bias), strict=True):
+        assert_same(actual, each)
+    if config.grad_weight == "high_precision":
+        assert_same(grad_weight, wanted_weight)
+    else:
+        assert_same_int8_grad_weight(grad_weight, wanted_weight, x, grad, config)
 
 
 # What pytest finds in this module runs as above.

@@ -13,13 +13,13 @@ import typer
 from torch import nn
 
 from .. import __version__
-from .._layer_calls import layer_calls
-from .._layer_steps import measure_layers
 from .._text import table
+from ..advice.explanation import describe
+from ..advice.layer_calls import layer_calls
+from ..advice.layer_steps import measure_layers
+from ..advice.recommendation import LINEAR
 from ..convert import convert_to_switchback
-from ..explanation import describe
 from ..recipes import RECIPES
-from ..recommendation import LINEAR
 from .common import DEFAULT_TOKENS, DeviceFlag, JsonFlag, TokensFlag, chosen_device, load_model, needs, stop
 from .tune import parse_shape
 

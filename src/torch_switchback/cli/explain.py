@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from ..advice.explanation import explain as explain_model
 from ..convert import convert_to_switchback
-from ..explanation import explain as explain_model
 from ..nn import SwitchBackLinear
 from .common import (
     DeviceFlag,

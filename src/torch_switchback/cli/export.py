@@ -73,7 +73,7 @@ def export(
             metadata = metadata | {NOTE: json_module.dumps(notes)}
         if not names:
             what = "holds no prepared layer" if back else "holds no matrix under these names"
-            stop("export", f"{source} {what}")
+            raise ValueError(f"{source} {what}")
         safetensors.save_file(_apart(result), target, metadata={"format": "pt"} | metadata)
     except (OSError, RuntimeError, TypeError, ValueError, UnpicklingError, _safetensor_error()) as error:
         stop("export", error)
@@ -110,7 +110,7 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
     """A training state from a prepared one, and the layers' names. Without a note a weight becomes bfloat16.
 
     Raises:
-        ValueError: codes have no absmax.
+        ValueError: codes have no absmax, or the note is of no dtype that a weight can have.
     """
     result: State = {}
     layers = []
@@ -124,7 +124,10 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
         absmax = state.get(f"{layer}.weight_absmax")
         if absmax is None:
             raise ValueError(f"{name} has no {layer}.weight_absmax beside it")
-        dtype = getattr(torch, notes.get(layer, {}).get("dtype", "bfloat16"))
+        noted = notes.get(layer, {"dtype": "bfloat16"})["dtype"]
+        dtype = next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{noted}"), None)
+        if dtype is None:
+            raise ValueError(f"{name} is noted as of {noted!r}, which is no dtype of a weight")
         rows = absmax.expand(tensor.shape[0]).contiguous()
         result[f"{layer}.weight"] = dequantize_rowwise(tensor, rows, torch.float32).to(dtype)
         layers.append(layer)

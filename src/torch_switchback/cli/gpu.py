@@ -4,7 +4,7 @@ import subprocess
 
 import torch
 
-from .._measuring import median_ms
+from ..advice.measuring import median_ms
 from ..tuning import MatmulConfig
 from ..tuning.search import Clock
 

@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
+from ..advice.recommendation import CANDIDATES
+from ..advice.recommendation import recommend as recommend_for
 from ..recipes import RECIPES
-from ..recommendation import CANDIDATES
-from ..recommendation import recommend as recommend_for
 from .common import (
     DeviceFlag,
     JsonFlag,

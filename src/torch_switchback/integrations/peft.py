@@ -35,12 +35,15 @@ def freeze_base(model: Model) -> Model:
         The same model. Its adapters save and load as ever; merge them after :func:`unfreeze_base`.
 
     Raises:
-        ValueError: the model has no adapters, or one (DoRA, for example) computes with the base's weight.
+        ValueError: the model has no adapters, or one is merged, or one (as DoRA) computes with the base's weight.
+        RuntimeError: as :meth:`SwitchBackLinear.prepare_for_eval`.
     """
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not adapted:
         raise ValueError("freeze_base: model has no adapter layers; call get_peft_model first")
     for module in adapted:
+        if module.merged:
+            raise ValueError("freeze_base: adapters are merged into the base; call unmerge_adapter first")
         if any(getattr(module, "lora_variant", {}).values()):
             raise ValueError(f"freeze_base: {type(module).__name__} computes with its base layer's weight: {module}")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import SwitchBackConfig, convert_to_switchback, revert_switchback
+from .. import SwitchBackConfig, SwitchBackLinear, convert_to_switchback, revert_switchback
 from ..monitor import Monitor, Writer
 from ._peer import peer
 
@@ -54,6 +54,8 @@ class SwitchBackCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
+        if not any(isinstance(module, SwitchBackLinear) for module in trainer["model"].modules()):
+            convert_to_switchback(trainer["model"], **self._conversion)  # model_init has made another one
         if self._every:
             writer = self._writer or _LogHistory(state)
             self._monitor = Monitor(trainer["model"], every=self._every, layers=self._layers, writer=writer)

@@ -35,10 +35,12 @@ def rotate_transposed(x, matrix):
     """
     if x.dtype == tl.float32:
         rotated = tl.zeros([x.shape[1], x.shape[0]], dtype=tl.float32)
+        x *= 0.5  # bfloat16 would round float32's largest to infinity
         for _ in tl.static_range(3):  # three times 8 bits: exactly x
             part = x.to(tl.bfloat16)
             rotated = tl.dot(tl.trans(part), matrix, rotated)
             x -= part.to(tl.float32)
+        rotated *= 2.0
     else:
         rotated = tl.dot(tl.trans(x), matrix)
     return rotated

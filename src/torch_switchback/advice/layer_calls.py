@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .ops._validation import FLOAT_DTYPES
+from ..ops._validation import FLOAT_DTYPES
 
 
 class Call(NamedTuple):

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ._layer_calls import every_layer_called, layer_calls, run
-from ._layer_steps import LEAST_ROUNDS, measure_layers
-from ._measuring import median_ms, saved_bytes
-from ._text import table
-from .convert import convert_to_switchback, revert_switchback
+from .._text import table
+from ..convert import convert_to_switchback, revert_switchback
+from ..filters import default_filter
+from ..nn import SwitchBackLinear
+from ..recipes import config_of
+from ..tuning.search import WORTH_CHANGING, in_turns
 from .explanation import describe, device_of
-from .filters import default_filter
-from .nn import SwitchBackLinear
-from .recipes import config_of
-from .tuning.search import WORTH_CHANGING, in_turns
+from .layer_calls import every_layer_called, layer_calls, run
+from .layer_steps import LEAST_ROUNDS, measure_layers
+from .measuring import median_ms, saved_bytes
 
 LINEAR = "nn.Linear"
 Measured = TypeVar("Measured")

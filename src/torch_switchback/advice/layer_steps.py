@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ._measuring import graphed, median_ms, saved_bytes
-from .tuning.search import in_turns
+from ..tuning.search import in_turns
+from .measuring import graphed, median_ms, saved_bytes
 
 TURN_MS = 20.0  # of a layer before the next one's turn: long enough that launching and clock ticks vanish
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
@@ -44,7 +44,9 @@ def measure(steps: Mapping[str, Callable[[], object]], device: torch.device, sec
 
 def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     other = next(layer.parameters()).dtype != x.dtype
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype=x.dtype if other else None, enabled=other):
+    # Autocast's cache would keep a weight's copy from one step for the next, and from a CUDA graph's memory.
+    autocast = torch.autocast(x.device.type, dtype=x.dtype if other else None, enabled=other, cache_enabled=False)
+    with torch.enable_grad(), autocast:
         return layer(x)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _grad_weight
-from ._layer_calls import Call, layer_calls
-from ._text import table
-from .autograd import switchback_linear
-from .nn import SwitchBackLinear
-from .tuning import MatmulConfig
+from .. import _grad_weight
+from .._text import table
+from ..autograd import switchback_linear
+from ..nn import SwitchBackLinear
+from ..tuning import MatmulConfig
+from .layer_calls import Call, layer_calls
 
 Shape = tuple[int, int, int]
 HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "falls back")
@@ -209,13 +209,13 @@ def _padded(inner: int, rotation: int | None) -> int:
 def _int8_product(name: str, shape: Shape, out_dtype: torch.dtype, device: torch.device) -> Product:
     m, n, k = shape
     if device.type != "cuda":
-        from .ops.int8_matmul import cpu_path
+        from ..ops.int8_matmul import cpu_path
 
         kernel, reason = cpu_path(k)
         return Product(name, m, n, k, kernel, None, reason)
-    from .kernels._launch import architecture
-    from .kernels.int8_matmul import chosen
-    from .tuning._tables import served, shipped_table
+    from ..kernels._launch import architecture
+    from ..kernels.int8_matmul import chosen
+    from ..tuning._tables import served, shipped_table
 
     fits_tma = k % 16 == 0 and n * out_dtype.itemsize % 16 == 0
     name_of_gpu = architecture(device)

@@ -1,0 +1,250 @@
+"""Write the tables of the documentation's pages from the committed results.
+
+python benchmarks/pages.py
+
+Each table stands in its page between ``<!-- begin: name -->`` and ``<!-- end -->``; the prose around them stays.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from measure import Record, find, new_app
+from shapes import Shape
+from summary import GOALS, host_table, markdown, row
+
+app = new_app()
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+
+OURS = ("switchback", "switchback-mem-efficient")
+ROWWISE_FP8 = "torch._scaled_mm rowwise"
+FLOAT8 = tuple(f"torchao float8 {recipe}" for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"))
+
+
+def times(record: Record | None, key: str = "speed_up") -> str:
+    return "–" if record is None or record[key] is None else f"{record[key]:.2f}"
+
+
+def layers(document: Record) -> str:
+    names = ("switchback", "rowwise", "switchback-mem-efficient", "rowwise-mem-efficient", "int8-grad-weight")
+    rows = []
+    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
+        cells = []
+        for name in names:
+            found = [find(document["results"], shape=list(shape), name=name, mode=mode) for mode in ("eager", "graph")]
+            cells.append(times(found[0]) + (f" ({times(found[1])})" if found[1] else ""))
+        rows.append((str(Shape(*shape)), *cells))
+    return markdown(("layer", *names), rows)
+
+
+def kept(document: Record) -> str:
+    """The bytes that memory-efficient layers keep."""
+    shares = [
+        record["saved_over_linear"]
+        for record in document["results"]
+        if record["name"].endswith("mem-efficient") and record.get("saved_over_linear") is not None
+    ]
+    return f"Memory-efficient layers keep {min(shares):.3f} to {max(shares):.3f} of nn.Linear's bytes.\n"
+
+
+def models(*names: str) -> Callable[[Record], str]:
+    """Speed-up and peak memory of compiled models, over nn.Linear's."""
+
+    def table(document: Record) -> str:
+        rows = []
+        for model in dict.fromkeys(record["model"] for record in document["results"]):
+            of = [find(document["results"], model=model, name=name, mode="compiled") for name in names]
+            rows.append((model, *(f"{times(one)} ×, {times(one, 'peak_over_linear')}" if one else "–" for one in of)))
+        return markdown(("compiled", *names), rows)
+
+    return table
+
+
+def small_layer(document: Record) -> str:
+    rows = []
+    steps = [record for record in document["results"] if record["what"] == "step" and record["median_ms"] is not None]
+    for mode, meaning in (("eager", "eager"), ("graph", "CUDA graph")):
+        for record in steps:
+            if record["mode"] == mode and record["name"] in ("linear", "switchback"):
+                rows.append((meaning, record["name"], f"{record['median_ms']:.3f}", times(record)))
+    title = f"{Shape(*steps[0]['shape'])}, forward and backward"
+    return markdown((title, "layer", "ms", "over nn.Linear"), rows)
+
+
+def host(document: Record) -> str:
+    """What a step costs when the device has next to nothing to do."""
+    calls = [record for record in document["results"] if record["what"] == "call"]
+    named = {group: find(calls, group=group, name="forward + backward") for group in ("nn.Linear", "SwitchBackLinear")}
+    rows = [(group, f"{record['microseconds']:.0f}") for group, record in named.items() if record is not None]
+    return markdown(("host, forward and backward", "µs"), rows)
+
+
+def losers(document: Record) -> Iterator[tuple[str, ...]]:
+    for record in document["results"]:
+        if record["name"] in OURS and record["speed_up"] is not None and record["speed_up"] < 1:
+            yield record["model"], record["name"], record["mode"], times(record)
+
+
+def lost(document: Record) -> str:
+    return markdown(("model", "layers", "mode", "over nn.Linear"), losers(document))
+
+
+def shards(document: Record) -> str:
+    by_recipe = {run["recipe"]: run for run in document["results"]}
+    linear = by_recipe["linear"]["tokens_per_second"]
+    rows = [
+        (name, f"{run['tokens_per_second']:,.0f}", f"{run['tokens_per_second'] / linear:.2f}")
+        for name, run in by_recipe.items()
+    ]
+    return markdown(("recipe", "tokens/s", "over nn.Linear"), rows)
+
+
+def linear_share(document: Record) -> str:
+    """Amdahl's bound on the demo's step."""
+    share = next(run["linear_share"] for run in document["results"] if run["recipe"] == "linear")
+    rows = [(f"{gain:.1f} ×", f"{1 / (1 - share + share / gain):.2f} ×") for gain in (1.2, 1.4, 1.6)]
+    return markdown(("linear layers alone", f"a step of which they are {share:.0%}"), rows)
+
+
+def noise(document: Record) -> str:
+    formats = tuple(document["results"][0]["decibels"])
+    rows = []
+    for record in document["results"]:
+        cells = (f"{found['snr']:.1f} ({found['worst_rows']:.1f})" for found in record["decibels"].values())
+        rows.append((record["name"], record["product"], f"{record['crest']:.1f}", *cells))
+    return markdown(("data", "product", "absmax/rms", *formats), rows)
+
+
+def goals(documents: Record) -> str:
+    rows = [row(goal, documents.get(goal.script))[:4] for goal in GOALS]
+    return markdown(("goal", "reach", "worst case", "reached"), rows)
+
+
+def products(document: Record) -> str:
+    """The INT8 product over its peers."""
+    peers = ((ROWWISE_FP8, "interleaved"), (ROWWISE_FP8, "sustained"), ("bf16", "sustained"))
+    rows = []
+    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
+        of = {"shape": list(shape)}
+        cells = (
+            times(find(document["results"], **of, name=name, pace=pace), "switchback_speed_up") for name, pace in peers
+        )
+        fastest = find(document["results"], **of, name="switchback", pace="sustained")
+        rows.append((str(Shape(*shape)), f"{fastest['tflop_per_s']:.0f}" if fastest else "–", *cells))
+    header = ("product", "TOPS, sustained", "over fp8 row-wise, short turns", "sustained", "over bf16, sustained")
+    return markdown(header, rows)
+
+
+def quantisers(document: Record) -> str:
+    """Shares of a large copy's bandwidth."""
+    shapes = list(dict.fromkeys(tuple(record["shape"]) for record in document["results"]))
+    rows = []
+    for name in dict.fromkeys(record["name"] for record in document["results"]):
+        of = [find(document["results"], shape=list(shape), name=name) for shape in shapes]
+        moved = next(record["bytes_an_element"] for record in of if record)
+        rows.append((f"`{name}` ({moved:g})", *(times(record, "share_of_copy") for record in of)))
+    return markdown(("quantiser", *(f"{rows} × {cols}" for rows, cols in shapes)), rows)
+
+
+def few_tokens(document: Record) -> str:
+    records = [record for record in document["results"] if record["name"] == "switchback"]
+    cells = [f"{record['shape'][0]}" for record in records]
+    return markdown(("tokens", *cells), [("over nn.Linear", *map(times, records))])
+
+
+def steps(document: Record) -> str:
+    """Layers' steps beside float8's, and Amdahl's limit of the default."""
+    names = (*OURS, "int8-grad-weight")
+    rows = []
+    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
+        of = {"shape": list(shape)}
+        cells = [times(find(document["results"], **of, name=name, mode="eager")) for name in names]
+        cells += [times(find(document["results"], **of, name=name, mode="compiled")) for name in FLOAT8]
+        bound = next(each for each in document["limits"] if each["shape"] == of["shape"] and each["name"] == names[0])
+        reached = bound["share_reached"] and f"{bound['share_reached']:.0%}"
+        rows.append((str(Shape(*shape)), *cells, times(bound, "limit"), reached or "–"))
+    return markdown(("layer", *names, *FLOAT8, "Amdahl's limit of switchback", "reached"), rows)
+
+
+def first_calls(document: Record) -> str:
+    rows = [
+        (str(Shape(*one["shape"])), f"{one['forward_s']:.2f}", f"{one['backward_s']:.2f}", str(one["compiled"]))
+        for one in document["first_calls"]
+    ]
+    return markdown(("first call, one after another", "forward, s", "backward, s", "kernels compiled"), rows)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "goals": ("h200", goals),
+    "products": ("h200/bench_matmul.json", products),
+    "quantisers": ("h200/bench_quantize.json", quantisers),
+    "few_tokens": ("h200/bench_inference.json", few_tokens),
+    "steps": ("h200/bench_linear.json", steps),
+    "all_models": ("h200/bench_model.json", models(*OURS, "int8-grad-weight", *FLOAT8)),
+    "host_calls": ("h200/bench_host.json", host_table),
+    "first_calls": ("h200/bench_host.json", first_calls),
+    "layers": ("h200/bench_linear.json", layers),
+    "kept": ("h200/bench_linear.json", kept),
+    "models": ("h200/bench_model.json", models(*OURS)),
+    "models_and_float8": ("h200/bench_model.json", models("switchback", *FLOAT8)),
+    "small_layer": ("h200/bench_host.json", small_layer),
+    "host": ("h200/bench_host.json", host),
+    "lost": ("h200/bench_model.json", lost),
+    "shards_narrow": ("h200/fsdp/large.json", shards),
+    "shards_wide": ("h200/fsdp/wide.json", shards),
+    "linear_share": ("h200/demo/results.json", linear_share),
+    "noise": ("cpu/signal_to_noise.json", noise),
+}
+
+
+def load(path: Path) -> Record:
+    """A results file; of a folder all benchmarks', by name."""
+    if path.is_dir():
+        return {file.stem: load(file) for file in sorted(path.glob("bench_*.json"))}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def origin(path: str, document: Record) -> str:
+    """A line that links the file and says what measured it; a folder's files say it themselves."""
+    if "results" not in document:
+        return f"([results](../benchmarks/results/{path}))\n"
+    source = document.get("provenance") or document["results"][0]["environment"]
+    parts = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
+    if any("torchao" in record.get("name", "") for record in document["results"]):
+        parts.append(f"torchao {source['torchao']}")
+    parts += [f"commit {source['git_commit'][:7]}", source["date"][:10]]
+    return f"([results](../benchmarks/results/{path}): {', '.join(parts)})\n"
+
+
+def fill(page: str) -> str:
+    """A page with its tables written anew; those of other scripts stay."""
+
+    def write(match: re.Match[str]) -> str:
+        if match[1] not in BLOCKS:
+            return match[0]
+        path, block = BLOCKS[match[1]]
+        document = load(RESULTS / path)
+        content = block(document)
+        gap = "\n" if content.startswith("|") else ""
+        return f"<!-- begin: {match[1]} -->\n{content}{gap}{origin(path, document)}<!-- end -->"
+
+    return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
+
+
+@app.command(help="Write the tables of the documentation's pages from the committed results.")
+def main(docs: Annotated[Path, typer.Option(exists=True, file_okay=False)] = DOCS) -> None:
+    for path in sorted(docs.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if (filled := fill(text)) != text:
+            path.write_text(filled, encoding="utf-8")
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,82 @@
+"""What MkDocs needs to make a site of this repository's Markdown as it stands.
+
+The site is docs/ and all that its pages link to, at the repository's paths, so that links work on GitHub and on the
+site alike. A folder becomes a list of its files, as on GitHub; the command line's page is made from its ``--help``.
+"""
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
+LOADED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+
+log = logging.getLogger("mkdocs.hooks")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    docs = [file for file in files if file.src_dir == config.docs_dir]
+    pages = {Path(config.docs_dir, file.src_uri) for file in docs if file.is_documentation_page()}
+    for file in docs:
+        files.remove(file)
+    for path in sorted(_linked([*pages, ROOT / "README.md", ROOT / "benchmarks/results"])):
+        uri = path.relative_to(ROOT).as_posix()
+        if path.is_dir():
+            names = "\n".join(f"- [{each.name}]({each.name})" for each in sorted(path.iterdir()))
+            file = File.generated(config, f"{uri}/index.md", content=f"# {uri}\n\n{names}")
+        else:
+            file = File(uri, str(ROOT), config.site_dir, config.use_directory_urls)
+        if path not in pages:
+            file.inclusion = InclusionLevel.NOT_IN_NAV  # it need not be
+        files.append(file)
+    files.append(File.generated(config, "docs/cli.md", content=_command_line()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
+    folder = (ROOT / page.file.src_uri).parent
+    return LINK.sub(lambda link: f"{link[0]}/index.md" if (folder / link[1]).is_dir() else link[0], markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Docstrings have Sphinx's roles, which editors know and Markdown does not."""
+    return re.sub(r":(?:class|data|func|meth):(?=<code>)", "", html)
+
+
+def on_post_page(output: str, *, page: Page, **_: object) -> str:
+    for element in LOADED.findall(output):
+        log.warning("%s loads something from elsewhere: %s", page.file.src_uri, element)
+    return output
+
+
+def _linked(start: Iterable[Path]) -> set[Path]:
+    """Files and folders of the repository that can be reached, the start too."""
+    found: set[Path] = set()
+    pending = list(start)
+    while pending:
+        path = pending.pop()
+        if path in found or not path.exists() or not path.is_relative_to(ROOT):
+            continue
+        found.add(path)
+        if path.is_dir():
+            pending += path.iterdir()
+        elif path.suffix == ".md":
+            links = LINK.findall(path.read_text(encoding="utf-8"))
+            pending += [(path.parent / link).resolve() for link in links]
+    return found
+
+
+def _command_line() -> str:
+    """The help of all commands as Markdown: its examples as code, and outside of code no ``<``, which begins HTML."""
+    command = [sys.executable, "-m", "typer", "torch_switchback.cli.app", "utils", "docs", "--name", "torch-switchback"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"^  (?=\S)", "    ", text.replace("\b", ""), flags=re.MULTILINE)
+    return re.sub(r"```.*?```|`[^`]*`|<", lambda part: "&lt;" if part[0] == "<" else part[0], text, flags=re.DOTALL)
