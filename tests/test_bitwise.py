@@ -5,7 +5,7 @@ import torch
 
 from cases import assert_same
 from test_int8_matmul import expected as dequantised_product
-from test_nn import dtypes, gradients, make_layer, strategies
+from test_nn import dtypes, gradients, make_layer, unrotated
 from test_quantize import expected_codes
 
 
@@ -22,7 +22,7 @@ def quantised_weight(weight, scaling):
 
 
 @pytest.mark.promise("output and grad_input", "run to run")
-@strategies
+@unrotated
 @dtypes
 @pytest.mark.parametrize("shape", [(33, 83, 17), (128, 64, 96)], ids=str)
 def test_a_step_is_the_stated_arithmetic(shape, dtype, config, device):

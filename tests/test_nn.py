@@ -401,7 +401,7 @@ def test_a_float16_result_above_its_range_is_inf_as_nn_linears(config, device):
 
 
 @pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
-@strategies
+@unrotated
 @pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
 def test_sums_that_int32_cannot_hold(inner, config, device):
     """Of the output over the input features, of the input's gradient over a vocabulary: every code is ±127."""

@@ -211,7 +211,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="grad_weight='int8_always' is not available"):
         column_parallel(converted(nn.Linear(20, 16), grad_weight="int8_always"))(batch())
     with pytest.raises(ValueError, match="rotate_features=16 is not available"):
-        column_parallel(converted(nn.Linear(20, 16), "rowwise", rotate_features=16))(batch())
+        column_parallel(converted(nn.Linear(20, 16), weight_scaling="rowwise", rotate_features=16))(batch())
 
 
 @in_processes(2)
