@@ -160,7 +160,7 @@ def few_tokens(document: Record) -> str:
 
 def steps(document: Record) -> str:
     """Layers' steps beside float8's, and Amdahl's limit of the default."""
-    names = (*OURS, "int8-grad-weight")
+    names = (*OURS, "int8-grad-weight", "rowwise", "rowwise-rotated-features")
     rows = []
     for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
         of = {"shape": list(shape)}
@@ -187,6 +187,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "few_tokens": ("h200/bench_inference.json", few_tokens),
     "steps": ("h200/bench_linear.json", steps),
     "all_models": ("h200/bench_model.json", models(*OURS, "int8-grad-weight", *FLOAT8)),
+    "int8_models": ("h200/bench_model_int8.json", models("switchback", "int8-grad-weight", *FLOAT8[:2])),
+    "float8_steps": ("h200/bench_linear_peers.json", steps),
     "host_calls": ("h200/bench_host.json", host_table),
     "first_calls": ("h200/bench_host.json", first_calls),
     "layers": ("h200/bench_linear.json", layers),

@@ -216,3 +216,20 @@ PROMISES: dict[str, list[Promise]] = {
         ),
     ],
 }
+
+# Promises whose last run on a GPU holds a failure or is missing, and why. Empty is the aim.
+NOT_SHOWN = {
+    "output and grad_input": "a test held the int8 weight gradient to the bound of a 16-bit one, and another asked of "
+    "rotated features what is promised without; mended, not run again",
+    "run to run": "the same test of rotated features",
+    "int8 grad_weight": "the first of those tests",
+    "inner dimension 133,144 / 133,145 / 262,144, all ±127": "rotated features have no such codes; left out since, not "
+    "run again",
+    "out of memory in the middle of a forward": "what earlier tests had left was freed meanwhile and made room; mended, "
+    "not run again (the soak provoked it 62 times, with the right results after)",
+    "8 processes on a cold cache": "one of the eight was aborted: “terminate called without an active exception”; "
+    "not explained",
+    **dict.fromkeys(
+        ("memcheck", "racecheck", "initcheck", "synccheck"), "cut off by a time limit before it had written"
+    ),
+}

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from promises import PROMISES, Promise
+from promises import NOT_SHOWN, PROMISES, Promise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "results"
@@ -169,6 +169,11 @@ def _lines() -> Iterator[str]:
             )
             cells = [cell(promise, column, tests) for column, tests in columns.items()]
             yield "| " + " | ".join([promise.name.replace("|", "\\|"), promise.outcome, links, *cells]) + " |"
+    if NOT_SHOWN:
+        yield ""
+        yield "## What the H200's column does not show"
+        yield ""
+        yield from (f"- **{name}**: {why}." for name, why in NOT_SHOWN.items())
 
 
 def _link(name: str) -> str:
