@@ -225,8 +225,8 @@ NOT_SHOWN = {
     "int8 grad_weight": "the first of those tests",
     "inner dimension 133,144 / 133,145 / 262,144, all ±127": "rotated features have no such codes; left out since, not "
     "run again",
-    "out of memory in the middle of a forward": "what earlier tests had left was freed meanwhile and made room; mended, "
-    "not run again (the soak provoked it 62 times, with the right results after)",
+    "out of memory in the middle of a forward": "what earlier tests had left was freed meanwhile and made room; "
+    "mended, not run again (the soak provoked it 62 times, with the right results after)",
     "8 processes on a cold cache": "one of the eight was aborted: “terminate called without an active exception”; "
     "not explained",
     **dict.fromkeys(
