@@ -34,7 +34,6 @@ class SwitchBackConfig:
             stays at high precision, and says so once. ``"int8_always"``: there too.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantised
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
-
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
             policy. ``"int8"``: as the codes that the layer computes with, quantised from the shards by the absmax
             over all of them (docs/scaling.md). Without FSDP2 it makes no difference.
