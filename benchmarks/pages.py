@@ -224,19 +224,28 @@ def origin(path: str, document: Record) -> str:
     return f"([results](../benchmarks/results/{path}): {', '.join(parts)})\n"
 
 
+def fill_blocks(page: str, content_of: Callable[[str], str | None]) -> str:
+    """A page with each block written anew, by its name; None leaves it as it is."""
+
+    def write(match: re.Match[str]) -> str:
+        content = content_of(match[1])
+        return match[0] if content is None else f"<!-- begin: {match[1]} -->\n{content}<!-- end -->"
+
+    return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
+
+
 def fill(page: str) -> str:
     """A page with its tables written anew; those of other scripts stay."""
 
-    def write(match: re.Match[str]) -> str:
-        if match[1] not in BLOCKS:
-            return match[0]
-        path, block = BLOCKS[match[1]]
+    def content_of(name: str) -> str | None:
+        if name not in BLOCKS:
+            return None
+        path, block = BLOCKS[name]
         document = load(RESULTS / path)
         content = block(document)
-        gap = "\n" if content.startswith("|") else ""
-        return f"<!-- begin: {match[1]} -->\n{content}{gap}{origin(path, document)}<!-- end -->"
+        return content + ("\n" if content.startswith("|") else "") + origin(path, document)
 
-    return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
+    return fill_blocks(page, content_of)
 
 
 @app.command(help="Write the tables of the documentation's pages from the committed results.")

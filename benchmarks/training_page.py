@@ -5,9 +5,7 @@
 Each table stands in the page between ``<!-- begin: name -->`` and ``<!-- end -->``; the prose around them stays.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +14,7 @@ import typer
 
 from grad_weight_snr import FORMATS
 from measure import Record, new_app, text
+from pages import fill_blocks, load
 from summary import markdown
 from training_statistics import BASELINE, Effects, effects, finished, repeated_scatter, text_error
 
@@ -172,13 +171,12 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
 def fill(page: str, results: Path) -> str:
     """A page with every block written anew from the results of a folder; MISSING where there are none."""
 
-    def write(match: re.Match[str]) -> str:
-        file, block = BLOCKS[match[1]]
+    def content_of(name: str) -> str:
+        file, block = BLOCKS[name]
         path = results / file
-        content = block(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else MISSING
-        return f"<!-- begin: {match[1]} -->\n{content}<!-- end -->"
+        return block(load(path)) if path.is_file() else MISSING
 
-    return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
+    return fill_blocks(page, content_of)
 
 
 @app.command(help="Write the figures of docs/training.md from the committed results.")

@@ -73,8 +73,7 @@ def quantize(
 
     Returns:
         Codes [tokens, features] (padded to whole blocks if rotated) and absmax [tokens], or two Nones without rowwise;
-        then codes [features, tokens, padded
-        to whole blocks] and absmax [features], or two Nones without tokens.
+        then codes [features, tokens, padded to whole blocks] and absmax [features], or two Nones without tokens.
     """
     share_reads = config.rotate_tokens is not None and config.rotate_features is None
     if rowwise is not None and tokens and share_reads:
