@@ -949,3 +949,20 @@ def test_revert_gives_a_prepared_layer_a_weight_again():
     ts.revert_switchback(model)
     assert list(model[0].state_dict()) == ["weight", "bias"]
     model(torch.randn(4, 8)).sum().backward()
+
+
+def test_revert_takes_a_subclass_only_to_what_it_names_itself():
+    class Plain(nn.Linear):
+        pass
+
+    class Named(SwitchBackLinear):
+        reverts_to = Plain
+
+    class Unnamed(Named):
+        pass
+
+    model = nn.Sequential(Named(8, 8), Unnamed(8, 8), nn.utils.parametrizations.weight_norm(SwitchBackLinear(8, 8)))
+    kept = [type(module) for module in model[1:]]
+    ts.revert_switchback(model)
+    assert [type(module) for module in model] == [Plain, *kept]
+    assert vars(model[0]).keys() == vars(nn.Linear(8, 8)).keys()

@@ -166,7 +166,7 @@ def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
     A layer that was prepared for evaluation gets a new ``weight``, dequantised. Subclasses of SwitchBackLinear, such as
-    torch.nn.utils.parametrize makes, stay.
+    torch.nn.utils.parametrize makes, stay, but for those that set ``reverts_to`` themselves.
 
     Args:
         model: any module, converted or built with SwitchBackLinear.
@@ -180,11 +180,12 @@ def revert_switchback(model: Model) -> Model:
     undo_int8_all_gather(model)
     for module in model.modules():
         vars(module).pop(_REPORT, None)
-        if type(module) is SwitchBackLinear:
+        reverts_to = vars(type(module)).get("reverts_to")  # a subclass does not inherit it
+        if isinstance(module, SwitchBackLinear) and reverts_to is not None:
             module.prepare_for_training()
             del module.config
             module.__dict__.pop("_weight_cache", None)
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            module.__class__ = reverts_to
     return model
 
 

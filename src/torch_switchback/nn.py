@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ class SwitchBackLinear(nn.Linear):
     Its state_dict is nn.Linear's until :meth:`prepare_for_eval` replaces ``weight`` by ``weight_int8``
     (int8 [out, in]) and ``weight_absmax`` (float32, (1,) or (out,)).
     """
+
+    reverts_to: ClassVar[type[nn.Linear]] = nn.Linear
+    """What :func:`torch_switchback.revert_switchback` makes of this very class."""
 
     config: SwitchBackConfig
     weight_int8: torch.Tensor  # while prepared, as are the next three

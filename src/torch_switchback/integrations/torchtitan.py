@@ -6,6 +6,7 @@ model_registry("8B", converters=[SwitchBackLinearConverter.Config(conversion={"c
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import SwitchBackConfig, SwitchBackLinear, convert_to_switchback
@@ -18,7 +19,9 @@ with peer("torchtitan", "torchtitan>=0.3,<0.4"):
 
 
 class SwitchBackTitanLinear(SwitchBackLinear, Module):
-    """SwitchBackLinear with torchtitan's way of being built, initialised and sharded."""
+    """SwitchBackLinear, built, initialised and sharded as torchtitan does; it reverts to torchtitan's Linear."""
+
+    reverts_to = Linear
 
     @dataclass(kw_only=True, slots=True)
     class Config(Linear.Config):
@@ -27,6 +30,11 @@ class SwitchBackTitanLinear(SwitchBackLinear, Module):
     def __init__(self, config: Config) -> None:
         super().__init__(config.in_features, config.out_features, bias=config.bias)
         self.config = config.switchback
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As SwitchBackLinear's, under the name that sharding configurations give the argument."""
+        # Module.parallelize keeps this bound method for good: through it revert_switchback must have its effect too.
+        return super().forward(input) if isinstance(self, SwitchBackLinear) else Linear.forward(self, input)
 
 
 class SwitchBackLinearConverter(QuantizationConverter):
