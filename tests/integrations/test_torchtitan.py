@@ -1,6 +1,11 @@
-"""torchtitan's converter on its own Llama configuration. Its Trainer wants an accelerator, so the loop is ours."""
+"""torchtitan's converter on its own Llama configuration, with its Trainer and without."""
 
 import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,28 +14,18 @@ import torch.nn.functional as F
 pytest.importorskip("torchtitan")
 
 from tasks import assert_falls, assert_reloads_and_reverts, converted
-from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.llama3 import model_registry
+from torchtitan_model import CONFIG, converter, model_spec
 
 from torch_switchback import SwitchBackConfig
-from torch_switchback.integrations.torchtitan import SwitchBackLinearConverter, SwitchBackTitanLinear
-
-CONFIG = SwitchBackConfig("rowwise")
-
-
-def converter(config=CONFIG, module_filter_fn=lambda module, fqn: fqn != "lm_head"):
-    return SwitchBackLinearConverter.Config(conversion={"config": config, "module_filter_fn": module_filter_fn})
+from torch_switchback.integrations.torchtitan import SwitchBackTitanLinear
 
 
 def build(*converters):
-    """Two layers of torchtitan's debug model, as its Trainer builds and initialises them."""
-    config = model_registry("debugmodel", converters=list(converters)).model
-    config.layers = config.layers[:2]
-    for layer in config.layers:  # the others have no backward on a CPU
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    """The model as torchtitan's Trainer builds and initialises it."""
     with torch.device("meta"):
-        model = config.build()
+        model = model_spec(*converters).model.build()
     model.verify_module_protocol()
     model.to_empty(device="cpu")
     torch.manual_seed(0)
@@ -44,6 +39,18 @@ def logits(model):
 
 
 TOKENS = torch.arange(4)[:, None] * 100 + torch.arange(33)
+
+
+def test_trainer_trains_resumes_and_its_checkpoint_is_the_stock_models(tmp_path):
+    process = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("torchtitan_training.py"), tmp_path],
+        env=os.environ | process | {"HF_HOME": str(tmp_path / "huggingface")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_converted_model_trains_and_its_state_is_the_stock_models():
@@ -101,6 +108,11 @@ def test_only_plain_linears_are_replaced_and_others_keep_their_fields():
         for field in dataclasses.fields(stock[fqn]):
             if field.name != "param_init":  # functions, compared by what they initialise above
                 assert getattr(each, field.name) == getattr(stock[fqn], field.name)
+
+
+def test_arguments_have_the_names_that_sharding_configurations_know():
+    ours, theirs = (inspect.signature(layer.forward).parameters for layer in (SwitchBackTitanLinear, Linear))
+    assert list(ours) == list(theirs)
 
 
 def test_int8_all_gather_is_refused():
