@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import torch_switchback as ts
@@ -79,6 +81,15 @@ def test_help_teaches_by_example(command):
 
 
 # doctor
+
+
+def test_no_metavar_is_taken_for_the_name():
+    """typer 0.27.2 makes --RECIPE of metavar="RECIPE" for recipe."""
+    for command in app.registered_commands:
+        for name, annotation in get_type_hints(command.callback, include_extras=True).items():
+            for info in getattr(annotation, "__metadata__", ()):
+                if isinstance(info, OptionInfo) and info.metavar:
+                    assert info.metavar.lower() != name
 
 
 def test_doctor_without_a_gpu(monkeypatch):

@@ -48,7 +48,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL",
+            metavar="MODULE:FUNCTION|JSON",
             help="The distinct layers of a model instead: package.module:function, or a transformer's config.json.",
             show_default=False,
         ),
@@ -56,7 +56,7 @@ def bench(
     tokens: TokensFlag = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(metavar="RECIPE", help=f"Repeatable; by default all: {', '.join(RECIPES)}.", show_default=False),
+        typer.Option(metavar="NAME", help=f"Repeatable; by default all: {', '.join(RECIPES)}.", show_default=False),
     ] = None,
     peers: Annotated[
         bool, typer.Option(help="torchao's float8 layers too, compiled, if it is installed and there is a GPU.")

@@ -30,7 +30,7 @@ def recommend(
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="RECIPE",
+            metavar="NAME",
             help=f"One to choose from, of {', '.join(RECIPES)}; repeatable. By default {' and '.join(CANDIDATES)}.",
             show_default=False,
         ),
