@@ -24,6 +24,9 @@ if not torch.accelerator.is_available():
         empty_cache=lambda: None,
     )
 
+if not hasattr(torch.distributed, "set_timeout"):  # torch 2.13, whose own name for it this is
+    torch.distributed.set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
+
 from tasks import assert_falls, assert_reloads_and_reverts, converted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -73,15 +76,7 @@ def build(folder, name, *converters, **checkpoint):
 def train(trainer):
     """-> the loss of every step, as torchtitan logged it."""
     config = trainer.config
-    if hasattr(torch.distributed, "set_timeout"):
-        trainer.train()
-    else:  # the loop of Trainer.train, which calls that after its first step; torch 2.13 does not have it
-        trainer.checkpointer.load(config.checkpoint.load_step)
-        batches = trainer.batch_generator(trainer.dataloader)
-        while trainer.should_continue_training():
-            trainer.step += 1
-            trainer.train_step(batches)
-            trainer.checkpointer.save(trainer.step, last_step=trainer.step == STEPS)
+    trainer.train()
     trainer.close()
     (folder,) = Path(config.dump_folder, config.metrics.save_tb_folder).iterdir()
     events = EventAccumulator(str(folder)).Reload()
