@@ -22,7 +22,7 @@ class Model(nn.Module):
         self.unused = nn.Linear(24, 24)
 
     def forward(self, x, scale=1.0):
-        x = self.norm(self.up(x=x))
+        x = self.norm(self.up(input=x))
         return self.down(x) + self.down(x[:3]).sum() * scale
 
 

@@ -196,7 +196,7 @@ def test_no_tokens_leave_no_record_and_keywords_leave_one(device):
         monitor.step()
         assert monitor.latest == {}
     with Monitor(layer) as monitor:
-        layer(x=torch.randn(3, 8, device=device)).sum().backward()
+        layer(input=torch.randn(3, 8, device=device)).sum().backward()
         monitor.step()
     assert set(monitor.latest) == {""}
 

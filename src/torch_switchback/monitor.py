@@ -145,7 +145,7 @@ def _measured(layer: SwitchBackLinear, name: str, sample: dict[str, Record]) -> 
     def after_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
         if not output.requires_grad or output.numel() == 0 or layer.is_prepared or name in sample:
             return
-        x = (args[0] if args else kwargs["x"]).detach().to(output.dtype)  # as autocast did
+        x = (args[0] if args else kwargs["input"]).detach().to(output.dtype)  # as autocast did
 
         def after_backward(grad: torch.Tensor) -> None:
             if name not in sample:

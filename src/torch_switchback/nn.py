@@ -72,13 +72,13 @@ class SwitchBackLinear(nn.Linear):
         """Whether the weight has been replaced by its int8 codes."""
         return self.weight is None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         weight, absmax = (self.weight_int8, self.weight_absmax) if self.is_prepared else (self.weight, None)
         cache = None
         if self.config.cache_quantized_weight and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-        return switchback_linear(x, weight, self.bias, self.config, weight_absmax=absmax, weight_cache=cache)
+        return switchback_linear(input, weight, self.bias, self.config, weight_absmax=absmax, weight_cache=cache)
 
     def prepare_for_eval(self) -> None:
         """Quantise the weight for good and free it: the same output bit for bit, less time and memory.

@@ -32,7 +32,7 @@ class SwitchBackTitanLinear(SwitchBackLinear, Module):
         self.config = config.switchback
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As SwitchBackLinear's, under the name that sharding configurations give the argument."""
+        """As SwitchBackLinear's."""
         # Module.parallelize keeps this bound method for good: through it revert_switchback must have its effect too.
         return super().forward(input) if isinstance(self, SwitchBackLinear) else Linear.forward(self, input)
 
