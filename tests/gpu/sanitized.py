@@ -46,6 +46,13 @@ class Alone:
         pass
 
 
+class Written(Alone):
+    """Outputs that were written before: initcheck does not see what TMA writes, and calls it uninitialised."""
+
+    def output(self, like):
+        return torch.full_like(like, torch.nan, device="cuda", memory_format=torch.contiguous_format)
+
+
 def cases():
     """Calls, each of one kernel or two: quantisers in one pass and forced to two, products tuned and by force."""
     forced = itertools.cycle(
@@ -60,7 +67,7 @@ def cases():
         yield lambda s=shape, d=dtype: guard_bands.check_dequantizer(s, d, Alone())
     for shape, dtype in zip(PRODUCTS, itertools.cycle(DTYPES), strict=False):
         for config in (None, next(forced)):
-            yield lambda s=shape, d=dtype, c=config: guard_bands.check_product(c, s, d, Alone())
+            yield lambda s=shape, d=dtype, c=config: guard_bands.check_product(c, s, d, Written())
 
 
 def quantise(name, shape, dtype, max_small):

@@ -1,8 +1,13 @@
 """compute-sanitizer's four tools over every kernel: no reports, and one of each fault that was planted.
 
 Only with ``--sanitizer``: it takes minutes. They run side by side, after runs without them have compiled the kernels.
+
+Racecheck takes Triton's own hand-over to the warps of a warp-specialised kernel for a race: the warps read there what
+they are to run, which other warps have written. Barriers of the whole block lie between every such write and read
+(``barrier.sync 1`` in the kernel's PTX), but not at one place for all warps. No line of ours touches that memory.
 """
 
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from torch_switchback.kernels import int8_matmul_warp_specialized
 
 PARTS = 3
 PROGRAM = [sys.executable, str(Path(__file__).with_name("sanitized.py"))]
@@ -30,7 +37,22 @@ def watched(tool, *arguments):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=540)
     found = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+) (?:errors?|hazards?)", done.stdout)
     assert found, done.stdout
-    return sum(map(int, found)), done.stdout
+    return sum(map(int, found)) - hand_overs(done.stdout), done.stdout
+
+
+def hand_overs(said):
+    """How many of racecheck's reports are of Triton's hand-over to the warps of a warp-specialised kernel."""
+    kernel = int8_matmul_warp_specialized.int8_matmul_warp_specialized_kernel
+    lines, first = inspect.getsourcelines(kernel.fn)
+    file = Path(inspect.getsourcefile(kernel.fn)).name
+    of_triton = {
+        f"{file}:{first + number}"
+        for number, line in enumerate(lines)
+        if line.startswith("def ") or line.strip() == "gl.warp_specialize("
+    }
+    assert len(of_triton) == 2
+    reports = said.split("Race reported between")[1:]
+    return sum(set(re.findall(r" access at \S+(?: in (\S+))?", report)) <= of_triton for report in reports)
 
 
 @pytest.fixture(scope="module")
