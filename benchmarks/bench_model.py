@@ -138,6 +138,7 @@ def main(
     tiny: TinyFlag = False,
     output: OutputFlag = None,
     only: Annotated[str, typer.Option("--only", help="models whose name contains this")] = "",
+    peers: Annotated[bool, typer.Option(help="torchao's layers too")] = True,
     whole: Annotated[bool, typer.Option("--whole", help="compile models, not blocks: some minutes more")] = False,
 ) -> None:
     bench = Bench(
@@ -149,6 +150,7 @@ def main(
         tiny=tiny,
         output=output,
         only=only,
+        peers=peers,
         whole=whole,
     )
     models = [model for model in (TINY_MODELS if tiny else MODELS) if only in model.name]
@@ -162,7 +164,7 @@ def main(
             return [new_step(module)]
 
         entries: list[tuple[str, Mode]] = [(name, "eager") for name in EAGER]
-        entries += [(name, "compiled") for name in COMPILED]
+        entries += [(name, "compiled") for name in COMPILED if peers or name not in TORCHAO]
         records = bench.compare(
             [Contestant(name, partial(build, name, mode), mode, SUSTAINED_MS) for name, mode in entries],
             model=model.name,

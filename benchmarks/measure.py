@@ -187,6 +187,9 @@ def compare(
             results.append(runners[-1].result)
         except Exception as error:  # a peer can fail in any way
             results.append(Measured(contestant.name, contestant.mode, reason=reason_of(error)))
+    # Of a training run's one model Python's garbage collector finds less to walk over than all of these left.
+    gc.collect()
+    gc.freeze()
     a_round_ms = sum(runner.sample_ms for runner in runners)
     rounds = max(MIN_ROUNDS, int(seconds * 1e3 / a_round_ms)) if runners else 0
     shuffle = random.Random(0).shuffle
@@ -195,6 +198,7 @@ def compare(
         shuffle(order)
         for index in order:  # not by a name that would outlive the loop and keep the last one's memory
             _sample(runners[index])
+    gc.unfreeze()
     while runners:
         if runners[-1].result.reason is None:
             runners[-1].finish()
