@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from promises import NOT_SHOWN, PROMISES, Promise
+from promises import PROMISES, Promise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "results"
@@ -110,9 +110,9 @@ def results(column: str) -> dict[str, dict[str, Any]]:
 
 
 def merged(column: str) -> dict[str, Test]:
-    """A column's tests. What a run skipped and another did not, counts as the other says."""
+    """A column's tests, each as its newest run says that skipped no more of it than another."""
     tests: dict[str, Test] = {}
-    for result in results(column).values():
+    for result in sorted(results(column).values(), key=lambda result: result["environment"]["date"]):
         for name, test in result["tests"].items():
             before = tests.get(name)
             if before is None or before["passed"] + before["failed"] <= test["passed"] + test["failed"]:
@@ -169,11 +169,6 @@ def _lines() -> Iterator[str]:
             )
             cells = [cell(promise, column, tests) for column, tests in columns.items()]
             yield "| " + " | ".join([promise.name.replace("|", "\\|"), promise.outcome, links, *cells]) + " |"
-    if NOT_SHOWN:
-        yield ""
-        yield "## What the H200's column does not show"
-        yield ""
-        yield from (f"- **{name}**: {why}." for name, why in NOT_SHOWN.items())
 
 
 def _link(name: str) -> str:
