@@ -6,7 +6,6 @@ Writes products.png, layers.png, models.png, memory.png, training.png and grad_w
 they show, each from whichever of its files exist.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from collect import collect
 from measure import Record, find, new_app
 from shapes import Shape
 from training_statistics import BASELINES, effects, finished
@@ -389,10 +389,10 @@ def main(
     console = Console()
     out = folder if out is None else out
     out.mkdir(parents=True, exist_ok=True)
+    available = collect(folder)
     for name, picture in PICTURES.items():
-        paths = [folder / f"{script}.json" for script in picture.scripts]
-        missing = [path.name for path in paths if not path.is_file()]
-        documents = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()}
+        missing = [f"{script}.json" for script in picture.scripts if script not in available]
+        documents = {script: available[script] for script in picture.scripts if script in available}
         if not documents or any(f"{script}.json" in missing for script in picture.scripts[: picture.needs]):
             console.print(f"skipped {name}: {folder} has no {', '.join(missing)}", soft_wrap=True)
             continue

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from collect import collect
 from measure import Record, find, new_app
 from shapes import Shape
 from summary import GOALS, host_table, markdown, row
@@ -182,22 +183,20 @@ def first_calls(document: Record) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "goals": ("h200", goals),
-    "products": ("h200/bench_matmul.json", products),
-    "quantisers": ("h200/bench_quantize.json", quantisers),
-    "few_tokens": ("h200/bench_inference.json", few_tokens),
-    "steps": ("h200/bench_linear.json", steps),
-    "all_models": ("h200/bench_model.json", models(*OURS, "int8-grad-weight", *FLOAT8)),
-    "int8_models": ("h200/bench_model_int8.json", models("switchback", "int8-grad-weight", *FLOAT8[:2])),
-    "float8_steps": ("h200/bench_linear_peers.json", steps),
-    "host_calls": ("h200/bench_host.json", host_table),
-    "first_calls": ("h200/bench_host.json", first_calls),
-    "layers": ("h200/bench_linear.json", layers),
-    "kept": ("h200/bench_linear.json", kept),
-    "models": ("h200/bench_model.json", models(*OURS)),
-    "models_and_float8": ("h200/bench_model.json", models("switchback", *FLOAT8)),
-    "small_layer": ("h200/bench_host.json", small_layer),
-    "host": ("h200/bench_host.json", host),
-    "lost": ("h200/bench_model.json", lost),
+    "products": ("h200/bench_matmul", products),
+    "quantisers": ("h200/bench_quantize", quantisers),
+    "few_tokens": ("h200/bench_inference", few_tokens),
+    "steps": ("h200/bench_linear", steps),
+    "all_models": ("h200/bench_model", models(*OURS, "int8-grad-weight", *FLOAT8, "torchao int8")),
+    "host_calls": ("h200/bench_host", host_table),
+    "first_calls": ("h200/bench_host", first_calls),
+    "layers": ("h200/bench_linear", layers),
+    "kept": ("h200/bench_linear", kept),
+    "models": ("h200/bench_model", models(*OURS)),
+    "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
+    "small_layer": ("h200/bench_host", small_layer),
+    "host": ("h200/bench_host", host),
+    "lost": ("h200/bench_model", lost),
     "shards_narrow": ("h200/fsdp/large.json", shards),
     "shards_wide": ("h200/fsdp/wide.json", shards),
     "linear_share": ("h200/demo/results.json", linear_share),
@@ -205,23 +204,32 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
 }
 
 
-def load(path: Path) -> Record:
-    """A results file; of a folder all benchmarks', by name."""
-    if path.is_dir():
-        return {file.stem: load(file) for file in sorted(path.glob("bench_*.json"))}
-    return json.loads(path.read_text(encoding="utf-8"))
+def load(path: str) -> Record:
+    """A results file; without suffix, of all files that a benchmark left in its folder; of a folder all benchmarks'."""
+    place = RESULTS / path
+    if place.is_dir():
+        return collect(place)
+    if place.suffix:
+        return json.loads(place.read_text(encoding="utf-8"))
+    return collect(place.parent)[place.name]
 
 
 def origin(path: str, document: Record) -> str:
-    """A line that links the file and says what measured it; a folder's files say it themselves."""
+    """A line that links the files and says what measured them; a folder's say it themselves."""
     if "results" not in document:
         return f"([results](../benchmarks/results/{path}))\n"
-    source = document.get("provenance") or document["results"][0]["environment"]
-    parts = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
-    if any("torchao" in record.get("name", "") for record in document["results"]):
-        parts.append(f"torchao {source['torchao']}")
-    parts += [f"commit {source['git_commit'][:7]}", source["date"][:10]]
-    return f"([results](../benchmarks/results/{path}): {', '.join(parts)})\n"
+    runs = document.get("runs") or {
+        Path(path).name: document.get("provenance") or document["results"][0]["environment"]
+    }
+    folder = path.rpartition("/")[0]
+    links: dict[str, list[str]] = {}
+    for name, source in runs.items():
+        versions = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
+        if any("torchao" in record.get("name", "") for record in document["results"]):
+            versions.append(f"torchao {source['torchao']}")
+        link = f"[{name}](../benchmarks/results/{folder}/{name}) of commit {source['git_commit'][:7]}"
+        links.setdefault(", ".join([*versions, source["date"][:10]]), []).append(link)
+    return "(" + "; ".join(f"{', '.join(files)}: {where}" for where, files in links.items()) + ")\n"
 
 
 def fill_blocks(page: str, content_of: Callable[[str], str | None]) -> str:
@@ -241,7 +249,7 @@ def fill(page: str) -> str:
         if name not in BLOCKS:
             return None
         path, block = BLOCKS[name]
-        document = load(RESULTS / path)
+        document = load(path)
         content = block(document)
         return content + ("\n" if content.startswith("|") else "") + origin(path, document)
 

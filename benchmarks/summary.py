@@ -5,13 +5,13 @@
 A goal is reached if its worst case reaches it. GOALS names the file and the field that each is read from.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
 
+from collect import collect
 from measure import Record, find, new_app, ratio
 from shapes import PRODUCTS, SMALL, Shape
 
@@ -217,17 +217,15 @@ def main(
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="a file to write instead")] = None,
     host: Annotated[bool, typer.Option("--host", help="the host's microseconds instead of the goals")] = False,
 ) -> None:
-    documents = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bench_*.json"))
-    }
+    documents = collect(folder)
     if host and "bench_host" not in documents:
         raise typer.BadParameter(f"{folder} has no bench_host.json")
     text = host_table(documents["bench_host"]) if host else table(documents)
-    for name in ["bench_host"] if host else documents:
-        origin = documents[name]["provenance"]
-        text += f"\n{name}: {origin['device']}, torch {origin['torch']}, Triton {origin['triton']}, "
-        text += f"commit {str(origin['git_commit'])[:7]}, {origin['date'][:10]}"
-        text += " (partial: `--quick`)\n" if origin["arguments"]["quick"] else "\n"
+    for script in ["bench_host"] if host else documents:
+        for name, origin in documents[script]["runs"].items():
+            text += f"\n{name}: {origin['device']}, torch {origin['torch']}, Triton {origin['triton']}, "
+            text += f"commit {str(origin['git_commit'])[:7]}, {origin['date'][:10]}"
+            text += " (partial: `--quick`)\n" if origin["arguments"]["quick"] else "\n"
     if out is None:
         print(text, end="")
     else:

@@ -28,6 +28,7 @@ import measure
 import peers
 import summary
 from blocks import LlamaBlock, Stack, ViTBlock
+from collect import collect
 from torch_switchback import SwitchBackLinear
 from torch_switchback.advice.measuring import saved_bytes
 
@@ -204,6 +205,26 @@ def test_cpu_takes_toys_only():
     finished = CliRunner().invoke(bench_matmul.app, ["--device", "cpu"])
     assert finished.exit_code == 2
     assert "add --tiny" in finished.output
+
+
+def write_run(file: Path, date: str, *results: dict) -> None:
+    provenance = {"script": "benchmarks/bench_x.py", "date": date}
+    limits = [{"shape": result["shape"], "limit": result["median_ms"]} for result in results]
+    file.write_text(json.dumps({"provenance": provenance, "results": results, "limits": limits, "kept": date}))
+
+
+def test_of_each_shape_the_newest_run_counts(tmp_path):
+    def record(tokens: int, time: float | None) -> dict:
+        return {"shape": [tokens, 8, 8], "median_ms": time}
+
+    write_run(tmp_path / "bench_x.json", "2026-01-02", record(1, 1.0), record(2, 2.0), record(3, 3.0))
+    write_run(tmp_path / "bench_x_again.json", "2026-01-03", record(2, 2.5), record(2, None), record(3, None))
+    write_run(tmp_path / "bench_x_before.json", "2026-01-01", record(1, 0.5))
+    document = collect(tmp_path)["bench_x"]
+    assert document["results"] == [record(1, 1.0), record(2, 2.5), record(2, None), record(3, 3.0)]
+    assert [limit["limit"] for limit in document["limits"]] == [1.0, 2.5, None, 3.0]
+    assert document["kept"] == "2026-01-03"
+    assert document["runs"].keys() == {"bench_x.json", "bench_x_again.json"}
 
 
 def new_bench(output: Path) -> measure.Bench:
