@@ -6,9 +6,8 @@ from collections.abc import Callable
 from torch import nn
 
 # The narrower side of the narrowest layers that have been seen to gain: trained on an H200 and compiled, a GPT whose
-# layers have 1024 features and more runs at 1.07 × nn.Linear, one of 768 at 0.93 × where the host was busy and at
-# 1.07 × where it was free (docs/performance.md). Quantising costs in proportion to in + out, the products gain in
-# proportion to in * out.
+# layers have 1024 features and more gains, one of 768 gains or loses with the speed of the host (docs/performance.md).
+# Quantising costs in proportion to in + out, the products gain in proportion to in * out.
 LEAST_FEATURES = 1024
 
 
