@@ -8,11 +8,13 @@ With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
     grad_bias   = Σ G         float32 accumulation
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _grad_weight
 from .config import ROTATIONS, SwitchBackConfig
@@ -113,10 +115,24 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
     return scaling_of(config).quantize(weight)
 
 
+_generation = object()
+"""Another one after every optimiser's step: what a step writes through ``.data`` shows in no version counter."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def begin_generation(*_: Any) -> None:
+        global _generation
+        _generation = object()
+
+    register_optimizer_step_post_hook(begin_generation)
+
+
 class WeightCache:
     """The codes of one weight, plain and transposed, until it changes."""
 
     def __init__(self) -> None:
+        _watch_optimizers()
         self._seen: torch.Tensor | None = None
         self._state: tuple[Any, ...] = ()
         self._quantized: tuple[Quantized, Quantized | None] | None = None
@@ -139,7 +155,8 @@ class WeightCache:
         With absmax W is int8 codes itself: only those of Wᵀ are computed.
         """
         absmax_state = None if absmax is None else (absmax.data_ptr(), absmax._version)
-        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state)
+        generation = _generation if weight.requires_grad else None
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state, generation)
         if state != self._state:
             # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
             self._seen, self._state, self._quantized = weight.detach(), state, None
