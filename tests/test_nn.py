@@ -506,14 +506,59 @@ def test_backward_twice(config, device):
         y.backward()
 
 
+def sum_of(y):
+    """Its gradient is constant: all that depends on something else is the product."""
+    return y.sum()
+
+
+def sum_of_squares(y):
+    return y.pow(2).sum()
+
+
 @pytest.mark.promise("a second backward without retain_graph; double backward")
+@pytest.mark.parametrize("loss", [sum_of, sum_of_squares])
 @strategies
-def test_double_backward(config, device):
+def test_double_backward(config, loss, device):
     layer = make_layer(config, device=device)
     x = torch.randn(4, 64, device=device, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for inputs in (x, layer.weight):
+        (grad,) = torch.autograd.grad(loss(layer(x)), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="switchback_linear has no double backward"):
+            grad.sum().backward()
+    (grad,) = torch.autograd.grad(loss(layer(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="switchback_linear has no double backward"):
+        torch.autograd.grad(grad.sum(), layer.weight)
+
+
+def test_double_backward_through_another_layer(device):
+    """create_graph=True is no error in itself, and what does not pass through the layer has its second derivative."""
+    model = nn.Sequential(make_layer(ts.SwitchBackConfig(), device=device), nn.Linear(48, 1)).to(device)
+    x = torch.randn(4, 64, device=device)
+    layer, head = model
+    parameters = layer.weight, head.bias
+    layer_grad, head_grad = torch.autograd.grad(model(x).pow(2).sum(), parameters, create_graph=True)
+    (second,) = torch.autograd.grad(head_grad.sum(), head.bias, retain_graph=True)
+    assert_same(second, torch.full_like(head.bias, 2.0 * len(x)))
+    with pytest.raises(RuntimeError, match="switchback_linear has no double backward"):
+        torch.autograd.grad(layer_grad.sum(), head.weight)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_gradient_penalty_of_a_layer_whose_gradient_is_constant(frozen, device):
+    """As of a frozen nn.Linear: there is nothing to differentiate."""
+    layer = make_layer(ts.SwitchBackConfig(), device=device)
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    assert grad.requires_grad == (not frozen)
+
+
+def test_gradients_with_grad_mode_on(device):
+    """A backward within enable_grad builds no graph."""
+    layer = make_layer(ts.SwitchBackConfig(), device=device)
+    with torch.enable_grad():
+        layer(torch.randn(4, 64, device=device, requires_grad=True)).sum().backward()
+    assert not layer.weight.grad.requires_grad
 
 
 @pytest.mark.promise("what the backward keeps")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _grad_weight
@@ -200,6 +199,7 @@ def switchback_linear(
         TypeError: an argument has another dtype.
         ValueError: shapes do not match, the arguments are on different devices, or the weight is codes and config
             rotates the features.
+        RuntimeError: once its gradients are differentiated again.
     """
     if config is None:
         config = SwitchBackConfig()
@@ -292,35 +292,70 @@ class SwitchBackFunction(torch.autograd.Function):
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved_x, x_absmax, weight, absmax, codes_t = ctx.saved_tensors
-        needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-        grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_weight = grad_bias = None
-        needs_int8_weight = needs_weight and ctx.int8_grad_weight
-        scaling = ctx.scaling
-        grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
-            grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, tokens=needs_int8_weight
-        )
-        if needs_input:
-            if codes_t is None:
-                transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
-                codes_t, absmax = transpose(weight, absmax)
-            grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
-            if len(ctx.input_shape) != 2:
-                grad_input = grad_input.view(ctx.input_shape)
-        if needs_int8_weight:
-            grad_weight = ops.int8_matmul_rowwise_dequantize(
-                grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
-            )
-        elif needs_weight:
-            if x_absmax is not None:
-                saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
-            grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
-        if needs_bias:
-            grad_bias = column_sums(grad, ctx.bias_dtype)
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_output, saved)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            needs_input, needs_weight, *_ = ctx.needs_input_grad
+            # Stands for x, on which grad_weight depends, and of which there may be codes alone.
+            x = torch.empty(0, requires_grad=needs_input and needs_weight)
+            weight = saved[2]
+            grads = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
+        grad_input, grad_weight, grad_bias = grads
         return grad_input, grad_weight, None, grad_bias, None, None, None, None
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Gradients as they are; differentiated again, they raise.
+
+    PyTorch's once_differentiable does so only if the incoming gradient requires one, and drops what x and W contribute.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *grads: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise RuntimeError(
+            "switchback_linear has no double backward: its gradients (create_graph=True) cannot be differentiated again"
+        )
+
+
+def _gradients(
+    ctx: Any, grad_output: torch.Tensor, saved: tuple[Any, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Those of x, weight and bias that are needed, from what the forward saved."""
+    saved_x, x_absmax, weight, absmax, codes_t = saved
+    needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
+    grad_input = grad_weight = grad_bias = None
+    needs_int8_weight = needs_weight and ctx.int8_grad_weight
+    scaling = ctx.scaling
+    grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
+        grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, tokens=needs_int8_weight
+    )
+    if needs_input:
+        if codes_t is None:
+            transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
+            codes_t, absmax = transpose(weight, absmax)
+        grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
+        if len(ctx.input_shape) != 2:
+            grad_input = grad_input.view(ctx.input_shape)
+    if needs_int8_weight:
+        grad_weight = ops.int8_matmul_rowwise_dequantize(
+            grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
+        )
+    elif needs_weight:
+        if x_absmax is not None:
+            saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
+        grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
+    if needs_bias:
+        grad_bias = column_sums(grad, ctx.bias_dtype)
+    return grad_input, grad_weight, grad_bias
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
