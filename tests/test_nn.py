@@ -124,6 +124,18 @@ def test_odd_sizes(config, in_features, out_features, device):
         assert signal_to_noise(actual, expected) > 30
 
 
+@strategies
+@pytest.mark.parametrize("leading", [(), (7,), (2, 5), (2, 0)], ids=str)
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_features(config, leading, in_features, out_features, device):
+    layer = make_layer(config, in_features, out_features, device)
+    x, grad = torch.randn(*leading, in_features, device=device), torch.randn(*leading, out_features, device=device)
+    reference = gradients(revert_copy(layer), x, grad)
+    for actual, expected in zip(gradients(layer, x, grad), reference, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def count_weight_quantisations(monkeypatch, weight_scaling, counts=lambda weight: True):
     """The list to which each way of quantising a weight adds its name from now on."""
     calls = []
@@ -479,6 +491,15 @@ def test_refuses_codes_that_do_not_fit(device):
     ]:
         with pytest.raises(error, match=f"switchback_linear: {message}"):
             ts.switchback_linear(x, **arguments)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_are_refused(layout, device):
+    rows = [torch.randn(3, 64, device=device), torch.randn(5, 64, device=device)]
+    x = torch.nested.nested_tensor(rows, layout=layout)
+    with pytest.raises(TypeError, match=f"switchback_linear: x must not be a NestedTensor, got layout {layout}"):
+        make_layer(SwitchBackConfig(), device=device)(x)
 
 
 # Autograd's rules

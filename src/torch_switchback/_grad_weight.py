@@ -5,6 +5,7 @@ which leaves their product as it is, and quantised with one absmax a column (doc
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ def runs_in_int8(config: SwitchBackConfig, x: torch.Tensor, weight: torch.Tensor
     if config.grad_weight == "high_precision" or not (weight.requires_grad and torch.is_grad_enabled()):
         return False
     out_features, in_features = weight.shape
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     if config.grad_weight == "int8_always" or int8_grad_weight_wins(tokens, in_features, out_features):
         return True
     _say_that_it_stays()

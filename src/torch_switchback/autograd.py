@@ -9,6 +9,7 @@ With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -196,7 +197,7 @@ def switchback_linear(
         (*, out_features) in x's dtype, or in autocast's.
 
     Raises:
-        TypeError: an argument has another dtype.
+        TypeError: an argument has another dtype, or x is a NestedTensor.
         ValueError: shapes do not match, the arguments are on different devices, or the weight is codes and config
             rotates the features.
         RuntimeError: once its gradients are differentiated again.
@@ -229,6 +230,8 @@ def _check(
     config: SwitchBackConfig,
 ) -> None:
     op = "switchback_linear"
+    if x.is_nested:
+        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
     check_float(op, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
@@ -265,7 +268,7 @@ class SwitchBackFunction(torch.autograd.Function):
         int8_grad_weight: bool,
     ) -> torch.Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        x_2d = _as_rows(x)
         x_codes, x_absmax, *saved_x = _grad_weight.quantize(
             x_2d, config, rowwise=scaling.quantize_input, tokens=int8_grad_weight
         )
@@ -331,7 +334,7 @@ def _gradients(
     """Those of x, weight and bias that are needed, from what the forward saved."""
     saved_x, x_absmax, weight, absmax, codes_t = saved
     needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-    grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
+    grad = _as_rows(grad_output)
     grad_input = grad_weight = grad_bias = None
     needs_int8_weight = needs_weight and ctx.int8_grad_weight
     scaling = ctx.scaling
@@ -356,6 +359,11 @@ def _gradients(
     if needs_bias:
         grad_bias = column_sums(grad, ctx.bias_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (*, features) as [tokens, features]. Without -1, which does not say how many rows of no features there are."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
