@@ -904,6 +904,16 @@ def test_a_computed_weight_is_not_prepared(device):
     assert list(layer.state_dict()) == keys
 
 
+@unrotated
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device):
+    layer = make_layer(config, device=device, bias=False).to(dtype)
+    for refused in (layer.prepare_for_eval, lambda: layer(torch.zeros(2, 64, device=device))):
+        with pytest.raises(TypeError, match=f"weight must be float16, bfloat16 or float32, got {dtype}"):
+            refused()
+        assert list(layer.state_dict()) == ["weight"]
+
+
 @pytest.mark.promise("casts of a prepared layer")
 @unrotated
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])

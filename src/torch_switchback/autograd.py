@@ -105,8 +105,10 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
         int8 codes [out, in] and their absmax: (1,) if scaling is global, (out,) if rowwise.
 
     Raises:
+        TypeError: the weight is not float16, bfloat16 or float32.
         ValueError: the config rotates the features: in a state_dict those codes could not be told from plain ones.
     """
+    check_float("quantize_weight", "weight", weight)
     if config.rotate_features is not None:
         raise ValueError(
             f"rotate_features={config.rotate_features}: codes of a rotated weight cannot be kept, as nothing would "
