@@ -272,7 +272,7 @@ class SwitchBackFunction(torch.autograd.Function):
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         x_2d = _as_rows(x)
         x_codes, x_absmax, *saved_x = _grad_weight.quantize(
-            x_2d, config, rowwise=scaling.quantize_input, tokens=int8_grad_weight
+            x_2d, config, rowwise=scaling.quantize_input, int8_grad_weight=int8_grad_weight
         )
         quantized_t: Quantized | None = None
         if weight_cache is not None:
@@ -338,10 +338,10 @@ def _gradients(
     needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
     grad = _as_rows(grad_output)
     grad_input = grad_weight = grad_bias = None
-    needs_int8_weight = needs_weight and ctx.int8_grad_weight
+    int8_grad_weight = needs_weight and ctx.int8_grad_weight
     scaling = ctx.scaling
     grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
-        grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, tokens=needs_int8_weight
+        grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, int8_grad_weight=int8_grad_weight
     )
     if needs_input:
         if codes_t is None:
@@ -350,7 +350,7 @@ def _gradients(
         grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
         if len(ctx.input_shape) != 2:
             grad_input = grad_input.view(ctx.input_shape)
-    if needs_int8_weight:
+    if int8_grad_weight:
         grad_weight = ops.int8_matmul_rowwise_dequantize(
             grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
         )
