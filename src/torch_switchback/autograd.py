@@ -41,7 +41,8 @@ class Scaling(NamedTuple):
     quantize_grad: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
 
 
-def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+def requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    """Row-wise codes [out, in] and absmax [out] of W -> the codes of Wᵀ [in, out] and their absmax [in]."""
     return ops.quantize_columnwise_and_transpose(ops.dequantize_rowwise(codes, absmax, torch.float32))
 
 
@@ -65,7 +66,7 @@ _SCALINGS = {
             ops.quantize_columnwise_and_transpose(weight),
         ),
         quantize_transpose=lambda weight, absmax: ops.quantize_columnwise_and_transpose(weight),
-        transpose_codes=_requantize_columnwise,
+        transpose_codes=requantize_columnwise,
         matmul=ops.int8_matmul_rowwise_dequantize,
     ),
 }
