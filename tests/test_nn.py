@@ -124,6 +124,18 @@ def test_odd_sizes(config, in_features, out_features, device):
         assert signal_to_noise(actual, expected) > 30
 
 
+@strategies
+@pytest.mark.parametrize("leading", [(), (7,), (2, 5), (2, 0)], ids=str)
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_features(config, leading, in_features, out_features, device):
+    layer = make_layer(config, in_features, out_features, device)
+    x, grad = torch.randn(*leading, in_features, device=device), torch.randn(*leading, out_features, device=device)
+    reference = gradients(revert_copy(layer), x, grad)
+    for actual, expected in zip(gradients(layer, x, grad), reference, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def count_weight_quantisations(monkeypatch, weight_scaling, counts=lambda weight: True):
     """The list to which each way of quantising a weight adds its name from now on."""
     calls = []
@@ -481,6 +493,15 @@ def test_refuses_codes_that_do_not_fit(device):
             ts.switchback_linear(x, **arguments)
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_are_refused(layout, device):
+    rows = [torch.randn(3, 64, device=device), torch.randn(5, 64, device=device)]
+    x = torch.nested.nested_tensor(rows, layout=layout)
+    with pytest.raises(TypeError, match=f"switchback_linear: x must not be a NestedTensor, got layout {layout}"):
+        make_layer(SwitchBackConfig(), device=device)(x)
+
+
 # Autograd's rules
 
 
@@ -506,14 +527,59 @@ def test_backward_twice(config, device):
         y.backward()
 
 
+def sum_of(y):
+    """Its gradient is constant: all that depends on something else is the product."""
+    return y.sum()
+
+
+def sum_of_squares(y):
+    return y.pow(2).sum()
+
+
 @pytest.mark.promise("a second backward without retain_graph; double backward")
+@pytest.mark.parametrize("loss", [sum_of, sum_of_squares])
 @strategies
-def test_double_backward(config, device):
+def test_double_backward(config, loss, device):
     layer = make_layer(config, device=device)
     x = torch.randn(4, 64, device=device, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for inputs in (x, layer.weight):
+        (grad,) = torch.autograd.grad(loss(layer(x)), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="switchback_linear has no double backward"):
+            grad.sum().backward()
+    (grad,) = torch.autograd.grad(loss(layer(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="switchback_linear has no double backward"):
+        torch.autograd.grad(grad.sum(), layer.weight)
+
+
+def test_double_backward_through_another_layer(device):
+    """create_graph=True is no error in itself, and what does not pass through the layer has its second derivative."""
+    model = nn.Sequential(make_layer(ts.SwitchBackConfig(), device=device), nn.Linear(48, 1)).to(device)
+    x = torch.randn(4, 64, device=device)
+    layer, head = model
+    parameters = layer.weight, head.bias
+    layer_grad, head_grad = torch.autograd.grad(model(x).pow(2).sum(), parameters, create_graph=True)
+    (second,) = torch.autograd.grad(head_grad.sum(), head.bias, retain_graph=True)
+    assert_same(second, torch.full_like(head.bias, 2.0 * len(x)))
+    with pytest.raises(RuntimeError, match="switchback_linear has no double backward"):
+        torch.autograd.grad(layer_grad.sum(), head.weight)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_gradient_penalty_of_a_layer_whose_gradient_is_constant(frozen, device):
+    """As of a frozen nn.Linear: there is nothing to differentiate."""
+    layer = make_layer(ts.SwitchBackConfig(), device=device)
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    assert grad.requires_grad == (not frozen)
+
+
+def test_gradients_with_grad_mode_on(device):
+    """A backward within enable_grad builds no graph."""
+    layer = make_layer(ts.SwitchBackConfig(), device=device)
+    with torch.enable_grad():
+        layer(torch.randn(4, 64, device=device, requires_grad=True)).sum().backward()
+    assert not layer.weight.grad.requires_grad
 
 
 @pytest.mark.promise("what the backward keeps")
@@ -836,6 +902,16 @@ def test_a_computed_weight_is_not_prepared(device):
     with pytest.raises(RuntimeError, match="prepare_for_eval: weight is no parameter of this layer"):
         layer.prepare_for_eval()
     assert list(layer.state_dict()) == keys
+
+
+@unrotated
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device):
+    layer = make_layer(config, device=device, bias=False).to(dtype)
+    for refused in (layer.prepare_for_eval, lambda: layer(torch.zeros(2, 64, device=device))):
+        with pytest.raises(TypeError, match=f"weight must be float16, bfloat16 or float32, got {dtype}"):
+            refused()
+        assert list(layer.state_dict()) == ["weight"]
 
 
 @pytest.mark.promise("casts of a prepared layer")

@@ -96,3 +96,13 @@ def test_export_with_a_dynamic_batch(device):
     for size in (2, 8, 31):
         x = torch.randn(size, 64, device=device)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-6)
+
+
+@strategies
+def test_export_with_a_dynamic_batch_of_sequences(config, device):
+    model = make_model(config, device)
+    dynamic = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("tokens", min=2)}
+    program = torch.export.export(model, (torch.randn(8, 5, 64, device=device),), dynamic_shapes=(dynamic,))
+    for leading in ((2, 7), (9, 3)):
+        x = torch.randn(*leading, 64, device=device)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-6)

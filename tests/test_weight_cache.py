@@ -90,6 +90,29 @@ def with_optimizer(layer):
     optimizer.step()
 
 
+class SignThroughData(torch.optim.Optimizer):
+    """Writes where no version counter sees it, as ZeroRedundancyOptimizer does to the parameters that others own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad.sign())
+
+
+def with_optimizer_through_data(layer):
+    optimizer = SignThroughData(layer.parameters())
+    layer(torch.ones(1, 64, device=layer.weight.device)).sum().backward()
+    optimizer.step()
+
+
+def with_data_and_a_new_version(layer):
+    layer.weight.data.mul_(2)
+    torch.autograd.graph.increment_version(layer.weight)
+
+
 def with_load_state_dict(layer):
     layer.load_state_dict({"weight": torch.full((48, 64), 0.5), "bias": torch.zeros(48)})
 
@@ -112,7 +135,17 @@ def with_cast_and_back(layer):
 
 
 @pytest.mark.parametrize(
-    "change", [with_optimizer, with_load_state_dict, with_edit, with_new_parameter, with_cast, with_cast_and_back]
+    "change",
+    [
+        with_optimizer,
+        with_optimizer_through_data,
+        with_data_and_a_new_version,
+        with_load_state_dict,
+        with_edit,
+        with_new_parameter,
+        with_cast,
+        with_cast_and_back,
+    ],
 )
 def test_a_change_is_seen(layers, change, device):
     caching, plain, _ = layers
@@ -121,6 +154,16 @@ def test_a_change_is_seen(layers, change, device):
     for layer in (caching, plain):
         change(layer)
     check_same(caching, plain, x)
+
+
+def test_the_codes_of_a_frozen_weight_outlive_the_steps_of_others(layers, device):
+    caching, plain, calls = layers
+    caching.weight.requires_grad_(False)
+    x = torch.randn(5, 64, device=device)
+    for _ in range(2):
+        assert_same(caching(x), plain(x))
+        with_optimizer(nn.Linear(64, 1, device=device))
+    assert calls == ["quantize"]
 
 
 def test_a_change_of_config_is_seen(layers, device):

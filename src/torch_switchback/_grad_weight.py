@@ -5,6 +5,7 @@ which leaves their product as it is, and quantised with one absmax a column (doc
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ def runs_in_int8(config: SwitchBackConfig, x: torch.Tensor, weight: torch.Tensor
     if config.grad_weight == "high_precision" or not (weight.requires_grad and torch.is_grad_enabled()):
         return False
     out_features, in_features = weight.shape
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     if config.grad_weight == "int8_always" or int8_grad_weight_wins(tokens, in_features, out_features):
         return True
     _say_that_it_stays()
@@ -61,7 +62,7 @@ def quantize(
     config: SwitchBackConfig,
     *,
     rowwise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
-    tokens: bool,
+    int8_grad_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Quantise x [tokens, features], X or G, for the products that need it.
 
@@ -69,17 +70,18 @@ def quantize(
         x: [tokens, features].
         config: by which rotation.
         rowwise: how its rows are quantised for the output or the input gradient; None: neither is wanted.
-        tokens: whether an int8 weight gradient is; then rowwise is ``quantize_rowwise``, or rotates the features.
+        int8_grad_weight: whether that is wanted; then rowwise is ``quantize_rowwise``, or rotates the features.
 
     Returns:
         Codes [tokens, features] (padded to whole blocks if rotated) and absmax [tokens], or two Nones without rowwise;
-        then codes [features, tokens, padded to whole blocks] and absmax [features], or two Nones without tokens.
+        then codes [features, tokens, padded to whole blocks] and absmax [features], or two Nones without
+        int8_grad_weight.
     """
     share_reads = config.rotate_tokens is not None and config.rotate_features is None
-    if rowwise is not None and tokens and share_reads:
+    if rowwise is not None and int8_grad_weight and share_reads:
         return ops.quantize_rowwise_and_rotated_columnwise(x, config.rotate_tokens)
     rows = (None, None) if rowwise is None else rowwise(x)
-    if not tokens:
+    if not int8_grad_weight:
         return *rows, None, None
     if config.rotate_tokens is None:
         return *rows, *ops.quantize_columnwise_and_transpose(x)

@@ -8,11 +8,13 @@ With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
     grad_bias   = Σ G         float32 accumulation
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _grad_weight
 from .config import ROTATIONS, SwitchBackConfig
@@ -39,7 +41,8 @@ class Scaling(NamedTuple):
     quantize_grad: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
 
 
-def _requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+def requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    """Row-wise codes [out, in] and absmax [out] of W -> the codes of Wᵀ [in, out] and their absmax [in]."""
     return ops.quantize_columnwise_and_transpose(ops.dequantize_rowwise(codes, absmax, torch.float32))
 
 
@@ -63,7 +66,7 @@ _SCALINGS = {
             ops.quantize_columnwise_and_transpose(weight),
         ),
         quantize_transpose=lambda weight, absmax: ops.quantize_columnwise_and_transpose(weight),
-        transpose_codes=_requantize_columnwise,
+        transpose_codes=requantize_columnwise,
         matmul=ops.int8_matmul_rowwise_dequantize,
     ),
 }
@@ -103,8 +106,10 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
         int8 codes [out, in] and their absmax: (1,) if scaling is global, (out,) if rowwise.
 
     Raises:
+        TypeError: the weight is not float16, bfloat16 or float32.
         ValueError: the config rotates the features: in a state_dict those codes could not be told from plain ones.
     """
+    check_float("quantize_weight", "weight", weight)
     if config.rotate_features is not None:
         raise ValueError(
             f"rotate_features={config.rotate_features}: codes of a rotated weight cannot be kept, as nothing would "
@@ -113,10 +118,24 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
     return scaling_of(config).quantize(weight)
 
 
+_generation = object()
+"""Another one after every optimiser's step: what a step writes through ``.data`` shows in no version counter."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def begin_generation(*_: Any) -> None:
+        global _generation
+        _generation = object()
+
+    register_optimizer_step_post_hook(begin_generation)
+
+
 class WeightCache:
     """The codes of one weight, plain and transposed, until it changes."""
 
     def __init__(self) -> None:
+        _watch_optimizers()
         self._seen: torch.Tensor | None = None
         self._state: tuple[Any, ...] = ()
         self._quantized: tuple[Quantized, Quantized | None] | None = None
@@ -139,7 +158,8 @@ class WeightCache:
         With absmax W is int8 codes itself: only those of Wᵀ are computed.
         """
         absmax_state = None if absmax is None else (absmax.data_ptr(), absmax._version)
-        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state)
+        generation = _generation if weight.requires_grad else None
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state, generation)
         if state != self._state:
             # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
             self._seen, self._state, self._quantized = weight.detach(), state, None
@@ -180,9 +200,10 @@ def switchback_linear(
         (*, out_features) in x's dtype, or in autocast's.
 
     Raises:
-        TypeError: an argument has another dtype.
+        TypeError: an argument has another dtype, or x is a NestedTensor.
         ValueError: shapes do not match, the arguments are on different devices, or the weight is codes and config
             rotates the features.
+        RuntimeError: once its gradients are differentiated again.
     """
     if config is None:
         config = SwitchBackConfig()
@@ -212,6 +233,8 @@ def _check(
     config: SwitchBackConfig,
 ) -> None:
     op = "switchback_linear"
+    if x.is_nested:
+        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
     check_float(op, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
@@ -248,9 +271,9 @@ class SwitchBackFunction(torch.autograd.Function):
         int8_grad_weight: bool,
     ) -> torch.Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        x_2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        x_2d = _as_rows(x)
         x_codes, x_absmax, *saved_x = _grad_weight.quantize(
-            x_2d, config, rowwise=scaling.quantize_input, tokens=int8_grad_weight
+            x_2d, config, rowwise=scaling.quantize_input, int8_grad_weight=int8_grad_weight
         )
         quantized_t: Quantized | None = None
         if weight_cache is not None:
@@ -275,35 +298,75 @@ class SwitchBackFunction(torch.autograd.Function):
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved_x, x_absmax, weight, absmax, codes_t = ctx.saved_tensors
-        needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-        grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_weight = grad_bias = None
-        needs_int8_weight = needs_weight and ctx.int8_grad_weight
-        scaling = ctx.scaling
-        grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
-            grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, tokens=needs_int8_weight
-        )
-        if needs_input:
-            if codes_t is None:
-                transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
-                codes_t, absmax = transpose(weight, absmax)
-            grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
-            if len(ctx.input_shape) != 2:
-                grad_input = grad_input.view(ctx.input_shape)
-        if needs_int8_weight:
-            grad_weight = ops.int8_matmul_rowwise_dequantize(
-                grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
-            )
-        elif needs_weight:
-            if x_absmax is not None:
-                saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
-            grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
-        if needs_bias:
-            grad_bias = column_sums(grad, ctx.bias_dtype)
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_output, saved)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            needs_input, needs_weight, *_ = ctx.needs_input_grad
+            # Stands for x, on which grad_weight depends, and of which there may be codes alone.
+            x = torch.empty(0, requires_grad=needs_input and needs_weight)
+            weight = saved[2]
+            grads = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
+        grad_input, grad_weight, grad_bias = grads
         return grad_input, grad_weight, None, grad_bias, None, None, None, None
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Gradients as they are; differentiated again, they raise.
+
+    PyTorch's once_differentiable does so only if the incoming gradient requires one, and drops what x and W contribute.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *grads: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise RuntimeError(
+            "switchback_linear has no double backward: its gradients (create_graph=True) cannot be differentiated again"
+        )
+
+
+def _gradients(
+    ctx: Any, grad_output: torch.Tensor, saved: tuple[Any, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Those of x, weight and bias that are needed, from what the forward saved."""
+    saved_x, x_absmax, weight, absmax, codes_t = saved
+    needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    grad = _as_rows(grad_output)
+    grad_input = grad_weight = grad_bias = None
+    int8_grad_weight = needs_weight and ctx.int8_grad_weight
+    scaling = ctx.scaling
+    grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
+        grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, int8_grad_weight=int8_grad_weight
+    )
+    if needs_input:
+        if codes_t is None:
+            transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
+            codes_t, absmax = transpose(weight, absmax)
+        grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
+        if len(ctx.input_shape) != 2:
+            grad_input = grad_input.view(ctx.input_shape)
+    if int8_grad_weight:
+        grad_weight = ops.int8_matmul_rowwise_dequantize(
+            grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
+        )
+    elif needs_weight:
+        if x_absmax is not None:
+            saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
+        grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
+    if needs_bias:
+        grad_bias = column_sums(grad, ctx.bias_dtype)
+    return grad_input, grad_weight, grad_bias
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (*, features) as [tokens, features]. Without -1, which does not say how many rows of no features there are."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -24,8 +24,10 @@ class SwitchBackConfig:
             accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
             element of the weight from the first training forward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
-            shows: optimisers, ``load_state_dict`` and in-place edits do; writing through ``weight.data`` (as merging a
-            LoRA adapter does) and an optimiser inside a CUDA graph do not. Prepared for evaluation, a layer that
+            shows, as of in-place edits and ``load_state_dict``; of a parameter that requires grad also the ``step`` of
+            any ``torch.optim.Optimizer``, however it writes. What writes through ``weight.data`` or raw memory outside
+            of one (merging a LoRA adapter, DeepSpeed's engine, an optimiser inside a CUDA graph) must say so:
+            ``torch.autograd.graph.increment_version(weight)``. Prepared for evaluation, a layer that
             propagates gradients keeps the transposed codes beside its own.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps

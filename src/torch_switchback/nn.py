@@ -88,6 +88,7 @@ class SwitchBackLinear(nn.Linear):
 
         Raises:
             RuntimeError: the weight is not a parameter of this layer but computed from others, or is a DTensor.
+            TypeError: the weight is not float16, bfloat16 or float32.
             ValueError: the layer rotates its features.
         """
         if self.is_prepared:

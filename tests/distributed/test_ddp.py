@@ -50,3 +50,25 @@ def test_accumulation_with_no_sync_and_a_weight_cache(scaling):
             outputs.append(y)
         assert torch.equal(*outputs)
     assert "_weight_cache" in vars(models[0].module[0])
+
+
+@pytest.mark.parametrize("scaling", ["global", "rowwise"])
+@in_processes(2)
+def test_a_weight_cache_with_an_optimizer_that_shards_its_state(scaling):
+    """Each rank steps some of the parameters and broadcasts them into the others' ``.data``."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns, in pytest's process too
+
+    models = [
+        DistributedDataParallel(converted(mlp(), weight_scaling=scaling, cache_quantized_weight=cache))
+        for cache in (True, False)
+    ]
+    optimizers = [ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.5) for model in models]
+    for step in range(3):
+        outputs = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            y = model(own(batch(step=step)))
+            loss_of(y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            outputs.append(y)
+        assert torch.equal(*outputs)

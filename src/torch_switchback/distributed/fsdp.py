@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ..autograd import requantize_columnwise
 from ..config import SwitchBackConfig, WeightScaling
-from ..ops import dequantize_rowwise, quantize_by_absmax, quantize_columnwise_and_transpose
+from ..ops import quantize_by_absmax
 from .absmax import absmax_bits, all_reduce_max, foreach_absmax_bits
 
 if TYPE_CHECKING:
@@ -249,16 +250,12 @@ def _codes_and_absmax(weight: GatheredWeight, scales: int) -> tuple[torch.Tensor
     return weight._codes, weight._absmax
 
 
-def _requantized_columnwise(weight: GatheredWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_columnwise_and_transpose(dequantize_rowwise(weight._codes, weight._absmax, torch.float32))
-
-
 _QUANTISERS: dict[Any, Callable[..., Any]] = {
     _OPS.quantize_global.default: lambda weight: _codes_and_absmax(weight, 1),
     _OPS.quantize_rowwise.default: lambda weight: _codes_and_absmax(weight, weight.shape[0]),
     _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._codes,
     _OPS.quantize_transpose_by_absmax.default: lambda weight, absmax: weight._codes.t().contiguous(),
-    _OPS.quantize_columnwise_and_transpose.default: _requantized_columnwise,
+    _OPS.quantize_columnwise_and_transpose.default: lambda weight: requantize_columnwise(weight._codes, weight._absmax),
 }
 _GATHERED_VIEWS = {_ATEN.alias.default, _ATEN.as_strided.default, _ATEN.detach.default, _ATEN.view.default}
 _FACTORIES = {_ATEN.empty_like.default, _ATEN.new_empty.default, _ATEN.new_zeros.default, _ATEN.zeros_like.default}
