@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from .config import SwitchBackConfig
 from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .filters import default_filter
 from .nn import SwitchBackLinear
-from .recipes import config_of, look_up
+from .recipes import config_of, look_up, unmatched
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = SwitchBackConfig | str
@@ -98,6 +99,10 @@ def convert_to_switchback(
     Returns:
         The same model.
 
+    Warns:
+        UserWarning: no layer of the model is a SwitchBackLinear afterwards, though config asks for it; or a mapping has
+            names or patterns that no linear layer of the model has.
+
     Raises:
         TypeError: config is something else.
         ValueError: there is no recipe of that name; a layer with several names gets several configurations; or
@@ -117,7 +122,8 @@ def convert_to_switchback(
 
     rows: list[ConvertedLayer] = []
     chosen: dict[nn.Module, SwitchBackConfig] = {}
-    for module, fqns in _names(model).items():
+    names = _names(model)
+    for module, fqns in names.items():
         if isinstance(module, nn.MultiheadAttention):
             rows.append(_row(module, fqns[0], None, _ATTENTION))
         if not isinstance(module, nn.Linear):
@@ -139,12 +145,18 @@ def convert_to_switchback(
             rows.append(_row(module, fqns[0], found, ""))
             chosen[module] = found
     _refuse_compiled(model, chosen)
+    report = ConversionReport(tuple(rows))
+    linear_fqns = {fqn for module, fqns in names.items() if isinstance(module, nn.Linear) for fqn in fqns}
+    if isinstance(config, Mapping) and (keys := unmatched(config, linear_fqns)):
+        called = " or ".join(map(repr, keys))
+        warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
+    if not report.converted and any(patterns.values()):
+        warnings.warn(_nothing_converted(report), stacklevel=2)
     for module, found in chosen.items():
         module.__class__ = SwitchBackLinear
         module.config = found  # type: ignore[assignment]
     if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
         use_int8_all_gather(model)
-    report = ConversionReport(tuple(rows))
     object.__setattr__(model, _REPORT, report)
     _log.info("%s", report)
     return model
@@ -219,6 +231,12 @@ def _config_of_layer(patterns: Mapping[str, SwitchBackConfig | None], fqns: list
     if len(set(found.values())) > 1:
         raise ValueError(f"config: {' and '.join(fqns)} are one layer and get different configurations")
     return found[fqns[0]]
+
+
+def _nothing_converted(report: ConversionReport) -> str:
+    reasons = Counter(layer.reason for layer in report.left).most_common()
+    why = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "it has no nn.Linear"
+    return f"convert_to_switchback converts no layer of the model ({why}); conversion_report(model) lists them"
 
 
 def _row(module: nn.Module, fqn: str, config: SwitchBackConfig | None, reason: str) -> ConvertedLayer:
