@@ -83,7 +83,8 @@ def convert_to_switchback(
 
     Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimisers
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
-    in a dtype that the int8 products do not take (float64) are refused when the layer is called.
+    in a dtype that the int8 products do not take (float64) are refused when the layer is called. If a model is refused,
+    nothing of it has been changed.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
@@ -152,11 +153,11 @@ def convert_to_switchback(
         warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
     if not report.converted and any(patterns.values()):
         warnings.warn(_nothing_converted(report), stacklevel=2)
-    for module, found in chosen.items():
+    if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
+        use_int8_all_gather(model, chosen)
+    for module, found in chosen.items():  # from here on nothing raises: a model that is refused is as it was
         module.__class__ = SwitchBackLinear
         module.config = found  # type: ignore[assignment]
-    if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
-        use_int8_all_gather(model)
     object.__setattr__(model, _REPORT, report)
     _log.info("%s", report)
     return model

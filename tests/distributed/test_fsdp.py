@@ -396,8 +396,10 @@ def test_compiled(all_gather, backend):
 @in_processes(2)
 def test_what_is_refused():
     config = ts.SwitchBackConfig(all_gather="int8")
+    model = fully_shard(mlp())
     with pytest.raises(RuntimeError, match="before fully_shard"):
-        convert_all(sharded(mlp()), config)
+        convert_all(model, config)
+    assert not any(isinstance(module, ts.SwitchBackLinear) for module in model.modules())
     model = sharded(converted(mlp(), all_gather="int8"))
     with pytest.raises(RuntimeError, match="cannot be undone"):
         ts.revert_switchback(model)
@@ -414,10 +416,27 @@ def test_what_is_refused():
         model(batch())
     with pytest.raises(ValueError, match="no layer was converted"):
         precompute_absmax_for_fsdp(sharded(mlp()))
-    tied = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+
+
+def test_a_refused_model_is_as_it_was():
+    tied = nn.ModuleDict(
+        {"embedding": nn.Embedding(8, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 8, bias=False)}
+    )
     tied["head"].weight = tied["embedding"].weight
-    with pytest.raises(ValueError, match=r"shares its weight with head\.weight|embedding"):
-        convert_all(tied, config)
+    before = dict(tied.named_parameters())
+    with pytest.raises(ValueError, match=r"head shares its weight with embedding\.weight"):
+        convert_all(tied, ts.SwitchBackConfig(all_gather="int8"))
+    assert [type(module) for module in tied.values()] == [nn.Embedding, nn.Linear, nn.Linear]
+    assert all(parameter is before[name] for name, parameter in tied.named_parameters())
+
+
+@in_processes(2)
+def test_a_model_that_cannot_be_reverted_is_as_it_was():
+    model = converted(mlp(), all_gather="int8")
+    fully_shard(model[2])
+    with pytest.raises(RuntimeError, match="cannot be undone"):
+        ts.revert_switchback(model)
+    assert isinstance(model[0].weight, ShardWeight) and isinstance(model[0], ts.SwitchBackLinear)
 
 
 def test_without_fully_shard_it_is_a_plain_layer():

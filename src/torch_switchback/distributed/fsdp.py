@@ -7,7 +7,7 @@ What it gathers becomes the :class:`GatheredWeight` that the layer computes with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -326,7 +326,7 @@ def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     Raises:
         ValueError: no layer of the model gathers its weight as int8.
     """
-    layers = [module for module in model.modules() if _gathers_int8(module)]
+    layers = [module for module in model.modules() if _int8_config(module) and module.weight is not None]
     if not layers:
         raise ValueError("precompute_absmax_for_fsdp: no layer was converted with all_gather='int8'")
     together: dict[tuple[dist.ProcessGroup, ...], list[_Shard]] = {}
@@ -355,13 +355,20 @@ def _local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _gathers_int8(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    return isinstance(config, SwitchBackConfig) and config.all_gather == "int8" and module.weight is not None
+def _int8_config(
+    module: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig] | None = None
+) -> SwitchBackConfig | None:
+    """Of a layer that gathers its weight as int8, or is going to by its config in configs."""
+    config = (configs or {}).get(module) or getattr(module, "config", None)
+    return config if isinstance(config, SwitchBackConfig) and config.all_gather == "int8" else None
 
 
-def use_int8_all_gather(model: nn.Module) -> None:
-    """Wrap the weights of a model's layers that are configured so, before ``fully_shard`` cuts them up.
+def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig]) -> None:
+    """Wrap the weights of layers that are configured so, before ``fully_shard`` cuts them up; if refused, none.
+
+    Args:
+        model: whose layers those are.
+        configs: what layers that are not converted yet are going to have.
 
     Raises:
         RuntimeError: fully_shard has been called already.
@@ -371,34 +378,39 @@ def use_int8_all_gather(model: nn.Module) -> None:
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
-    wanted = {
-        weight: places
-        for weight, places in _places(model).items()
-        if any(place.gathers_int8 for place in places) and not isinstance(_local(weight), ShardWeight)
-    }
-    for places in wanted.values():
-        for place in places:
-            if not place.gathers_int8 or place.module.config != places[0].module.config:
+    wanted = []
+    for weight, places in _places(model).items():
+        asked = [_int8_config(place.module, configs) if place.name == "weight" else None for place in places]
+        config = next(filter(None, asked), None)
+        if config is None or isinstance(_local(weight), ShardWeight):
+            continue
+        for place, other in zip(places, asked, strict=True):
+            if other != config:
                 raise ValueError(
-                    f"all_gather='int8': {places[0].fqn} shares its weight with {place.fqn}.{place.name}, which needs "
-                    "it otherwise; leave the layer out with module_filter_fn"
+                    f"all_gather='int8': {places[asked.index(config)].fqn} shares its weight with "
+                    f"{place.fqn}.{place.name}, which needs it otherwise; leave the layer out with module_filter_fn"
                 )
-    for weight, places in wanted.items():
-        _replace(places, _wrap(weight.detach(), places[0].module.config), weight.requires_grad)
+        wanted.append((places, _wrap(weight.detach(), config), weight.requires_grad))
+    for places, wrapped, requires_grad in wanted:
+        _replace(places, wrapped, requires_grad)
 
 
 def undo_int8_all_gather(model: nn.Module) -> None:
-    """Unwrap the weights again.
+    """Unwrap the weights again; if refused, none.
 
     Raises:
         RuntimeError: fully_shard has cut them up.
     """
-    for weight, places in _places(model).items():
-        local = _local(weight)
-        if isinstance(local, GatheredWeight) or (isinstance(local, ShardWeight) and _shard_dim(weight) is not None):
+    wrapped = {weight: places for weight, places in _places(model).items() if _is_wrapped(weight)}
+    for weight, places in wrapped.items():
+        if isinstance(_local(weight), GatheredWeight) or _shard_dim(weight) is not None:
             raise RuntimeError(f"{places[0].fqn}: fully_shard gathers its weight as int8, which cannot be undone")
-        if isinstance(local, ShardWeight):
-            _replace(places, unwrap(weight.detach()), weight.requires_grad)
+    for weight, places in wrapped.items():
+        _replace(places, unwrap(weight.detach()), weight.requires_grad)
+
+
+def _is_wrapped(weight: torch.Tensor) -> bool:
+    return isinstance(_local(weight), ShardWeight | GatheredWeight)
 
 
 class _Place(NamedTuple):
@@ -407,10 +419,6 @@ class _Place(NamedTuple):
     fqn: str
     module: nn.Module
     name: str
-
-    @property
-    def gathers_int8(self) -> bool:
-        return self.name == "weight" and _gathers_int8(self.module)
 
 
 def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
