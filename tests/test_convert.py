@@ -213,7 +213,7 @@ def test_compiled_models_are_refused(part):
         model = torch.compile(model, backend="eager")
     else:
         (model if part == "model" else model[1]).compile(backend="eager")
-    with pytest.raises(RuntimeError, match="compiled already; convert first"):
+    with pytest.raises(RuntimeError, match="compiled already; convert_to_switchback goes before"):
         convert_all(model)
     assert converted(model) == []
 

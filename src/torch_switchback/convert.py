@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -145,7 +145,7 @@ def convert_to_switchback(
         else:
             rows.append(_row(module, fqns[0], found, ""))
             chosen[module] = found
-    _refuse_compiled(model, chosen)
+    refuse_compiled("convert_to_switchback", model, chosen)
     report = ConversionReport(tuple(rows))
     linear_fqns = {fqn for module, fqns in names.items() if isinstance(module, nn.Linear) for fqn in fqns}
     if isinstance(config, Mapping) and (keys := unmatched(config, linear_fqns)):
@@ -249,11 +249,15 @@ def _row(module: nn.Module, fqn: str, config: SwitchBackConfig | None, reason: s
     return ConvertedLayer(fqn, type(module).__name__, in_features, out_features, config, reason)
 
 
-def _refuse_compiled(model: nn.Module, layers: Mapping[nn.Module, SwitchBackConfig]) -> None:
-    """What torch.compile has traced keeps the class that a layer had."""
+def refuse_compiled(caller: str, model: nn.Module, layers: Container[nn.Module]) -> None:
+    """What torch.compile has traced keeps the class that a layer had.
+
+    Raises:
+        RuntimeError: one of the layers is in a compiled module.
+    """
     for fqn, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
         if compiled and any(part in layers for part in module.modules()):
             raise RuntimeError(
-                f"convert_to_switchback: {fqn or 'the model'} is compiled already; convert first, then torch.compile"
+                f"{caller}: {fqn or 'the model'} is compiled already; {caller} goes before torch.compile"
             )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._text import table
-from ..convert import convert_to_switchback, revert_switchback
+from ..convert import convert_to_switchback, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
 from ..recipes import config_of
@@ -180,7 +180,7 @@ def recommend(
     and as recommended; it is nn.Linear again afterwards, and its gradients are untouched.
 
     Args:
-        model: not converted yet.
+        model: not converted yet. Of one that ``torch.compile`` has returned it is the original that is measured.
         sample_input: a tensor, a tuple of arguments or a mapping of keywords for the model, as large as in training.
             Under autocast, call this function under autocast too.
         tokens: instead of a sample, how many tokens each layer sees in a step; the model is not run then, and may be
@@ -194,7 +194,10 @@ def recommend(
     Raises:
         ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not
             exactly one of sample_input and tokens is given.
+        RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile.
     """
+    model = model._modules.get("_orig_mod") or model
+    refuse_compiled("recommend", model, {module for module in model.modules() if isinstance(module, nn.Linear)})
     if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
         raise ValueError("recommend: model is converted already; revert_switchback(model) first")
     configs = {recipe: config_of(recipe) for recipe in recipes}
