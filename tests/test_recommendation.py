@@ -153,6 +153,25 @@ def test_a_layer_whose_calls_disagree_stays(times, monkeypatch):
     assert found.config == {"layer": None}
 
 
+def test_a_layer_under_two_names(times):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(32, 32), nn.Linear(32, 16)
+            self.second = nn.ModuleDict({"layer": self.first})
+            self.lm_head = self.head
+
+        def forward(self, x):
+            return self.lm_head(self.second["layer"](self.first(x)))
+
+    model = Shared()
+    found = ts.recommend(model, torch.randn(8, 32), seconds=0)
+    assert found.config == {"first": "switchback", "second.layer": "switchback", "head": None, "lm_head": None}
+    assert [layer.fqns for layer in found.layers] == [("first", "first")], "once for each of its calls"
+    ts.convert_to_switchback(model, config=json.loads(found.to_json())["config"])
+    assert type(model.first) is SwitchBackLinear and type(model.head) is nn.Linear
+
+
 def test_real_measurements():
     found = ts.recommend(nn.Linear(16, 16), tokens=8, recipes=["rowwise"], seconds=0)
     assert set(found.layers[0].milliseconds) == {LINEAR, "rowwise"}

@@ -123,7 +123,7 @@ def convert_to_switchback(
 
     rows: list[ConvertedLayer] = []
     chosen: dict[nn.Module, SwitchBackConfig] = {}
-    names = _names(model)
+    names = module_names(model)
     for module, fqns in names.items():
         if isinstance(module, nn.MultiheadAttention):
             rows.append(_row(module, fqns[0], None, _ATTENTION))
@@ -217,7 +217,7 @@ def _patterns(config: Any) -> dict[str, SwitchBackConfig | None]:
     return {pattern: None if value is None else config_of(value) for pattern, value in config.items()}
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module with all of its fully qualified names, several where it is shared."""
     names: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
