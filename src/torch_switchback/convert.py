@@ -109,7 +109,7 @@ def convert_to_switchback(
         ValueError: there is no recipe of that name; a layer with several names gets several configurations; or
             all_gather is "int8" and a layer shares its weight with a module that needs it in full.
         RuntimeError: a layer to convert is in a compiled module; or all_gather is "int8" and fully_shard has been
-            called already.
+            called already, or a weight is held by a view or by the graph of a forward.
     """
     patterns = _patterns(config)
     default = default_filter(model)
@@ -188,7 +188,8 @@ def revert_switchback(model: Model) -> Model:
         The same model.
 
     Raises:
-        RuntimeError: fully_shard has cut up weights that are gathered as int8.
+        RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
+            the graph of a forward.
     """
     undo_int8_all_gather(model)
     for module in model.modules():

@@ -461,3 +461,51 @@ def test_without_fully_shard_it_is_a_plain_layer():
     ts.revert_switchback(model)
     assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
     assert torch.equal(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_parameters_stay_the_same_objects(scaling):
+    """There and back, with what belongs to them, so that an optimiser made before trains them."""
+    model, called = mlp(), []
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
+    weight = model[0].weight
+    handle = weight.register_hook(lambda grad: called.append("before"))
+    weight.register_post_accumulate_grad_hook(lambda parameter: called.append("after"))
+    weight.lr_scale = 0.5
+
+    def train():
+        called.clear()
+        value = weight.detach().clone()
+        loss_of(model(batch())).backward()
+        optimizer.step()
+        assert not torch.equal(weight, value)
+        return list(called)
+
+    def check_and_train(expected):
+        assert all(parameter is before[name] for name, parameter in model.named_parameters())
+        assert weight.lr_scale == 0.5 and torch.equal(weight.grad, grad)
+        assert train() == expected
+
+    train()
+    grad = weight.grad.clone()
+    convert_all(model, ts.SwitchBackConfig(scaling, all_gather="int8"))
+    assert isinstance(weight, ShardWeight)
+    check_and_train(["before", "after"])
+    grad = weight.grad.clone()
+    ts.revert_switchback(model)
+    assert type(weight) is nn.Parameter and vars(weight) == {"lr_scale": 0.5}
+    check_and_train(["before", "after"])
+    handle.remove()
+    assert train() == ["after"]
+
+
+def test_a_weight_that_is_held_otherwise_is_refused():
+    model = mlp()
+    held = model[2].weight.view(-1)
+    with pytest.raises(RuntimeError, match="2: its weight is held by a view"):
+        convert_all(model, ts.SwitchBackConfig(all_gather="int8"))
+    assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
+    assert not any(isinstance(module, ts.SwitchBackLinear) for module in model)
+    del held
+    assert isinstance(convert_all(model, ts.SwitchBackConfig(all_gather="int8"))[0].weight, ShardWeight)

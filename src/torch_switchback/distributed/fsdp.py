@@ -7,7 +7,8 @@ What it gathers becomes the :class:`GatheredWeight` that the layer computes with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -371,14 +372,14 @@ def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBack
         configs: what layers that are not converted yet are going to have.
 
     Raises:
-        RuntimeError: fully_shard has been called already.
+        RuntimeError: fully_shard has been called already, or something besides modules holds such a weight.
         ValueError: such a layer shares its weight with a module that needs it in full.
     """
     from torch.distributed.fsdp import FSDPModule
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
-    wanted = []
+    wanted: list[tuple[nn.Parameter, torch.Tensor, str]] = []
     for weight, places in _places(model).items():
         asked = [_int8_config(place.module, configs) if place.name == "weight" else None for place in places]
         config = next(filter(None, asked), None)
@@ -390,23 +391,21 @@ def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBack
                     f"all_gather='int8': {places[asked.index(config)].fqn} shares its weight with "
                     f"{place.fqn}.{place.name}, which needs it otherwise; leave the layer out with module_filter_fn"
                 )
-        wanted.append((places, _wrap(weight.detach(), config), weight.requires_grad))
-    for places, wrapped, requires_grad in wanted:
-        _replace(places, wrapped, requires_grad)
+        wanted.append((weight, _wrap(weight.detach(), config), places[0].fqn))
+    _put_into_parameters(wanted)
 
 
 def undo_int8_all_gather(model: nn.Module) -> None:
     """Unwrap the weights again; if refused, none.
 
     Raises:
-        RuntimeError: fully_shard has cut them up.
+        RuntimeError: fully_shard has cut them up, or something besides modules holds one.
     """
     wrapped = {weight: places for weight, places in _places(model).items() if _is_wrapped(weight)}
     for weight, places in wrapped.items():
         if isinstance(_local(weight), GatheredWeight) or _shard_dim(weight) is not None:
             raise RuntimeError(f"{places[0].fqn}: fully_shard gathers its weight as int8, which cannot be undone")
-    for weight, places in wrapped.items():
-        _replace(places, unwrap(weight.detach()), weight.requires_grad)
+    _put_into_parameters((weight, unwrap(weight.detach()), places[0].fqn) for weight, places in wrapped.items())
 
 
 def _is_wrapped(weight: torch.Tensor) -> bool:
@@ -431,10 +430,39 @@ def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
     return places
 
 
-def _replace(places: list[_Place], weight: torch.Tensor, requires_grad: bool) -> None:
-    parameter = nn.Parameter(weight, requires_grad)
-    for place in places:
-        setattr(place.module, place.name, parameter)
+def _put_into_parameters(tensors: Iterable[tuple[nn.Parameter, torch.Tensor, str]]) -> None:
+    """Give parameters other tensors to be, into all of them or none; an optimiser goes on with the same objects.
+
+    Args:
+        tensors: of each parameter, with the name of a module that has it.
+
+    Raises:
+        RuntimeError: autograd's graph, a view or a weak reference holds one of the parameters.
+    """
+    with contextlib.ExitStack() as undo:
+        for parameter, tensor, fqn in tensors:
+            other = nn.Parameter(tensor, parameter.requires_grad)
+            try:
+                _swap(parameter, other)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"all_gather='int8': {fqn}: its weight is held by a view or by the graph of a forward: {error}"
+                ) from error
+            undo.callback(_swap, parameter, other)
+        undo.pop_all()
+
+
+def _swap(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """Exchange all of two parameters but what belongs to the first as an object: gradient, hooks and attributes."""
+    grad, hooks, post_hooks = parameter.grad, parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    attributes = {name: value for name, value in vars(parameter).items() if name not in _OF_THE_WRAPPER}
+    torch.utils.swap_tensors(parameter, other)
+    vars(parameter).update(attributes)
+    parameter._backward_hooks, parameter._post_accumulate_grad_hooks = hooks, post_hooks
+    parameter.grad = grad
+
+
+_OF_THE_WRAPPER = {"_data", "_absmax", "_is_param"}
 
 
 def _wrap(weight: torch.Tensor, config: Any) -> torch.Tensor:
