@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -461,6 +462,36 @@ def test_without_fully_shard_it_is_a_plain_layer():
     ts.revert_switchback(model)
     assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
     assert torch.equal(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_compiled_without_fully_shard(scaling):
+    torch.compiler.reset()
+    alone, model = (converted(mlp(), weight_scaling=scaling, all_gather="int8") for _ in range(2))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizers = [sgd(alone), sgd(model)]
+    for step in range(2):
+        for each, optimizer in zip((alone, compiled), optimizers, strict=True):
+            loss_of(each(batch(step=step))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(compiled(batch()), alone(batch()))
+    for actual, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_close(actual, expected)
+
+
+def test_one_graph_serves_two_weights_but_not_their_absmax():
+    torch.compiler.reset()
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), all_gather="int8")
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda layer, x: (layer(x), layer.weight.detach()), backend=graphs)
+    for layer in model:
+        x = torch.randn(4, 8)
+        y, weight = compiled(layer, x)
+        assert torch.equal(y, layer(x)) and torch.equal(weight, layer.weight)
+        weight._absmax.set(torch.ones(1), weight._data)
+        assert all(each.weight._absmax.get(each.weight._data) is None for each in model)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

@@ -50,9 +50,18 @@ class _Absmax:
         self._known: torch.Tensor | None = None
         self._seen = (-1, -1)
 
+    @property
+    def how(self) -> tuple[WeightScaling, torch.Size, dist.ProcessGroup | None, int]:
+        """All but the absmax itself."""
+        return self.scaling, self.shape, self.tensor_parallel, self.tensor_parallel_dims
+
     def copy(self) -> _Absmax:
         """For a weight in other memory."""
-        return _Absmax(self.scaling, self.shape, self.tensor_parallel, self.tensor_parallel_dims)
+        return _Absmax(*self.how)
+
+    def __deepcopy__(self, memo: Any) -> _Absmax:
+        """Of a model's copy, and for Dynamo's guards; a process group has no copies."""
+        return self.copy()
 
     def set(self, absmax: torch.Tensor | None, data: torch.Tensor) -> None:
         self._known, self._seen = absmax, (self.writes, data._version)
@@ -92,7 +101,13 @@ class ShardWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], absmax: _Absmax, size: Any, stride: Any) -> ShardWeight:
-        return ShardWeight(inner["_data"], absmax)
+        # Compiled code makes its outputs so, all with what it was traced with, whatever weight it is called with.
+        return ShardWeight(inner["_data"], absmax.copy())
+
+    @classmethod
+    def __metadata_guard__(cls, traced: _Absmax, absmax: _Absmax) -> bool:
+        """Whether Dynamo may run what it traced with another weight: how they are scaled is all that counts."""
+        return traced.how == absmax.how
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
