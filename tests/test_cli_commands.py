@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import torch_switchback as ts
 from cases import convert_all
+from torch_switchback.advice import layer_steps
 from torch_switchback.cli import bench, doctor, export, transformer
 from torch_switchback.cli.app import app
 
@@ -165,6 +166,32 @@ def test_recommend_from_a_config_file():
     output = call("recommend", "config.json", "--tokens", "6", "--bf16", "--seconds", "0", "--device", "cpu").stdout
     assert "lm_head stays nn.Linear: the LM head" in output and "bfloat16" in output
     assert output.count("0.") or output.count("1.")
+
+
+def test_recommend_writes_only_names_that_the_model_has(folder, monkeypatch):
+    monkeypatch.setattr(layer_steps, "measure", lambda steps, device, seconds: dict.fromkeys(steps, 1.0))
+    arguments = (
+        "recommend",
+        "config.json",
+        "--tokens",
+        "6",
+        "--seconds",
+        "0",
+        "--device",
+        "cpu",
+        "--output",
+        "out.json",
+    )
+    assert "written to out.json" in call(*arguments).stdout
+    assert "model.layers.1.mlp.gate_proj" in json.loads((folder / "out.json").read_text())
+    (folder / "out.json").unlink()
+    for config in (LLAMA | {"model_type": "bert"}, {"model_type": "llava", "text_config": LLAMA}):
+        (folder / "config.json").write_text(json.dumps(config))
+        result = call(*arguments, code=2)
+        assert "linear layers:" in result.stdout
+        assert "out.json is not written: this model_type names its layers otherwise" in result.stderr
+        assert json.loads(call(*arguments, "--json", code=2).stdout)["layers"]
+    assert not (folder / "out.json").exists()
 
 
 # bench

@@ -115,6 +115,42 @@ def test_what_no_pattern_matches_stays():
     assert converted(model) == ["blocks.0.up", "blocks.1.up"]
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (None, "2 × too few features: 768, and below 1024 int8 does not win"),
+        ({"0": None, "*": "rowwise"}, "1 × config asks for nn.Linear"),
+    ],
+)
+def test_a_conversion_of_nothing_warns(config, why):
+    model = nn.Sequential(nn.Linear(768, 768), nn.Linear(768, 3072))
+    with pytest.warns(UserWarning) as caught:
+        ts.convert_to_switchback(model, config=config)
+    (warning,) = caught
+    assert "converts no layer of the model" in str(warning.message) and why in str(warning.message)
+    assert "conversion_report(model)" in str(warning.message) and warning.filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_conversion_of_nothing_that_was_asked_for_does_not_warn():
+    ts.convert_to_switchback(nn.Sequential(nn.Linear(8, 8)), config={"0": None})
+    ts.convert_to_switchback(nn.Sequential(SwitchBackLinear(8, 8)))
+
+
+def test_a_model_without_linear_layers_warns():
+    with pytest.warns(UserWarning, match=r"\(it has no nn.Linear\)"):
+        ts.convert_to_switchback(nn.Sequential(nn.LayerNorm(8)))
+
+
+def test_names_and_patterns_that_match_nothing_are_named():
+    config = {"layres.*": "switchback", "*.up": "rowwise", "head": None, "blocks.0": None, "*": "switchback"}
+    with pytest.warns(UserWarning) as caught:
+        ts.convert_to_switchback(language_model(), config=config)
+    (warning,) = caught
+    assert "no linear layer is called 'layres.*' or 'head' or 'blocks.0'" in str(warning.message)
+    assert warning.filename == __file__
+
+
 def test_a_mapping_refuses_what_is_no_recipe():
     model = language_model()
     with pytest.raises(ValueError, match="the recipes are"):
@@ -129,7 +165,8 @@ def test_one_layer_under_two_names():
     model["b"] = model["a"]
     with pytest.raises(ValueError, match="a and b are one layer"):
         ts.convert_to_switchback(model, config={"a": "switchback", "b": "rowwise"})
-    ts.convert_to_switchback(model, config={"a": "switchback", "b": None})
+    with pytest.warns(UserWarning, match="converts no layer"):
+        ts.convert_to_switchback(model, config={"a": "switchback", "b": None})
     assert type(model["a"]) is nn.Linear
     ts.convert_to_switchback(model, config={"a": "switchback", "b": "switchback"})
     assert type(model["b"]) is SwitchBackLinear
@@ -176,7 +213,7 @@ def test_compiled_models_are_refused(part):
         model = torch.compile(model, backend="eager")
     else:
         (model if part == "model" else model[1]).compile(backend="eager")
-    with pytest.raises(RuntimeError, match="compiled already; convert first"):
+    with pytest.raises(RuntimeError, match="compiled already; convert_to_switchback goes before"):
         convert_all(model)
     assert converted(model) == []
 
@@ -191,7 +228,8 @@ def test_compiled_after_conversion_is_no_error():
 
 def test_packed_projections_are_reported():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 8, device="meta")})
-    left = reasons(ts.convert_to_switchback(model))
+    with pytest.warns(UserWarning, match="converts no layer"):
+        left = reasons(ts.convert_to_switchback(model))
     assert "projections' weights itself" in left["attention"]
     assert "NonDynamicallyQuantizableLinear is a subclass" in left["attention.out_proj"]
 

@@ -80,6 +80,25 @@ def test_the_model_is_measured_both_ways_and_left_as_it_was(times):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_original_of_a_compiled_model_is_measured(times):
+    model = Model()
+    found = ts.recommend(torch.compile(model, backend="eager"), torch.randint(64, (4, 8)), seconds=0)
+    assert found.model.saved_bytes_converted == found.model.saved_bytes + 2 * 4, "an absmax for each converted layer"
+    assert found.config == ts.recommend(model, tokens=32).config
+
+
+@pytest.mark.parametrize("how", ["model", "child", "wrapped child"])
+def test_compiled_models_are_refused_before_measuring(monkeypatch, how):
+    monkeypatch.setattr(recommendation, "measure_layers", None)
+    model = Model()
+    if how == "wrapped child":
+        model.wide = torch.compile(model.wide, backend="eager")
+    else:
+        (model if how == "model" else model.wide).compile(backend="eager")
+    with pytest.raises(RuntimeError, match="is compiled already; recommend goes before"):
+        ts.recommend(model, torch.randint(64, (4, 8)))
+
+
 def test_what_one_layer_keeps(times):
     (layer,) = ts.recommend(nn.Linear(32, 16), tokens=8).layers
     assert layer.saved_bytes[LINEAR] == 8 * 32 * 4
@@ -132,6 +151,25 @@ def test_a_layer_whose_calls_disagree_stays(times, monkeypatch):
     found = ts.recommend(Twice(), torch.randn(8, 32), recipes=["switchback"], seconds=0)
     assert [layer.recipe for layer in found.layers] == ["switchback", None]
     assert found.config == {"layer": None}
+
+
+def test_a_layer_under_two_names(times):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(32, 32), nn.Linear(32, 16)
+            self.second = nn.ModuleDict({"layer": self.first})
+            self.lm_head = self.head
+
+        def forward(self, x):
+            return self.lm_head(self.second["layer"](self.first(x)))
+
+    model = Shared()
+    found = ts.recommend(model, torch.randn(8, 32), seconds=0)
+    assert found.config == {"first": "switchback", "second.layer": "switchback", "head": None, "lm_head": None}
+    assert [layer.fqns for layer in found.layers] == [("first", "first")], "once for each of its calls"
+    ts.convert_to_switchback(model, config=json.loads(found.to_json())["config"])
+    assert type(model.first) is SwitchBackLinear and type(model.head) is nn.Linear
 
 
 def test_real_measurements():

@@ -3,7 +3,8 @@
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from .config import SwitchBackConfig
 from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .filters import default_filter
 from .nn import SwitchBackLinear
-from .recipes import config_of, look_up
+from .recipes import config_of, look_up, unmatched
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = SwitchBackConfig | str
@@ -82,7 +83,8 @@ def convert_to_switchback(
 
     Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimisers
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
-    in a dtype that the int8 products do not take (float64) are refused when the layer is called.
+    in a dtype that the int8 products do not take (float64) are refused when the layer is called. If a model is refused,
+    nothing of it has been changed.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
@@ -98,12 +100,16 @@ def convert_to_switchback(
     Returns:
         The same model.
 
+    Warns:
+        UserWarning: no layer of the model is a SwitchBackLinear afterwards, though config asks for it; or a mapping has
+            names or patterns that no linear layer of the model has.
+
     Raises:
         TypeError: config is something else.
         ValueError: there is no recipe of that name; a layer with several names gets several configurations; or
             all_gather is "int8" and a layer shares its weight with a module that needs it in full.
         RuntimeError: a layer to convert is in a compiled module; or all_gather is "int8" and fully_shard has been
-            called already.
+            called already, or a weight is held by a view or by the graph of a forward.
     """
     patterns = _patterns(config)
     default = default_filter(model)
@@ -117,7 +123,8 @@ def convert_to_switchback(
 
     rows: list[ConvertedLayer] = []
     chosen: dict[nn.Module, SwitchBackConfig] = {}
-    for module, fqns in _names(model).items():
+    names = module_names(model)
+    for module, fqns in names.items():
         if isinstance(module, nn.MultiheadAttention):
             rows.append(_row(module, fqns[0], None, _ATTENTION))
         if not isinstance(module, nn.Linear):
@@ -138,13 +145,19 @@ def convert_to_switchback(
         else:
             rows.append(_row(module, fqns[0], found, ""))
             chosen[module] = found
-    _refuse_compiled(model, chosen)
-    for module, found in chosen.items():
+    refuse_compiled("convert_to_switchback", model, chosen)
+    report = ConversionReport(tuple(rows))
+    linear_fqns = {fqn for module, fqns in names.items() if isinstance(module, nn.Linear) for fqn in fqns}
+    if isinstance(config, Mapping) and (keys := unmatched(config, linear_fqns)):
+        called = " or ".join(map(repr, keys))
+        warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
+    if not report.converted and any(patterns.values()):
+        warnings.warn(_nothing_converted(report), stacklevel=2)
+    if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
+        use_int8_all_gather(model, chosen)
+    for module, found in chosen.items():  # from here on nothing raises: a model that is refused is as it was
         module.__class__ = SwitchBackLinear
         module.config = found  # type: ignore[assignment]
-    if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
-        use_int8_all_gather(model)
-    report = ConversionReport(tuple(rows))
     object.__setattr__(model, _REPORT, report)
     _log.info("%s", report)
     return model
@@ -175,7 +188,8 @@ def revert_switchback(model: Model) -> Model:
         The same model.
 
     Raises:
-        RuntimeError: fully_shard has cut up weights that are gathered as int8.
+        RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
+            the graph of a forward.
     """
     undo_int8_all_gather(model)
     for module in model.modules():
@@ -204,7 +218,7 @@ def _patterns(config: Any) -> dict[str, SwitchBackConfig | None]:
     return {pattern: None if value is None else config_of(value) for pattern, value in config.items()}
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module with all of its fully qualified names, several where it is shared."""
     names: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
@@ -221,6 +235,12 @@ def _config_of_layer(patterns: Mapping[str, SwitchBackConfig | None], fqns: list
     return found[fqns[0]]
 
 
+def _nothing_converted(report: ConversionReport) -> str:
+    reasons = Counter(layer.reason for layer in report.left).most_common()
+    why = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "it has no nn.Linear"
+    return f"convert_to_switchback converts no layer of the model ({why}); conversion_report(model) lists them"
+
+
 def _row(module: nn.Module, fqn: str, config: SwitchBackConfig | None, reason: str) -> ConvertedLayer:
     if isinstance(module, nn.MultiheadAttention):
         in_features, out_features = module.embed_dim, 3 * module.embed_dim
@@ -230,11 +250,15 @@ def _row(module: nn.Module, fqn: str, config: SwitchBackConfig | None, reason: s
     return ConvertedLayer(fqn, type(module).__name__, in_features, out_features, config, reason)
 
 
-def _refuse_compiled(model: nn.Module, layers: Mapping[nn.Module, SwitchBackConfig]) -> None:
-    """What torch.compile has traced keeps the class that a layer had."""
+def refuse_compiled(caller: str, model: nn.Module, layers: Container[nn.Module]) -> None:
+    """What torch.compile has traced keeps the class that a layer had.
+
+    Raises:
+        RuntimeError: one of the layers is in a compiled module.
+    """
     for fqn, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
         if compiled and any(part in layers for part in module.modules()):
             raise RuntimeError(
-                f"convert_to_switchback: {fqn or 'the model'} is compiled already; convert first, then torch.compile"
+                f"{caller}: {fqn or 'the model'} is compiled already; {caller} goes before torch.compile"
             )

@@ -1,6 +1,6 @@
 """The named configurations, and maps of them. A name serves wherever ``convert_to_switchback`` takes one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -24,6 +24,11 @@ def look_up(patterns: Mapping[str, Value], fqn: str) -> Value | None:
     if fqn in patterns:
         return patterns[fqn]
     return next((value for pattern, value in patterns.items() if fnmatchcase(fqn, pattern)), None)
+
+
+def unmatched(patterns: Iterable[str], fqns: Collection[str]) -> list[str]:
+    """The names and fnmatch patterns that no layer has."""
+    return [p for p in patterns if p not in fqns and not any(fnmatchcase(fqn, p) for fqn in fqns)]
 
 
 def config_of(config: SwitchBackConfig | str) -> SwitchBackConfig:

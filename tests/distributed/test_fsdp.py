@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -396,8 +397,10 @@ def test_compiled(all_gather, backend):
 @in_processes(2)
 def test_what_is_refused():
     config = ts.SwitchBackConfig(all_gather="int8")
+    model = fully_shard(mlp())
     with pytest.raises(RuntimeError, match="before fully_shard"):
-        convert_all(sharded(mlp()), config)
+        convert_all(model, config)
+    assert not any(isinstance(module, ts.SwitchBackLinear) for module in model.modules())
     model = sharded(converted(mlp(), all_gather="int8"))
     with pytest.raises(RuntimeError, match="cannot be undone"):
         ts.revert_switchback(model)
@@ -414,10 +417,27 @@ def test_what_is_refused():
         model(batch())
     with pytest.raises(ValueError, match="no layer was converted"):
         precompute_absmax_for_fsdp(sharded(mlp()))
-    tied = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+
+
+def test_a_refused_model_is_as_it_was():
+    tied = nn.ModuleDict(
+        {"embedding": nn.Embedding(8, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 8, bias=False)}
+    )
     tied["head"].weight = tied["embedding"].weight
-    with pytest.raises(ValueError, match=r"shares its weight with head\.weight|embedding"):
-        convert_all(tied, config)
+    before = dict(tied.named_parameters())
+    with pytest.raises(ValueError, match=r"head shares its weight with embedding\.weight"):
+        convert_all(tied, ts.SwitchBackConfig(all_gather="int8"))
+    assert [type(module) for module in tied.values()] == [nn.Embedding, nn.Linear, nn.Linear]
+    assert all(parameter is before[name] for name, parameter in tied.named_parameters())
+
+
+@in_processes(2)
+def test_a_model_that_cannot_be_reverted_is_as_it_was():
+    model = converted(mlp(), all_gather="int8")
+    fully_shard(model[2])
+    with pytest.raises(RuntimeError, match="cannot be undone"):
+        ts.revert_switchback(model)
+    assert isinstance(model[0].weight, ShardWeight) and isinstance(model[0], ts.SwitchBackLinear)
 
 
 def test_without_fully_shard_it_is_a_plain_layer():
@@ -442,3 +462,81 @@ def test_without_fully_shard_it_is_a_plain_layer():
     ts.revert_switchback(model)
     assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
     assert torch.equal(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_compiled_without_fully_shard(scaling):
+    torch.compiler.reset()
+    alone, model = (converted(mlp(), weight_scaling=scaling, all_gather="int8") for _ in range(2))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizers = [sgd(alone), sgd(model)]
+    for step in range(2):
+        for each, optimizer in zip((alone, compiled), optimizers, strict=True):
+            loss_of(each(batch(step=step))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(compiled(batch()), alone(batch()))
+    for actual, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_close(actual, expected)
+
+
+def test_one_graph_serves_two_weights_but_not_their_absmax():
+    torch.compiler.reset()
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), all_gather="int8")
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda layer, x: (layer(x), layer.weight.detach()), backend=graphs)
+    for layer in model:
+        x = torch.randn(4, 8)
+        y, weight = compiled(layer, x)
+        assert torch.equal(y, layer(x)) and torch.equal(weight, layer.weight)
+        weight._absmax.set(torch.ones(1), weight._data)
+        assert all(each.weight._absmax.get(each.weight._data) is None for each in model)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_parameters_stay_the_same_objects(scaling):
+    """There and back, with what belongs to them, so that an optimiser made before trains them."""
+    model, called = mlp(), []
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
+    weight = model[0].weight
+    handle = weight.register_hook(lambda grad: called.append("before"))
+    weight.register_post_accumulate_grad_hook(lambda parameter: called.append("after"))
+    weight.lr_scale = 0.5
+
+    def train():
+        called.clear()
+        value = weight.detach().clone()
+        loss_of(model(batch())).backward()
+        optimizer.step()
+        assert not torch.equal(weight, value)
+        return list(called)
+
+    def check_and_train(expected):
+        assert all(parameter is before[name] for name, parameter in model.named_parameters())
+        assert weight.lr_scale == 0.5 and torch.equal(weight.grad, grad)
+        assert train() == expected
+
+    train()
+    grad = weight.grad.clone()
+    convert_all(model, ts.SwitchBackConfig(scaling, all_gather="int8"))
+    assert isinstance(weight, ShardWeight)
+    check_and_train(["before", "after"])
+    grad = weight.grad.clone()
+    ts.revert_switchback(model)
+    assert type(weight) is nn.Parameter and vars(weight) == {"lr_scale": 0.5}
+    check_and_train(["before", "after"])
+    handle.remove()
+    assert train() == ["after"]
+
+
+def test_a_weight_that_is_held_otherwise_is_refused():
+    model = mlp()
+    held = model[2].weight.view(-1)
+    with pytest.raises(RuntimeError, match="2: its weight is held by a view"):
+        convert_all(model, ts.SwitchBackConfig(all_gather="int8"))
+    assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
+    assert not any(isinstance(module, ts.SwitchBackLinear) for module in model)
+    del held
+    assert isinstance(convert_all(model, ts.SwitchBackConfig(all_gather="int8"))[0].weight, ShardWeight)

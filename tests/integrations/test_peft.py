@@ -165,10 +165,17 @@ def test_what_trains_or_is_shared_stays():
 
 def test_refusals():
     with pytest.raises(ValueError, match="model has no adapter layers; call get_peft_model first"):
-        freeze_base(ts.convert_to_switchback(Regressor()))
+        freeze_base(ts.convert_to_switchback(Regressor(), module_filter_fn=all_but_the_head))
     with pytest.raises(ValueError, match="computes with its base layer's weight"):
         freeze_base(make_model(use_dora=True))
     model = make_model()
     model.merge_adapter()
     with pytest.raises(ValueError, match="call unmerge_adapter first"):
         freeze_base(model)
+
+
+def test_a_model_with_a_layer_that_cannot_be_frozen_stays_as_it_was():
+    model = make_model({TARGETS[0]: "rowwise", TARGETS[1]: "rowwise_rotated_features"})
+    with pytest.raises(ValueError, match="rotated features cannot be kept as codes"):
+        freeze_base(model)
+    assert not any(layer.is_prepared for layer in base_layers(model))

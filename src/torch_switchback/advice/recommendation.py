@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._text import table
-from ..convert import convert_to_switchback, revert_switchback
+from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
 from ..recipes import config_of
@@ -98,6 +98,8 @@ class Recommendation:
     layers: tuple[MeasuredLayer, ...]
     left: dict[str, str]
     """Layers that were not measured, and why."""
+    aliases: dict[str, tuple[str, ...]]
+    """The further names of a layer that has several, by the one that stands for it here."""
     model: MeasuredModel | None
     """None if there was no sample to run it on."""
 
@@ -108,7 +110,7 @@ class Recommendation:
         for layer in self.layers:
             for fqn in layer.fqns:  # None if that is best for one of its shapes
                 config[fqn] = layer.recipe if config.get(fqn, "") is not None else None
-        return config
+        return config | {alias: config[fqn] for fqn, aliases in self.aliases.items() for alias in aliases}
 
     @property
     def linear_speed_up(self) -> float:
@@ -180,7 +182,7 @@ def recommend(
     and as recommended; it is nn.Linear again afterwards, and its gradients are untouched.
 
     Args:
-        model: not converted yet.
+        model: not converted yet. Of one that ``torch.compile`` has returned it is the original that is measured.
         sample_input: a tensor, a tuple of arguments or a mapping of keywords for the model, as large as in training.
             Under autocast, call this function under autocast too.
         tokens: instead of a sample, how many tokens each layer sees in a step; the model is not run then, and may be
@@ -194,16 +196,25 @@ def recommend(
     Raises:
         ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not
             exactly one of sample_input and tokens is given.
+        RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile.
     """
+    model = model._modules.get("_orig_mod") or model
+    refuse_compiled("recommend", model, {module for module in model.modules() if isinstance(module, nn.Linear)})
     if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
         raise ValueError("recommend: model is converted already; revert_switchback(model) first")
     configs = {recipe: config_of(recipe) for recipe in recipes}
     where = device_of(model, device)
     why_left = default_filter(model, least_features=0)
     left: dict[str, str] = {}
+    aliases: dict[str, tuple[str, ...]] = {}
     shapes: dict[LayerShape, list[str]] = {}
+    names = module_names(model)
     for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
-        reason = why_left(layer, fqn) if type(layer) is nn.Linear else "a subclass of nn.Linear"
+        if others := names[layer][1:]:
+            aliases[fqn] = tuple(others)
+        reason = next(filter(None, (why_left(layer, name) for name in names[layer])), "")
+        if type(layer) is not nn.Linear:
+            reason = "a subclass of nn.Linear"
         if not calls:
             reason = "the model did not call it"
         if reason:
@@ -246,7 +257,7 @@ def recommend(
                 best if wins else None,
             )
         )
-    recommendation = Recommendation(describe(where), tuple(rows), left, None)
+    recommendation = Recommendation(describe(where), tuple(rows), left, aliases, None)
     if sample_input is None:
         return recommendation
     return dataclasses.replace(

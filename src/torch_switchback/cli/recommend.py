@@ -22,6 +22,7 @@ from .common import (
     stop,
     to_device,
 )
+from .transformer import NAMED_LIKE_LLAMA
 
 
 def recommend(
@@ -46,7 +47,8 @@ def recommend(
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="Write the configuration here, as JSON, for convert_to_switchback and `explain --config`.",
+            help="Write the configuration here, as JSON, for convert_to_switchback and `explain --config`. From a "
+            "config.json only if the layers of its model_type are named as Llama's.",
             show_default=False,
         ),
     ] = None,
@@ -90,11 +92,24 @@ def recommend(
             )
     except (RuntimeError, ValueError, TypeError) as error:
         stop("recommend", error)
-    if output is not None:
-        output.write_text(json_module.dumps(found.config, indent=1) + "\n", encoding="utf-8")
     if json:
         print_json(found.to_json())
+    else:
+        typer.echo(found)
+    if output is None:
         return
-    typer.echo(found)
-    if output is not None:
+    if _has_made_up_names(model):
+        why = (
+            "this model_type names its layers otherwise than Llama's; give the model itself, as package.module:function"
+        )
+        stop("recommend", f"{output} is not written: {why}", code=2)
+    output.write_text(json_module.dumps(found.config, indent=1) + "\n", encoding="utf-8")
+    if not json:
         typer.echo(f"written to {output}")
+
+
+def _has_made_up_names(model: str) -> bool:
+    """Whether it is a config.json whose layers have other names in the real model than here."""
+    if not model.endswith(".json"):
+        return False
+    return json_module.loads(Path(model).read_text(encoding="utf-8")).get("model_type") not in NAMED_LIKE_LLAMA

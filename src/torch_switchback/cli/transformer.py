@@ -7,6 +7,11 @@ import torch
 from torch import nn
 
 GATED = ("silu", "swish", "swiglu")
+NAMED_LIKE_LLAMA = frozenset(
+    "arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium llama ministral mistral nemotron "
+    "olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm".split()
+)
+"""The model_types whose linear layers have the very names that :func:`transformer` gives them."""
 
 
 def transformer(config: Mapping[str, Any]) -> nn.Module:

@@ -7,7 +7,8 @@ What it gathers becomes the :class:`GatheredWeight` that the layer computes with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,9 +51,18 @@ class _Absmax:
         self._known: torch.Tensor | None = None
         self._seen = (-1, -1)
 
+    @property
+    def how(self) -> tuple[WeightScaling, torch.Size, dist.ProcessGroup | None, int]:
+        """All but the absmax itself."""
+        return self.scaling, self.shape, self.tensor_parallel, self.tensor_parallel_dims
+
     def copy(self) -> _Absmax:
         """For a weight in other memory."""
-        return _Absmax(self.scaling, self.shape, self.tensor_parallel, self.tensor_parallel_dims)
+        return _Absmax(*self.how)
+
+    def __deepcopy__(self, memo: Any) -> _Absmax:
+        """Of a model's copy, and for Dynamo's guards; a process group has no copies."""
+        return self.copy()
 
     def set(self, absmax: torch.Tensor | None, data: torch.Tensor) -> None:
         self._known, self._seen = absmax, (self.writes, data._version)
@@ -92,7 +102,13 @@ class ShardWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], absmax: _Absmax, size: Any, stride: Any) -> ShardWeight:
-        return ShardWeight(inner["_data"], absmax)
+        # Compiled code makes its outputs so, all with what it was traced with, whatever weight it is called with.
+        return ShardWeight(inner["_data"], absmax.copy())
+
+    @classmethod
+    def __metadata_guard__(cls, traced: _Absmax, absmax: _Absmax) -> bool:
+        """Whether Dynamo may run what it traced with another weight: how they are scaled is all that counts."""
+        return traced.how == absmax.how
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -323,7 +339,7 @@ def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     Raises:
         ValueError: no layer of the model gathers its weight as int8.
     """
-    layers = [module for module in model.modules() if _gathers_int8(module)]
+    layers = [module for module in model.modules() if _int8_config(module) and module.weight is not None]
     if not layers:
         raise ValueError("precompute_absmax_for_fsdp: no layer was converted with all_gather='int8'")
     together: dict[tuple[dist.ProcessGroup, ...], list[_Shard]] = {}
@@ -352,50 +368,60 @@ def _local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _gathers_int8(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    return isinstance(config, SwitchBackConfig) and config.all_gather == "int8" and module.weight is not None
+def _int8_config(
+    module: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig] | None = None
+) -> SwitchBackConfig | None:
+    """Of a layer that gathers its weight as int8, or is going to by its config in configs."""
+    config = (configs or {}).get(module) or getattr(module, "config", None)
+    return config if isinstance(config, SwitchBackConfig) and config.all_gather == "int8" else None
 
 
-def use_int8_all_gather(model: nn.Module) -> None:
-    """Wrap the weights of a model's layers that are configured so, before ``fully_shard`` cuts them up.
+def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig]) -> None:
+    """Wrap the weights of layers that are configured so, before ``fully_shard`` cuts them up; if refused, none.
+
+    Args:
+        model: whose layers those are.
+        configs: what layers that are not converted yet are going to have.
 
     Raises:
-        RuntimeError: fully_shard has been called already.
+        RuntimeError: fully_shard has been called already, or something besides modules holds such a weight.
         ValueError: such a layer shares its weight with a module that needs it in full.
     """
     from torch.distributed.fsdp import FSDPModule
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
-    wanted = {
-        weight: places
-        for weight, places in _places(model).items()
-        if any(place.gathers_int8 for place in places) and not isinstance(_local(weight), ShardWeight)
-    }
-    for places in wanted.values():
-        for place in places:
-            if not place.gathers_int8 or place.module.config != places[0].module.config:
+    wanted: list[tuple[nn.Parameter, torch.Tensor, str]] = []
+    for weight, places in _places(model).items():
+        asked = [_int8_config(place.module, configs) if place.name == "weight" else None for place in places]
+        config = next(filter(None, asked), None)
+        if config is None or isinstance(_local(weight), ShardWeight):
+            continue
+        for place, other in zip(places, asked, strict=True):
+            if other != config:
                 raise ValueError(
-                    f"all_gather='int8': {places[0].fqn} shares its weight with {place.fqn}.{place.name}, which needs "
-                    "it otherwise; leave the layer out with module_filter_fn"
+                    f"all_gather='int8': {places[asked.index(config)].fqn} shares its weight with "
+                    f"{place.fqn}.{place.name}, which needs it otherwise; leave the layer out with module_filter_fn"
                 )
-    for weight, places in wanted.items():
-        _replace(places, _wrap(weight.detach(), places[0].module.config), weight.requires_grad)
+        wanted.append((weight, _wrap(weight.detach(), config), places[0].fqn))
+    _put_into_parameters(wanted)
 
 
 def undo_int8_all_gather(model: nn.Module) -> None:
-    """Unwrap the weights again.
+    """Unwrap the weights again; if refused, none.
 
     Raises:
-        RuntimeError: fully_shard has cut them up.
+        RuntimeError: fully_shard has cut them up, or something besides modules holds one.
     """
-    for weight, places in _places(model).items():
-        local = _local(weight)
-        if isinstance(local, GatheredWeight) or (isinstance(local, ShardWeight) and _shard_dim(weight) is not None):
+    wrapped = {weight: places for weight, places in _places(model).items() if _is_wrapped(weight)}
+    for weight, places in wrapped.items():
+        if isinstance(_local(weight), GatheredWeight) or _shard_dim(weight) is not None:
             raise RuntimeError(f"{places[0].fqn}: fully_shard gathers its weight as int8, which cannot be undone")
-        if isinstance(local, ShardWeight):
-            _replace(places, unwrap(weight.detach()), weight.requires_grad)
+    _put_into_parameters((weight, unwrap(weight.detach()), places[0].fqn) for weight, places in wrapped.items())
+
+
+def _is_wrapped(weight: torch.Tensor) -> bool:
+    return isinstance(_local(weight), ShardWeight | GatheredWeight)
 
 
 class _Place(NamedTuple):
@@ -404,10 +430,6 @@ class _Place(NamedTuple):
     fqn: str
     module: nn.Module
     name: str
-
-    @property
-    def gathers_int8(self) -> bool:
-        return self.name == "weight" and _gathers_int8(self.module)
 
 
 def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
@@ -420,10 +442,39 @@ def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
     return places
 
 
-def _replace(places: list[_Place], weight: torch.Tensor, requires_grad: bool) -> None:
-    parameter = nn.Parameter(weight, requires_grad)
-    for place in places:
-        setattr(place.module, place.name, parameter)
+def _put_into_parameters(tensors: Iterable[tuple[nn.Parameter, torch.Tensor, str]]) -> None:
+    """Give parameters other tensors to be, into all of them or none; an optimiser goes on with the same objects.
+
+    Args:
+        tensors: of each parameter, with the name of a module that has it.
+
+    Raises:
+        RuntimeError: autograd's graph, a view or a weak reference holds one of the parameters.
+    """
+    with contextlib.ExitStack() as undo:
+        for parameter, tensor, fqn in tensors:
+            other = nn.Parameter(tensor, parameter.requires_grad)
+            try:
+                _swap(parameter, other)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"all_gather='int8': {fqn}: its weight is held by a view or by the graph of a forward: {error}"
+                ) from error
+            undo.callback(_swap, parameter, other)
+        undo.pop_all()
+
+
+def _swap(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """Exchange all of two parameters but what belongs to the first as an object: gradient, hooks and attributes."""
+    grad, hooks, post_hooks = parameter.grad, parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    attributes = {name: value for name, value in vars(parameter).items() if name not in _OF_THE_WRAPPER}
+    torch.utils.swap_tensors(parameter, other)
+    vars(parameter).update(attributes)
+    parameter._backward_hooks, parameter._post_accumulate_grad_hooks = hooks, post_hooks
+    parameter.grad = grad
+
+
+_OF_THE_WRAPPER = {"_data", "_absmax", "_is_param"}
 
 
 def _wrap(weight: torch.Tensor, config: Any) -> torch.Tensor:

@@ -27,6 +27,7 @@ def freeze_base(model: Model) -> Model:
     With one absmax a row (``"rowwise"``) that saves more: there the codes are quantised again, by column.
 
     Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
+    So do all, if one is refused.
 
     Args:
         model: ``get_peft_model`` of a converted model.
@@ -35,8 +36,9 @@ def freeze_base(model: Model) -> Model:
         The same model. Its adapters save and load as ever; merge them after :func:`unfreeze_base`.
 
     Raises:
-        ValueError: the model has no adapters, or one is merged, or one (as DoRA) computes with the base's weight.
-        RuntimeError: as :meth:`SwitchBackLinear.prepare_for_eval`.
+        ValueError: the model has no adapters, or one is merged, or one (as DoRA) computes with the base's weight; or a
+            frozen layer rotates its features.
+        RuntimeError: a frozen layer's weight is sharded over processes.
     """
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not adapted:
@@ -47,9 +49,18 @@ def freeze_base(model: Model) -> Model:
         if any(getattr(module, "lora_variant", {}).values()):
             raise ValueError(f"freeze_base: {type(module).__name__} computes with its base layer's weight: {module}")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    for module in _switchback_layers(model):
-        if not module.is_prepared and not module.weight.requires_grad and owners[id(module.weight)] == 1:
-            module.prepare_for_eval()
+    frozen = [
+        module
+        for module in _switchback_layers(model)
+        if not module.is_prepared and not module.weight.requires_grad and owners[id(module.weight)] == 1
+    ]
+    for module in frozen:  # prepare_for_eval would refuse them too, but after those before them have been freed
+        if module.config.rotate_features is not None:
+            raise ValueError(f"freeze_base: a frozen layer's rotated features cannot be kept as codes: {module}")
+        if hasattr(module.weight, "device_mesh"):
+            raise RuntimeError(f"freeze_base: a frozen layer's weight is sharded over processes: {module}")
+    for module in frozen:
+        module.prepare_for_eval()
     return model
 
 
