@@ -225,6 +225,27 @@ def test_compiled_models_are_sampled_without_compiling_again(backend, how, model
     assert compiles == [1]
 
 
+def test_overlapping_monitors_leave_the_compiler_as_they_found_it(device):
+    compiles = []
+
+    def counting(graph, inputs):
+        compiles.append(1)
+        return graph
+
+    models = [ts.SwitchBackLinear(16, 8, device=device) for _ in range(2)]
+    compiled = torch.compile(models[0], backend=counting)
+    first, second = (Monitor(model, every=100) for model in models)
+    compiled(torch.randn(2, 16, device=device))
+    first.step()
+    compiled(torch.randn(2, 16, device=device))
+    assert compiles == []  # the second still samples
+    second.step()
+    compiled(torch.randn(2, 16, device=device))
+    assert compiles == [1]
+    first.close()
+    second.close()
+
+
 def test_csv(model, device, tmp_path):
     path = tmp_path / "noise.csv"
     for _ in range(2):  # the second appends

@@ -128,7 +128,7 @@ class Monitor:
     def _start_sampling(self) -> None:
         self._sample = {}
         self._sampling = contextlib.ExitStack()
-        self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
+        self._sampling.enter_context(_eager())
         for name, layer in self._layers.items():
             self._sampling.enter_context(_measured(layer, name, self._sample))
 
@@ -136,6 +136,25 @@ class Monitor:
         assert self._sampling is not None
         self._sampling.close()
         self._sampling = None
+
+
+_samplers = 0  # monitors that sample this step
+_stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled code runs eagerly until the last monitor is out, whichever that is: a stance belongs to the process."""
+    global _samplers
+    if _samplers == 0:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _samplers += 1
+    try:
+        yield
+    finally:
+        _samplers -= 1
+        if _samplers == 0:
+            _stance.close()
 
 
 @contextlib.contextmanager
