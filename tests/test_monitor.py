@@ -147,6 +147,13 @@ def test_crest_and_zeros(device):
     assert record["weight_crest"] == pytest.approx((weight.abs().max() / weight.square().mean().sqrt()).item())
 
 
+def test_without_noise_it_is_inf(device):
+    layer = ts.SwitchBackLinear(64, 8, bias=False, device=device)
+    record = measure(layer, torch.zeros(200, 64, device=device), torch.zeros(200, 8, device=device))
+    for product in ("output", "grad_input", "grad_weight"):
+        assert record[f"{product}_snr"] == record[f"{product}_snr_worst_rows"] == float("inf")
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_layer_without_signal_or_with_nan_is_survived(value, model, device):
     with Monitor(model) as monitor:

@@ -242,8 +242,12 @@ def _signal_to_noise(actual: torch.Tensor, reference: torch.Tensor) -> tuple[tor
         for got, wanted in zip(_in_blocks(actual), _in_blocks(reference), strict=True)
     ]
     signal, noise = torch.cat(energies, dim=1)
-    rows = torch.where(noise == 0, float("inf"), 10 * torch.log10(signal / noise))
-    return 10 * torch.log10(signal.sum() / noise.sum()), rows.kthvalue(max(1, len(rows) // 100)).values
+    rows = _decibels(signal, noise)
+    return _decibels(signal.sum(), noise.sum()), rows.kthvalue(max(1, len(rows) // 100)).values
+
+
+def _decibels(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return torch.where(noise == 0, float("inf"), 10 * torch.log10(signal / noise))
 
 
 def _crest(x: torch.Tensor, rotation: int | None) -> torch.Tensor:
