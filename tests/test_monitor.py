@@ -253,6 +253,14 @@ def test_overlapping_monitors_leave_the_compiler_as_they_found_it(device):
     second.close()
 
 
+def test_a_monitor_that_nobody_closes_leaves_no_trace_either(model, device):
+    monitor = Monitor(model, every=1)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del monitor
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_csv(model, device, tmp_path):
     path = tmp_path / "noise.csv"
     for _ in range(2):  # the second appends

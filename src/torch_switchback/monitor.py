@@ -10,6 +10,7 @@ import contextlib
 import csv
 import fnmatch
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -95,14 +96,13 @@ class Monitor:
             raise ValueError(f"Monitor: layers matches no SwitchBackLinear of the model, got {layers!r}")
         self._every, self._writer = every, writer
         self._step, self._closed = 0, False
-        self._sampling: contextlib.ExitStack | None = None
         self._sample: dict[str, Record] = {}
         self.latest: dict[str, Record] = {}
         self._start_sampling()
 
     def step(self) -> None:
         """To be called after each training step: writes the sample, if this step was one, and counts on."""
-        if self._sampling is not None:
+        if self._stop_sampling.alive:
             self._stop_sampling()
             self.latest = self._sample
             if self._writer is not None:
@@ -116,8 +116,7 @@ class Monitor:
     def close(self) -> None:
         """Leave the model alone for good. The writer stays open."""
         self._closed = True
-        if self._sampling is not None:
-            self._stop_sampling()
+        self._stop_sampling()
 
     def __enter__(self) -> "Monitor":
         return self
@@ -127,15 +126,11 @@ class Monitor:
 
     def _start_sampling(self) -> None:
         self._sample = {}
-        self._sampling = contextlib.ExitStack()
-        self._sampling.enter_context(_eager())
+        sampling = contextlib.ExitStack()
+        sampling.enter_context(_eager())
         for name, layer in self._layers.items():
-            self._sampling.enter_context(_measured(layer, name, self._sample))
-
-    def _stop_sampling(self) -> None:
-        assert self._sampling is not None
-        self._sampling.close()
-        self._sampling = None
+            sampling.enter_context(_measured(layer, name, self._sample))
+        self._stop_sampling = weakref.finalize(self, sampling.close)  # also when nobody holds the monitor any more
 
 
 _samplers = 0  # monitors that sample this step
