@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import linear
 
 from .autograd import scaling_of, switchback_linear
+from .distributed.fsdp import GatheredWeight
 from .nn import SwitchBackLinear
 from .ops._hadamard import rotate_features
 
@@ -178,7 +179,8 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
     """One layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
-        layer: not prepared for evaluation.
+        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows the codes alone: the
+            products are compared with theirs, so the noise of quantising the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
 
@@ -195,16 +197,17 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
         - ``T_zeros``: share of its codes that are 0.
     """
     x, weight = x.detach(), layer.weight.detach()
+    known = weight.dequantize() if isinstance(weight, GatheredWeight) else weight
     bias = None if layer.bias is None else layer.bias.detach()
     ours = _products(lambda x, w: switchback_linear(x, w, bias, layer.config), x, weight, grad_output)
     exact = _products(
-        lambda x, w: linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), x, weight, grad_output
+        lambda x, w: linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), x, known, grad_output
     )
     quantities = {}
     for product, actual, reference in zip(("output", "grad_input", "grad_weight"), ours, exact, strict=True):
         quantities[f"{product}_snr"], quantities[f"{product}_snr_worst_rows"] = _signal_to_noise(actual, reference)
     x, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-    covered = weight.reshape(1, -1) if layer.config.weight_scaling == "global" else weight
+    covered = known.reshape(1, -1) if layer.config.weight_scaling == "global" else known
     scaling = scaling_of(layer.config)
     for operand, rows, codes in (
         ("x", x, scaling.quantize_input(x)[0]),
