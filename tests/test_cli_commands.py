@@ -266,6 +266,18 @@ def test_export_and_back(checkpoint, folder):
         assert metadata["epoch"] == "3" and ("torch_switchback" in metadata) == (name == "int8.safetensors")
 
 
+def test_export_of_a_model_that_is_one_layer():
+    layer = ts.SwitchBackLinear(16, 24)
+    state, notes = export.prepared(layer.state_dict(), {"*": "switchback"})
+    assert state.keys() == {"weight_int8", "weight_absmax", "bias"} and notes.keys() == {""}
+    again, layers = export.restored(state, notes)
+    assert again.keys() == {"weight", "bias"} and layers == [""]
+    x = torch.randn(5, 16)
+    expected = layer(x)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+
+
 def test_export_reads_what_torch_saved_but_runs_no_code_of_it(checkpoint):
     state = checkpoint.state_dict()
     state["tied.weight"] = state["1.weight"]
