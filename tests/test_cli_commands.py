@@ -203,7 +203,7 @@ def test_a_peer_that_fails_is_a_row_with_the_reason(monkeypatch):
         raise RuntimeError(f"no {scaling} here")
 
     monkeypatch.setattr(bench, "_float8", broken)
-    results = bench._measured((6, 16, 24), ["rowwise"], True, torch.device("cpu"), "float32", 0.0, False)
+    results = bench._measured(bench.StepShape(6, 16, 24), ["rowwise"], True, torch.device("cpu"), "float32", 0.0, False)
     assert [result.reason for result in results] == [
         "",
         "",
@@ -330,7 +330,7 @@ def test_back_needs_an_absmax_and_a_dtype():
         (("recommend", "config.json", "--recipe", "int4"), "--recipe must be one of switchback"),
         (("bench", "--recipe", "int4"), "--recipe must be one of switchback"),
         (("bench", "--dtype", "int8"), "--dtype must be bfloat16"),
-        (("bench", "--shape", "1,2"), "three positive integers"),
+        (("bench", "--shape", "1,2"), "--shape must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
         (("bench", "--shape", "1,2,3", "--model", "config.json"), "not both"),
     ],
 )

@@ -179,7 +179,7 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
     """One layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
-        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows the codes alone: the
+        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows the codes alone:
             products are compared with theirs, so the noise of quantising the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
