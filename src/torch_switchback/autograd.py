@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import _grad_weight
 from .config import ROTATIONS, SwitchBackConfig
 from .ops import direct as ops
-from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_device, check_shape
+from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
@@ -181,8 +181,8 @@ def switchback_linear(
 
     Raises:
         TypeError: an argument has another dtype.
-        ValueError: shapes do not match, the arguments are on different devices, or the weight is codes and config
-            rotates the features.
+        ValueError: shapes do not match, the arguments are on different devices, or on one that is neither a CPU nor
+            CUDA (ROCm's is) nor meta, or the weight is codes and config rotates the features.
     """
     if config is None:
         config = SwitchBackConfig()
@@ -212,6 +212,7 @@ def _check(
     config: SwitchBackConfig,
 ) -> None:
     op = "switchback_linear"
+    check_device(op, "x", x)
     check_float(op, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
