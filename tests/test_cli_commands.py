@@ -230,7 +230,7 @@ def test_a_peer_that_fails_is_a_row_with_the_reason(monkeypatch):
         raise RuntimeError(f"no {scaling} here")
 
     monkeypatch.setattr(bench, "_float8", broken)
-    results = bench._measured((6, 16, 24), ["rowwise"], True, torch.device("cpu"), "float32", 0.0, False)
+    results = bench._measured(bench.StepShape(6, 16, 24), ["rowwise"], True, torch.device("cpu"), "float32", 0.0, False)
     assert [result.reason for result in results] == [
         "",
         "",
@@ -293,6 +293,18 @@ def test_export_and_back(checkpoint, folder):
         assert metadata["epoch"] == "3" and ("torch_switchback" in metadata) == (name == "int8.safetensors")
 
 
+def test_export_of_a_model_that_is_one_layer():
+    layer = ts.SwitchBackLinear(16, 24)
+    state, notes = export.prepared(layer.state_dict(), {"*": "switchback"})
+    assert state.keys() == {"weight_int8", "weight_absmax", "bias"} and notes.keys() == {""}
+    again, layers = export.restored(state, notes)
+    assert again.keys() == {"weight", "bias"} and layers == [""]
+    x = torch.randn(5, 16)
+    expected = layer(x)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+
+
 def test_export_reads_what_torch_saved_but_runs_no_code_of_it(checkpoint):
     state = checkpoint.state_dict()
     state["tied.weight"] = state["1.weight"]
@@ -345,7 +357,7 @@ def test_back_needs_an_absmax_and_a_dtype():
         (("recommend", "config.json", "--recipe", "int4"), "--recipe must be one of switchback"),
         (("bench", "--recipe", "int4"), "--recipe must be one of switchback"),
         (("bench", "--dtype", "int8"), "--dtype must be bfloat16"),
-        (("bench", "--shape", "1,2"), "three positive integers"),
+        (("bench", "--shape", "1,2"), "--shape must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
         (("bench", "--shape", "1,2,3", "--model", "config.json"), "not both"),
     ],
 )

@@ -147,6 +147,13 @@ def test_crest_and_zeros(device):
     assert record["weight_crest"] == pytest.approx((weight.abs().max() / weight.square().mean().sqrt()).item())
 
 
+def test_without_noise_it_is_inf(device):
+    layer = ts.SwitchBackLinear(64, 8, bias=False, device=device)
+    record = measure(layer, torch.zeros(200, 64, device=device), torch.zeros(200, 8, device=device))
+    for product in ("output", "grad_input", "grad_weight"):
+        assert record[f"{product}_snr"] == record[f"{product}_snr_worst_rows"] == float("inf")
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_layer_without_signal_or_with_nan_is_survived(value, model, device):
     with Monitor(model) as monitor:
@@ -223,6 +230,35 @@ def test_compiled_models_are_sampled_without_compiling_again(backend, how, model
             assert set(monitor.latest) == (set() if step % 2 else {"attention", "mlp.0", "mlp.2"})
     train(compiled, monitor, 1, device)
     assert compiles == [1]
+
+
+def test_overlapping_monitors_leave_the_compiler_as_they_found_it(device):
+    compiles = []
+
+    def counting(graph, inputs):
+        compiles.append(1)
+        return graph
+
+    models = [ts.SwitchBackLinear(16, 8, device=device) for _ in range(2)]
+    compiled = torch.compile(models[0], backend=counting)
+    first, second = (Monitor(model, every=100) for model in models)
+    compiled(torch.randn(2, 16, device=device))
+    first.step()
+    compiled(torch.randn(2, 16, device=device))
+    assert compiles == []  # the second still samples
+    second.step()
+    compiled(torch.randn(2, 16, device=device))
+    assert compiles == [1]
+    first.close()
+    second.close()
+
+
+def test_a_monitor_that_nobody_closes_leaves_no_trace_either(model, device):
+    monitor = Monitor(model, every=1)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del monitor
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_csv(model, device, tmp_path):

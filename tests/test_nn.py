@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import torch_switchback as ts
 from cases import DTYPES, assert_same, convert_all, signal_to_noise
@@ -471,6 +472,15 @@ def test_refuses_other_shapes_and_devices(device):
         ts.switchback_linear(x, weight[0])
     with pytest.raises(ValueError, match="weight is on meta"):
         ts.switchback_linear(x, weight.to("meta"), bias)
+
+
+@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
+@pytest.mark.parametrize("elsewhere", ["mps", "xla"])
+def test_refuses_devices_that_no_operation_knows(elsewhere):
+    with FakeTensorMode():
+        x, weight = torch.zeros(2, 6, device=elsewhere), torch.zeros(4, 6, device=elsewhere)
+    with pytest.raises(ValueError, match=f"switchback_linear: x must be on one of cpu, cuda, meta, got {elsewhere}"):
+        ts.switchback_linear(x, weight)
 
 
 @pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")

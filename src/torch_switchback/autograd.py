@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import _grad_weight
 from .config import ROTATIONS, SwitchBackConfig
 from .ops import direct as ops
-from .ops._validation import FLOAT_DTYPES, check_dtype, check_float, check_same_device, check_shape
+from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
@@ -201,8 +201,8 @@ def switchback_linear(
 
     Raises:
         TypeError: an argument has another dtype, or x is a NestedTensor.
-        ValueError: shapes do not match, the arguments are on different devices, or the weight is codes and config
-            rotates the features.
+        ValueError: shapes do not match, the arguments are on different devices, or on one that is neither a CPU nor
+            CUDA (ROCm's is) nor meta, or the weight is codes and config rotates the features.
         RuntimeError: once its gradients are differentiated again.
     """
     if config is None:
@@ -235,6 +235,7 @@ def _check(
     op = "switchback_linear"
     if x.is_nested:
         raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
+    check_device(op, "x", x)
     check_float(op, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")

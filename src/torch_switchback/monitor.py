@@ -10,6 +10,7 @@ import contextlib
 import csv
 import fnmatch
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch.nn.functional import linear
 
 from .autograd import scaling_of, switchback_linear
+from .distributed.fsdp import GatheredWeight
 from .nn import SwitchBackLinear
 from .ops._hadamard import rotate_features
 
@@ -95,14 +97,13 @@ class Monitor:
             raise ValueError(f"Monitor: layers matches no SwitchBackLinear of the model, got {layers!r}")
         self._every, self._writer = every, writer
         self._step, self._closed = 0, False
-        self._sampling: contextlib.ExitStack | None = None
         self._sample: dict[str, Record] = {}
         self.latest: dict[str, Record] = {}
         self._start_sampling()
 
     def step(self) -> None:
         """To be called after each training step: writes the sample, if this step was one, and counts on."""
-        if self._sampling is not None:
+        if self._stop_sampling.alive:
             self._stop_sampling()
             self.latest = self._sample
             if self._writer is not None:
@@ -116,8 +117,7 @@ class Monitor:
     def close(self) -> None:
         """Leave the model alone for good. The writer stays open."""
         self._closed = True
-        if self._sampling is not None:
-            self._stop_sampling()
+        self._stop_sampling()
 
     def __enter__(self) -> "Monitor":
         return self
@@ -127,15 +127,30 @@ class Monitor:
 
     def _start_sampling(self) -> None:
         self._sample = {}
-        self._sampling = contextlib.ExitStack()
-        self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
+        sampling = contextlib.ExitStack()
+        sampling.enter_context(_eager())
         for name, layer in self._layers.items():
-            self._sampling.enter_context(_measured(layer, name, self._sample))
+            sampling.enter_context(_measured(layer, name, self._sample))
+        self._stop_sampling = weakref.finalize(self, sampling.close)  # also when nobody holds the monitor any more
 
-    def _stop_sampling(self) -> None:
-        assert self._sampling is not None
-        self._sampling.close()
-        self._sampling = None
+
+_samplers = 0  # monitors that sample this step
+_stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled code runs eagerly until the last monitor is out, whichever that is: a stance belongs to the process."""
+    global _samplers
+    if _samplers == 0:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _samplers += 1
+    try:
+        yield
+    finally:
+        _samplers -= 1
+        if _samplers == 0:
+            _stance.close()
 
 
 @contextlib.contextmanager
@@ -164,7 +179,8 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
     """One layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
-        layer: not prepared for evaluation.
+        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows the codes alone:
+            products are compared with theirs, so the noise of quantising the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
 
@@ -181,16 +197,17 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
         - ``T_zeros``: share of its codes that are 0.
     """
     x, weight = x.detach(), layer.weight.detach()
+    known = weight.dequantize() if isinstance(weight, GatheredWeight) else weight
     bias = None if layer.bias is None else layer.bias.detach()
     ours = _products(lambda x, w: switchback_linear(x, w, bias, layer.config), x, weight, grad_output)
     exact = _products(
-        lambda x, w: linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), x, weight, grad_output
+        lambda x, w: linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), x, known, grad_output
     )
     quantities = {}
     for product, actual, reference in zip(("output", "grad_input", "grad_weight"), ours, exact, strict=True):
         quantities[f"{product}_snr"], quantities[f"{product}_snr_worst_rows"] = _signal_to_noise(actual, reference)
     x, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-    covered = weight.reshape(1, -1) if layer.config.weight_scaling == "global" else weight
+    covered = known.reshape(1, -1) if layer.config.weight_scaling == "global" else known
     scaling = scaling_of(layer.config)
     for operand, rows, codes in (
         ("x", x, scaling.quantize_input(x)[0]),
@@ -223,8 +240,12 @@ def _signal_to_noise(actual: torch.Tensor, reference: torch.Tensor) -> tuple[tor
         for got, wanted in zip(_in_blocks(actual), _in_blocks(reference), strict=True)
     ]
     signal, noise = torch.cat(energies, dim=1)
-    rows = torch.where(noise == 0, float("inf"), 10 * torch.log10(signal / noise))
-    return 10 * torch.log10(signal.sum() / noise.sum()), rows.kthvalue(max(1, len(rows) // 100)).values
+    rows = _decibels(signal, noise)
+    return _decibels(signal.sum(), noise.sum()), rows.kthvalue(max(1, len(rows) // 100)).values
+
+
+def _decibels(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return torch.where(noise == 0, float("inf"), 10 * torch.log10(signal / noise))
 
 
 def _crest(x: torch.Tensor, rotation: int | None) -> torch.Tensor:

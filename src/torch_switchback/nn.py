@@ -12,6 +12,8 @@ from .config import SwitchBackConfig
 from .distributed.fsdp import unwrap, wrap_like
 from .ops import dequantize_rowwise
 
+torch.fx.wrap("switchback_linear")  # a node of its own in torch.fx's graphs: its checks are no operations
+
 Entry = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype; None: any float, to be cast
 _PREPARED = "weight_int8", "weight_absmax"
 _OF_BITSANDBYTES = "W_int8", "state_W"
@@ -76,7 +78,8 @@ class SwitchBackLinear(nn.Linear):
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         weight, absmax = (self.weight_int8, self.weight_absmax) if self.is_prepared else (self.weight, None)
         cache = None
-        if self.config.cache_quantized_weight and WeightCache.can_hold(weight):
+        is_traced = not isinstance(input, torch.Tensor)  # but torch.fx's Proxy
+        if self.config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
         return switchback_linear(input, weight, self.bias, self.config, weight_absmax=absmax, weight_cache=cache)
 

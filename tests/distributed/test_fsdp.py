@@ -21,6 +21,7 @@ import torch_switchback as ts
 from cases import convert_all
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 from torch_switchback.distributed.fsdp import ShardWeight
+from torch_switchback.monitor import Monitor, measure
 
 SCALINGS = ["global", "rowwise"]
 
@@ -392,6 +393,28 @@ def test_compiled(all_gather, backend):
         results.append(outputs)
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@in_processes(2)
+def test_the_monitor_compares_with_the_gathered_codes(scaling):
+    """As measure() would do with a layer whose weight is what the codes stand for."""
+    alone = converted(mlp(), weight_scaling=scaling)
+    model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8"))
+    codes, absmax = gathered(model[2])
+    with torch.no_grad():
+        alone[2].weight.copy_(codes * (absmax / 127).reshape(-1, 1))
+    inputs = []
+    model[2].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with Monitor(model) as monitor:
+        y = model(own(batch()))
+        y.sum().backward()
+        monitor.step()
+    expected = measure(alone[2], inputs[0], torch.ones_like(y))
+    assert set(monitor.latest) == {"0", "2"}
+    for quantity, value in monitor.latest["2"].items():
+        assert value == pytest.approx(expected[quantity], rel=1e-3), quantity
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @in_processes(2)

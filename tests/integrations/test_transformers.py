@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -114,6 +115,28 @@ def test_callback_without_monitor_logs_nothing_and_a_writer_gets_all(tmp_path):
         assert not any("switchback_step" in entry for entry in trainer.state.log_history)
     steps = {line.partition(",")[0] for line in rows.read_text().splitlines()[1:]}
     assert steps == {"0", "1"}
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the first step of the first train()."""
+
+    def __init__(self):
+        self.times = 1
+
+    def on_step_begin(self, *_, **trainer):
+        if self.times:
+            self.times -= 1
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_leaves_no_monitor_to_the_next(tmp_path):
+    callback = SwitchBackCallback(monitor_every=100, module_filter_fn=not_the_lm_head)
+    trainer = make_trainer(LlamaForCausalLM(CONFIG), tmp_path, [callback, Interrupt()], max_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    _interrupted = callback._monitor  # that someone holds on to it must not keep it at work
+    trainer.train()
+    assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
 def test_a_model_that_the_trainer_makes_anew_is_converted_too(tmp_path):

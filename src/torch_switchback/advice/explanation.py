@@ -12,10 +12,9 @@ from .. import _grad_weight
 from .._text import table
 from ..autograd import switchback_linear
 from ..nn import SwitchBackLinear
-from ..tuning import MatmulConfig
+from ..tuning import MatmulConfig, ProductShape
 from .layer_calls import Call, layer_calls
 
-Shape = tuple[int, int, int]
 HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "falls back")
 
 
@@ -181,8 +180,8 @@ def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list
     tokens, inputs, outputs = call.tokens, layer.in_features, layer.out_features
     padded_inputs, padded_outputs = (_padded(features, layer.config.rotate_features) for features in (inputs, outputs))
     products = [
-        _int8_product("output", (tokens, outputs, padded_inputs), call.dtype, device),
-        _int8_product("grad_input", (tokens, inputs, padded_outputs), call.dtype, device),
+        _int8_product("output", ProductShape(tokens, outputs, padded_inputs), call.dtype, device),
+        _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), call.dtype, device),
     ]
     if layer.is_prepared or not layer.weight.requires_grad:
         return products
@@ -190,7 +189,8 @@ def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list
     wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
     if config.grad_weight == "int8_always" or (config.grad_weight == "int8" and wins):
         padded = _padded(tokens, config.rotate_tokens)
-        return [*products, _int8_product("grad_weight", (outputs, inputs, padded), layer.weight.dtype, device)]
+        shape = ProductShape(outputs, inputs, padded)
+        return [*products, _int8_product("grad_weight", shape, layer.weight.dtype, device)]
     fallback = ""
     if config.grad_weight == "int8":
         fallback = (
@@ -206,7 +206,7 @@ def _padded(inner: int, rotation: int | None) -> int:
     return -(-inner // (rotation or 1)) * (rotation or 1)
 
 
-def _int8_product(name: str, shape: Shape, out_dtype: torch.dtype, device: torch.device) -> Product:
+def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device: torch.device) -> Product:
     m, n, k = shape
     if device.type != "cuda":
         from ..ops.int8_matmul import cpu_path

@@ -6,7 +6,7 @@ import json as json_module
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -20,11 +20,35 @@ from ..advice.layer_steps import measure_layers
 from ..advice.recommendation import LINEAR
 from ..convert import convert_to_switchback
 from ..recipes import RECIPES
-from .common import DEFAULT_TOKENS, DeviceFlag, JsonFlag, TokensFlag, chosen_device, load_model, needs, stop
-from .tune import parse_shape
+from .common import (
+    DEFAULT_TOKENS,
+    DeviceFlag,
+    JsonFlag,
+    TokensFlag,
+    chosen_device,
+    load_model,
+    needs,
+    parse_shapes,
+    stop,
+)
 
-Shape = tuple[int, int, int]  # tokens, in_features, out_features
-DEFAULT_SHAPES: tuple[Shape, ...] = ((16384, 4096, 4096), (16384, 4096, 14336), (65536, 1280, 5120))
+
+class StepShape(NamedTuple):
+    """All that a layer's training step is measured on."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}, {self.in_features} → {self.out_features}"
+
+
+DEFAULT_SHAPES: tuple[StepShape, ...] = (
+    StepShape(16384, 4096, 4096),
+    StepShape(16384, 4096, 14336),
+    StepShape(65536, 1280, 5120),
+)
 FLOAT8 = ("tensorwise", "rowwise")
 
 
@@ -32,7 +56,7 @@ FLOAT8 = ("tensorwise", "rowwise")
 class Result:
     """A layer's forward and backward."""
 
-    shape: Shape
+    shape: StepShape
     name: str
     milliseconds: float | None
     speed_up: float | None  # over nn.Linear
@@ -98,12 +122,14 @@ def bench(
         raise typer.BadParameter("give --shape or --model, not both")
     if picture is not None:
         needs("bench", "matplotlib", "demo")
-    shapes = tuple(dict.fromkeys(map(parse_shape, shape))) if shape else DEFAULT_SHAPES
+    shapes = parse_shapes(shape, "TOKENS,IN,OUT", StepShape) if shape else DEFAULT_SHAPES
     if model:
         layers = layer_calls(load_model(model)[0], tokens=tokens or DEFAULT_TOKENS)
         shapes = tuple(
             dict.fromkeys(
-                (calls[0].tokens, layer.in_features, layer.out_features) for layer, calls in layers.values() if calls
+                StepShape(calls[0].tokens, layer.in_features, layer.out_features)
+                for layer, calls in layers.values()
+                if calls
             )
         )
     with_peers = peers and not cuda_graph and where.type == "cuda" and importlib.util.find_spec("torchao") is not None
@@ -112,7 +138,7 @@ def bench(
         try:
             results += _measured(one, recipe or list(RECIPES), with_peers, where, dtype, seconds, cuda_graph)
         except RuntimeError as error:  # out of memory
-            stop("bench", f"{_label(one)}: {error}")
+            stop("bench", f"{one}: {error}")
     document = {
         "provenance": {
             "device": describe(where),
@@ -133,12 +159,11 @@ def bench(
     typer.echo(text if json else f"{describe(where)}, {dtype}\n{as_table(results)}")
 
 
-def competitors(shape: Shape, recipes: list[str], peers: bool, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+def competitors(shape: StepShape, recipes: list[str], peers: bool, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     """Names, and functions that build the layer on the current device or raise."""
-    _, inputs, outputs = shape
 
     def linear() -> nn.Module:
-        return nn.Linear(inputs, outputs, dtype=dtype)
+        return nn.Linear(shape.in_features, shape.out_features, dtype=dtype)
 
     yield LINEAR, linear
     for recipe in recipes:
@@ -157,10 +182,16 @@ def _float8(linear: nn.Module, scaling: str) -> nn.Module:
 
 
 def _measured(
-    shape: Shape, recipes: list[str], peers: bool, device: torch.device, dtype: str, seconds: float, cuda_graph: bool
+    shape: StepShape,
+    recipes: list[str],
+    peers: bool,
+    device: torch.device,
+    dtype: str,
+    seconds: float,
+    cuda_graph: bool,
 ) -> list[Result]:
     dtype_: torch.dtype = getattr(torch, dtype)
-    x = torch.randn(shape[0], shape[1], device=device, dtype=dtype_, requires_grad=True)
+    x = torch.randn(shape.tokens, shape.in_features, device=device, dtype=dtype_, requires_grad=True)
     layers: dict[str, nn.Module] = {}
     failed: list[Result] = []
     build: Callable[[], nn.Module]
@@ -181,7 +212,7 @@ def _measured(
 def as_table(results: list[Result]) -> str:
     rows = [
         (
-            _label(result.shape),
+            str(result.shape),
             result.name,
             "–" if result.milliseconds is None else f"{result.milliseconds:.3f}",
             "–" if result.speed_up is None else f"{result.speed_up:.2f} ×",
@@ -207,13 +238,8 @@ def draw(results: list[Result], title: str, path: Path) -> None:
         shown = {group + (index - (len(names) - 1) / 2) * width: height for group, height in bars.items() if height}
         axes.bar(list(shown), list(shown.values()), width, label=name)
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(shapes)), [_label(shape).replace(", ", "\n") for shape in shapes])
+    axes.set_xticks(range(len(shapes)), [str(shape).replace(", ", "\n") for shape in shapes])
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=150)
-
-
-def _label(shape: Shape) -> str:
-    tokens, inputs, outputs = shape
-    return f"{tokens}, {inputs} → {outputs}"

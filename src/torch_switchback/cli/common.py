@@ -5,8 +5,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import typer
@@ -93,6 +94,26 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
     if not isinstance(model, nn.Module):
         raise typer.BadParameter(f"{spec} returned no nn.Module but {type(model).__name__}")
     return model, sample
+
+
+Shape = TypeVar("Shape")
+
+
+def parse_shapes(texts: Iterable[str], names: str, kind: Callable[[int, int, int], Shape]) -> tuple[Shape, ...]:
+    """The distinct values of a ``--shape`` whose help calls its numbers by these names.
+
+    Raises:
+        typer.BadParameter: one is anything but three positive integers.
+    """
+
+    def parsed(text: str) -> Shape:
+        match = re.fullmatch(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)", text.replace(" ", ""))
+        if not match:
+            raise typer.BadParameter(f"--shape must be {names}, three positive integers, got {text!r}")
+        first, second, third = map(int, match.groups())
+        return kind(first, second, third)
+
+    return tuple(dict.fromkeys(map(parsed, texts)))
 
 
 def to_device(tensors: Any, device: torch.device) -> Any:

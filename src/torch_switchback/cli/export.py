@@ -95,13 +95,14 @@ def prepared(state: Mapping[str, torch.Tensor], patterns: Mapping[str, str | Non
     result: State = {}
     notes: dict[str, Any] = {}
     for name, tensor in state.items():
-        layer, _, kind = name.rpartition(".")
+        layer, dot, kind = name.rpartition(".")  # a model that is one layer has neither
+        prefix = layer + dot
         asked = look_up(patterns, layer)
         if kind != "weight" or tensor.dim() != 2 or tensor.dtype not in FLOAT_DTYPES or asked is None:
             result[name] = tensor
             continue
         codes, absmax = quantize_weight(tensor, config_of(asked))
-        result[f"{layer}.weight_int8"], result[f"{layer}.weight_absmax"] = codes, absmax
+        result[f"{prefix}weight_int8"], result[f"{prefix}weight_absmax"] = codes, absmax
         notes[layer] = {"recipe": asked, "dtype": str(tensor.dtype).removeprefix("torch.")}
     return result, notes
 
@@ -115,21 +116,22 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
     result: State = {}
     layers = []
     for name, tensor in state.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight_absmax" and f"{layer}.weight_int8" in state:
+        layer, dot, kind = name.rpartition(".")
+        prefix = layer + dot
+        if kind == "weight_absmax" and f"{prefix}weight_int8" in state:
             continue
         if kind != "weight_int8":
             result[name] = tensor
             continue
-        absmax = state.get(f"{layer}.weight_absmax")
+        absmax = state.get(f"{prefix}weight_absmax")
         if absmax is None:
-            raise ValueError(f"{name} has no {layer}.weight_absmax beside it")
+            raise ValueError(f"{name} has no {prefix}weight_absmax beside it")
         noted = notes.get(layer, {"dtype": "bfloat16"})["dtype"]
         dtype = next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{noted}"), None)
         if dtype is None:
             raise ValueError(f"{name} is noted as of {noted!r}, which is no dtype of a weight")
         rows = absmax.expand(tensor.shape[0]).contiguous()
-        result[f"{layer}.weight"] = dequantize_rowwise(tensor, rows, torch.float32).to(dtype)
+        result[f"{prefix}weight"] = dequantize_rowwise(tensor, rows, torch.float32).to(dtype)
         layers.append(layer)
     return result, layers
 

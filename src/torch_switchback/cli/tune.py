@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import functools
 import json as json_module
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,35 +16,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from .. import __version__
-from ..tuning import MatmulConfig, allows_tma, matmul_config, user_table_path
+from ..tuning import MatmulConfig, ProductShape, allows_tma, matmul_config, user_table_path
 from ..tuning._tables import Row, Table, read, replace, row_from_json, served, shipped_table, write
 from ..tuning.candidates import candidates
 from ..tuning.search import FINALISTS, Found, fastest
-from .common import JsonFlag, stop
+from .common import JsonFlag, parse_shapes, stop
 from .gpu import Gpu, NoGpu
-
-Shape = tuple[int, int, int]  # M, N, K
 
 open_gpu = Gpu
 
 # A layer's tokens, in_features and out_features are M, K and N; of an int8 weight gradient K, N and M. Then batches of
 # inference and small training steps.
-DEFAULT_SHAPES: tuple[Shape, ...] = (
-    (65536, 5120, 1280),
-    (65536, 1280, 5120),
-    (16384, 4096, 4096),
-    (16384, 14336, 4096),
-    (16384, 4096, 14336),
-    (8192, 8192, 8192),
-    (5120, 1280, 65536),
-    (1280, 5120, 65536),
-    (4096, 4096, 16384),
-    (14336, 4096, 16384),
-    (4096, 14336, 16384),
-    *((m, n, 4096) for n in (4096, 14336) for m in (1, 16, 64, 256, 1024, 4096)),
+DEFAULT_SHAPES = (
+    ProductShape(65536, 5120, 1280),
+    ProductShape(65536, 1280, 5120),
+    ProductShape(16384, 4096, 4096),
+    ProductShape(16384, 14336, 4096),
+    ProductShape(16384, 4096, 14336),
+    ProductShape(8192, 8192, 8192),
+    ProductShape(5120, 1280, 65536),
+    ProductShape(1280, 5120, 65536),
+    ProductShape(4096, 4096, 16384),
+    ProductShape(14336, 4096, 16384),
+    ProductShape(4096, 14336, 16384),
+    *(ProductShape(m, n, 4096) for n in (4096, 14336) for m in (1, 16, 64, 256, 1024, 4096)),
     # An odd width, which TMA cannot take.
-    (256, 4096, 4095),
-    (16384, 4096, 4095),
+    ProductShape(256, 4096, 4095),
+    ProductShape(16384, 4096, 4095),
 )
 
 
@@ -99,7 +96,7 @@ def tune(
       torch-switchback tune --quick --shape 8192,4096,1024
     """
     console = Console(stderr=json)
-    shapes = tuple(dict.fromkeys(map(parse_shape, shape))) if shape else DEFAULT_SHAPES
+    shapes = parse_shapes(shape, "M,N,K", ProductShape) if shape else DEFAULT_SHAPES
     try:
         gpu = open_gpu()
     except NoGpu as error:
@@ -121,7 +118,8 @@ def tune(
         return
 
     tries = {
-        (m, n, k): tuple(candidates(gpu.architecture, m=m, tma=allows_tma(n, k), quick=quick)) for m, n, k in pending
+        shape: tuple(candidates(gpu.architecture, m=shape.m, tma=allows_tma(shape.n, shape.k), quick=quick))
+        for shape in pending
     }
     left_out: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -129,16 +127,16 @@ def tune(
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             for number, shape_ in enumerate(pending, 1):
                 total = len(tries[shape_]) + 1 + FINALISTS * rounds
-                task = progress.add_task(f"{number}/{len(pending)}  {_times(shape_)}", total=total)
+                task = progress.add_task(f"{number}/{len(pending)}  {shape_}", total=total)
                 try:
                     done, found = _measure(
                         gpu, shape_, tries[shape_], provenance, rounds, functools.partial(progress.advance, task)
                     )
                 except RuntimeError as error:  # out of memory, or a candidate broke the CUDA context
-                    left_out.append(f"{_times(shape_)} is left out: {error}")
+                    left_out.append(f"{shape_} is left out: {error}")
                     continue
                 if found.skipped:
-                    left_out.append(f"{_times(shape_)}: {found.skipped} candidates did not run, as {found.reason}")
+                    left_out.append(f"{shape_}: {found.skipped} candidates did not run, as {found.reason}")
                 progress.update(task, completed=total)
                 finished[shape_] = done
                 _write_partial(partial, finished.values())
@@ -161,30 +159,17 @@ def tune(
 
 def _measure(
     gpu: Gpu,
-    shape: Shape,
+    shape: ProductShape,
     tries: tuple[MatmulConfig, ...],
     provenance: Mapping[str, Any],
     rounds: int,
     advance: Callable[[], object],
 ) -> tuple[Finished, Found]:
-    before = matmul_config(gpu.architecture, *shape, tma=allows_tma(*shape[1:]))
+    before = matmul_config(gpu.architecture, *shape, tma=allows_tma(shape.n, shape.k))
     found = fastest(tries, before, gpu.clock(*shape), rounds=rounds, advance=advance)
     measured = {"date": datetime.date.today().isoformat(), "tflops": _tflops(shape, found.milliseconds)}
     before_tflops = None if found.before is None else _tflops(shape, found.before)
     return Finished(Row(*shape, found.config, {**provenance, **measured}), before, before_tflops), found
-
-
-def parse_shape(text: str) -> Shape:
-    """``"M,N,K"`` as numbers.
-
-    Raises:
-        typer.BadParameter: it is anything but three positive integers.
-    """
-    match = re.fullmatch(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)", text.replace(" ", ""))
-    if not match:
-        raise typer.BadParameter(f"--shape must be M,N,K, three positive integers, got {text!r}")
-    m, n, k = map(int, match.groups())
-    return m, n, k
 
 
 def what_changed(finished: Iterable[Finished]) -> RichTable:
@@ -199,7 +184,7 @@ def what_changed(finished: Iterable[Finished]) -> RichTable:
         kept = done.row.config == done.before
         changed += not kept
         table.add_row(
-            _times(done.row.shape),
+            str(done.row.shape),
             _short(done.before),
             "kept" if kept else _short(done.row.config),
             "did not run" if old is None else f"{old:,.1f}",
@@ -219,13 +204,8 @@ def _short(config: MatmulConfig) -> str:
     )
 
 
-def _times(shape: Shape) -> str:
-    return " × ".join(map(str, shape))
-
-
-def _tflops(shape: Shape, milliseconds: float) -> float:
-    m, n, k = shape
-    return float(f"{2 * m * n * k / milliseconds / 1e9:.4g}")
+def _tflops(shape: ProductShape, milliseconds: float) -> float:
+    return float(f"{2 * shape.m * shape.n * shape.k / milliseconds / 1e9:.4g}")
 
 
 def _same(row: Row, provenance: Mapping[str, Any]) -> bool:

@@ -239,6 +239,10 @@ class GatheredWeight(torch.Tensor):
     ) -> GatheredWeight:
         return GatheredWeight(inner["_codes"], inner["_absmax"], dtype)
 
+    def dequantize(self) -> torch.Tensor:
+        """The plain weight that the codes stand for."""
+        return dequantize_rowwise(self._codes, self._absmax.expand(self.shape[0]).contiguous(), self.dtype)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None

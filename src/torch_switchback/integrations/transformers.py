@@ -56,6 +56,7 @@ class SwitchBackCallback(TrainerCallback):
     ) -> None:
         if not any(isinstance(module, SwitchBackLinear) for module in trainer["model"].modules()):
             convert_to_switchback(trainer["model"], **self._conversion)  # model_init has made another one
+        self._close_monitor()  # an interrupted train() has no end
         if self._every:
             writer = self._writer or _LogHistory(state)
             self._monitor = Monitor(trainer["model"], every=self._every, layers=self._layers, writer=writer)
@@ -69,6 +70,9 @@ class SwitchBackCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
+        self._close_monitor()
+
+    def _close_monitor(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None

@@ -5,6 +5,7 @@ import torch
 from ..config import ROTATIONS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DEVICE_TYPES = ("cpu", "cuda", "meta")
 
 
 def check_float(op: str, name: str, x: torch.Tensor) -> None:
@@ -35,6 +36,11 @@ def check_shape(op: str, name: str, x: torch.Tensor, *shape: int) -> None:
 def check_rotation(op: str, name: str, block: int) -> None:
     if block not in ROTATIONS:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, ROTATIONS))}, got {block!r}")
+
+
+def check_device(op: str, name: str, x: torch.Tensor) -> None:
+    if x.device.type not in DEVICE_TYPES:
+        raise ValueError(f"{op}: {name} must be on one of {', '.join(DEVICE_TYPES)}, got {x.device}")
 
 
 def check_same_device(op: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:

@@ -4,9 +4,9 @@ import functools
 import math
 import warnings
 
-from ._tables import MatmulConfig, Row, read, served, shipped_table, user_table_path
+from ._tables import MatmulConfig, ProductShape, Row, read, served, shipped_table, user_table_path
 
-__all__ = ["MatmulConfig", "allows_tma", "matmul_config", "matmul_table", "user_table_path"]
+__all__ = ["MatmulConfig", "ProductShape", "allows_tma", "matmul_config", "matmul_table", "user_table_path"]
 
 
 def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True) -> MatmulConfig:

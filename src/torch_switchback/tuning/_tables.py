@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 # Plain Triton on pointers and on TMA descriptors; Gluon, with warps that load and warps that multiply.
 Kernel = Literal["pointer", "tma", "warp_specialized"]
@@ -56,6 +56,17 @@ class MatmulConfig:
             )
 
 
+class ProductShape(NamedTuple):
+    """[m, k] × [k, n]."""
+
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return " × ".join(map(str, self))
+
+
 @dataclass(frozen=True)
 class Row:
     """The configuration for a product [m, k] × [k, n]."""
@@ -74,8 +85,8 @@ class Row:
             raise ValueError(f"provenance must be a text or an object, got {self.provenance!r}")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.m, self.n, self.k
+    def shape(self) -> ProductShape:
+        return ProductShape(self.m, self.n, self.k)
 
 
 @dataclass(frozen=True)
