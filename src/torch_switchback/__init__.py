@@ -23,6 +23,7 @@ from .ops import (
     quantize_global_with_transpose,
     quantize_rowwise,
 )
+from .ops._flops import register_flop_formulas
 from .recipes import RECIPES
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "quantize_global_with_transpose",
     "quantize_rowwise",
     "recommend",
+    "register_flop_formulas",
     "revert_switchback",
     "switchback_linear",
 ]

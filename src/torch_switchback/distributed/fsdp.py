@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..autograd import requantize_columnwise
 from ..config import SwitchBackConfig, WeightScaling
-from ..ops import quantize_by_absmax
+from ..ops import dequantize_rowwise, quantize_by_absmax
 from .absmax import absmax_bits, all_reduce_max, foreach_absmax_bits
 
 if TYPE_CHECKING:

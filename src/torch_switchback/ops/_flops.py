@@ -1,47 +1,19 @@
-"""What torch.utils.flop_counter counts for the products. It imports Triton, so nothing here imports it."""
-
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+"""What torch.utils.flop_counter counts for the products."""
 
 import torch
 
-_COUNTER = "torch.utils.flop_counter"
 
+def register_flop_formulas() -> None:
+    """Have torch.utils.flop_counter's FlopCounterMode count int8 products as it counts aten.mm, from now on.
 
-def count_as_mm(*products: str) -> None:
-    """Have operations, whose first arguments are [m, k] and [k, n], counted as aten.mm is, once there is a counter."""
+    To be called before a counter is made. It is not done unasked, for the counter's module imports Triton.
+    """
+    from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
-    def register() -> None:
-        from torch.utils.flop_counter import mm_flop, register_flop_formula
-
-        packets = [getattr(torch.ops.torch_switchback, product) for product in products]
-        register_flop_formula(packets, get_raw=True)(mm_flop)
-
-    if _COUNTER in sys.modules:
-        register()
-    else:
-        sys.meta_path.insert(0, _AfterImport(register))
-
-
-class _AfterImport(MetaPathFinder):
-    """Sees to it that a function is called after the counter has been imported."""
-
-    def __init__(self, then: Callable[[], None]) -> None:
-        self._then = then
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self._then()
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    products = [
+        torch.ops.torch_switchback.int8_matmul_mixed_dequantize,
+        torch.ops.torch_switchback.int8_matmul_rowwise_dequantize,
+    ]
+    new = [product for product in products if product not in flop_registry]
+    if new:
+        register_flop_formula(new, get_raw=True)(mm_flop)  # which takes tensors by now, not shapes

@@ -4,7 +4,6 @@ import functools
 
 import torch
 
-from ._flops import count_as_mm
 from ._library import define
 from ._numerics import ONE_OVER_127, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
@@ -177,5 +176,3 @@ int8_matmul_rowwise_dequantize_op = define(
     meaning=_dequantize_product_in_torch,
     kernels="int8_matmul",
 )
-
-count_as_mm("int8_matmul_mixed_dequantize", "int8_matmul_rowwise_dequantize")
