@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from .._text import table
+from .._timing import WORTH_CHANGING, in_turns, median_ms
 from ..convert import convert_to_switchback, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
 from ..recipes import config_of
-from ..tuning.search import WORTH_CHANGING, in_turns
 from .explanation import describe, device_of
 from .layer_calls import every_layer_called, layer_calls, run
 from .layer_steps import LEAST_ROUNDS, measure_layers
-from .measuring import median_ms, saved_bytes
+from .saved_bytes import saved_bytes
 
 LINEAR = "nn.Linear"
 Measured = TypeVar("Measured")
