@@ -191,6 +191,9 @@ def recommend(
         dtype: what layers compute in if there is no sample; by default their weights' dtype.
         seconds: about so long for all layers' measurements; first calls, which compile kernels, come on top.
 
+    Returns:
+        The measurements; ``config`` is what follows, for ``convert_to_switchback``. Printed, it is a table.
+
     Raises:
         ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not
             exactly one of sample_input and tokens is given.
