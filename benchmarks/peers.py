@@ -15,7 +15,7 @@ from demo import RECIPES as DEMO_RECIPES
 from measure import SUSTAINED_MS, Contestant, Cycle, Mode
 from shapes import Shape
 from torch_switchback import convert_to_switchback
-from torch_switchback.advice.measuring import saved_bytes
+from torch_switchback.advice.saved_bytes import saved_bytes
 
 # None leaves nn.Linear as it is.
 RECIPES = DEMO_RECIPES | {

@@ -30,7 +30,7 @@ import summary
 from blocks import LlamaBlock, Stack, ViTBlock
 from collect import collect
 from torch_switchback import SwitchBackLinear
-from torch_switchback.advice.measuring import saved_bytes
+from torch_switchback.advice.saved_bytes import saved_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
 

@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from torch_switchback import cli, tuning
-from torch_switchback.advice.measuring import median_ms
+from torch_switchback._timing import median_ms
 from torch_switchback.cli import tune
 from torch_switchback.cli.app import app
 from torch_switchback.tuning import matmul_config, matmul_table, user_table_path

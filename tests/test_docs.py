@@ -5,8 +5,10 @@ holds for the page. One that needs what is not here says so in its fence, ```` `
 stands in NOT_RUN.
 """
 
+import dataclasses
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
@@ -15,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
 import torch
@@ -245,15 +247,42 @@ def test_commands_and_their_flags_exist(name):
     assert {command: reason for command, reason in wrong.items() if reason} == {}
 
 
-def test_every_public_name_is_in_the_reference():
+def public_names() -> set[str]:
     from torch_switchback import distributed, monitor, ops
 
-    shown = re.findall(r"^::: torch_switchback\.(?:.*\.)?(\w+)$", PAGES["docs/reference.md"], re.MULTILINE)
-    public = {*torch_switchback.__all__, *ops.__all__, *distributed.__all__}
-    public |= {
+    names = {*torch_switchback.__all__, *ops.__all__, *distributed.__all__}
+    return names | {
         n for n, each in vars(monitor).items() if getattr(each, "__module__", "") == monitor.__name__ and n[0] != "_"
     }
-    assert sorted(shown) == sorted(public)
+
+
+def result_types(hints: dict[str, Any]) -> Iterator[type]:
+    """The dataclasses among some annotations, and those of their fields."""
+    for hint in hints.values():
+        for each in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(each) and isinstance(each, type):
+                yield each
+                yield from result_types(get_type_hints(each))
+
+
+def functions() -> list[Callable[..., Any]]:
+    return [each for name in public_names() if inspect.isfunction(each := getattr(torch_switchback, name, None))]
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = re.findall(r"^::: torch_switchback\.(?:.*\.)?(\w+)$", PAGES["docs/reference.md"], re.MULTILINE)
+    returned = [{"return": get_type_hints(function)["return"]} for function in functions()]
+    results = {each.__name__ for hints in returned for each in result_types(hints)}
+    assert sorted(shown) == sorted(public_names() | results)
+
+
+def test_docstrings_are_complete_and_refer_to_what_is_public():
+    for function in functions():
+        documentation = inspect.getdoc(function) or ""
+        assert "Args:" in documentation or not inspect.signature(function).parameters, function
+        assert "Returns:" in documentation or get_type_hints(function)["return"] is type(None), function
+        referred = set(re.findall(r":(?:class|data|func):`(?:torch_switchback\.)?([\w.]+)`", documentation))
+        assert referred <= public_names(), function
 
 
 def test_tables_are_those_of_the_committed_results(monkeypatch):

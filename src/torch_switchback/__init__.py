@@ -1,7 +1,7 @@
 """INT8 training for PyTorch: SwitchBackLinear (arXiv 2304.13013) and the operations it is made of."""
 
-from .advice.explanation import FallbackError, explain
-from .advice.recommendation import recommend
+from .advice.explanation import Explanation, FallbackError, explain
+from .advice.recommendation import Recommendation, recommend
 from .autograd import switchback_linear
 from .config import SwitchBackConfig
 from .convert import ConversionReport, conversion_report, convert_to_switchback, revert_switchback
@@ -31,7 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
     "ConversionReport",
+    "Explanation",
     "FallbackError",
+    "Recommendation",
     "SwitchBackConfig",
     "SwitchBackLinear",
     "SwitchBackLinearGlobal",

@@ -193,8 +193,8 @@ def switchback_linear(
             codes, with weight_absmax.
         bias: [out_features], float16, bfloat16 or float32, or None.
         config: how the products are computed; the paper's default if None.
-        weight_absmax: for an int8 weight its absmax, as :func:`quantize_weight` returns it.
-        weight_cache: where to look for the weight's codes, and to leave them; of this weight alone.
+        weight_absmax: for an int8 weight its absmax, as a prepared layer's ``weight_absmax``.
+        weight_cache: a layer's own, with ``cache_quantized_weight``: where this weight's codes stay until it changes.
 
     Returns:
         (*, out_features) in x's dtype, or in autocast's.

@@ -32,7 +32,7 @@ class SwitchBackConfig:
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
             the rotated codes of X for the backward, which are as small as mem_efficient's. Where quantising costs more
-            than the product gains (few features, few tokens; the rule is ``_grad_weight.int8_grad_weight_wins``) it
+            than the product gains (few features, few tokens; :func:`explain` says which layers) it
             stays at high precision, and says so once. ``"int8_always"``: there too.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantised
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.

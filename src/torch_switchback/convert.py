@@ -94,8 +94,8 @@ def convert_to_switchback(
             default the paper's configuration.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
             the layer is converted if it returns True, for each of its names if it has several. Without it, layers
-            that :func:`filters.default_filter` advises against stay, unless they are the model itself or a mapping has
-            their very name.
+            with too few features for int8 to win, the LM head and LoRA's matrices stay, unless they are the model
+            itself or a mapping has their very name.
 
     Returns:
         The same model.
@@ -165,6 +165,12 @@ def convert_to_switchback(
 
 def conversion_report(model: nn.Module) -> ConversionReport:
     """What the last :func:`convert_to_switchback` did to a model, or to the first of its modules that it was called on.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A row for every linear layer, converted or not. Printed, it is a table.
 
     Raises:
         ValueError: it was called on none of them.

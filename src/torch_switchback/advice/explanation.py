@@ -118,6 +118,9 @@ def explain(
         strict: whether a fall-back is an error.
         device: where the layers of a model on the meta device would run: by default the GPU if there is one.
 
+    Returns:
+        A row for every linear layer, converted or not. Printed, it is a table.
+
     Raises:
         FallbackError: strict, and there is a fall-back; it names all of them.
         ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.

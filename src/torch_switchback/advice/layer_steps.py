@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..tuning.search import in_turns
-from .measuring import graphed, median_ms, saved_bytes
+from .._timing import graphed, in_turns, median_ms
+from .saved_bytes import saved_bytes
 
 TURN_MS = 20.0  # of a layer before the next one's turn: long enough that launching and clock ticks vanish
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50

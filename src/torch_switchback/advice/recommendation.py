@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from .._text import table
+from .._timing import WORTH_CHANGING, in_turns, median_ms
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
 from ..recipes import config_of
-from ..tuning.search import WORTH_CHANGING, in_turns
 from .explanation import describe, device_of
 from .layer_calls import every_layer_called, layer_calls, run
 from .layer_steps import LEAST_ROUNDS, measure_layers
-from .measuring import median_ms, saved_bytes
+from .saved_bytes import saved_bytes
 
 LINEAR = "nn.Linear"
 Measured = TypeVar("Measured")
@@ -192,6 +192,9 @@ def recommend(
         device: where the layers of a model on the meta device are measured: by default the GPU if there is one.
         dtype: what layers compute in if there is no sample; by default their weights' dtype.
         seconds: about so long for all layers' measurements; first calls, which compile kernels, come on top.
+
+    Returns:
+        The measurements; ``config`` is what follows, for ``convert_to_switchback``. Printed, it is a table.
 
     Raises:
         ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not

@@ -4,7 +4,7 @@ import subprocess
 
 import torch
 
-from ..advice.measuring import median_ms
+from .._timing import median_ms
 from ..tuning import MatmulConfig
 from ..tuning.search import Clock
 

@@ -54,8 +54,22 @@ def int8_matmul_rowwise_dequantize(
 ) -> torch.Tensor:
     """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax a column of b.
 
-    arXiv 2304.13013, algorithm 3. As :func:`int8_matmul_mixed_dequantize` but for state_w: float32 [N], the
-    absmax of each column of b (each row of the weight).
+    arXiv 2304.13013, algorithm 3. The arithmetic is that of :func:`int8_matmul_mixed_dequantize`.
+
+    Args:
+        a: int8 codes [M, K], any strides.
+        b: int8 codes [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
+        state_x: float32 [M], the absmax of each row of a.
+        state_w: float32 [N], the absmax of each column of b (each row of the weight).
+        bias: [N], float16, bfloat16 or float32, or None.
+        out_dtype: float16 (bitsandbytes' choice), bfloat16 or float32.
+
+    Returns:
+        [M, N] in out_dtype, contiguous.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: shapes do not match, or the arguments are on different devices.
     """
     _check("int8_matmul_rowwise_dequantize", a, b, state_x, state_w, b.shape[-1], bias, out_dtype)
     return int8_matmul_rowwise_dequantize_op.dispatched(a, b, state_x, state_w, bias, out_dtype)

@@ -19,7 +19,7 @@ def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         The int8 codes, contiguous, of x's shape, and the float32 absmax (1,): ``x ≈ codes * absmax / 127``.
-        One NaN or Inf in x makes the absmax NaN or Inf and all codes 0; so does an absmax below 2**-121.
+        One NaN or Inf in x makes the absmax NaN or Inf and all codes 0. An absmax below 2**-121 gives codes 0, too.
 
     Raises:
         TypeError: x has another dtype.

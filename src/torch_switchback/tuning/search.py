@@ -1,18 +1,15 @@
 """The search for a product's fastest configuration; whoever calls it brings the clock."""
 
-import statistics
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
+from .._timing import WORTH_CHANGING, in_turns
 from ._tables import MatmulConfig
 
 FINALISTS = 6
 LAUNCHES = 5  # a measurement
-WORTH_CHANGING = 1.02  # a winner less ahead than this is noise: keep what is there
 
-Contestant = TypeVar("Contestant", bound=Hashable)
 Clock = Callable[[MatmulConfig, int], float]  # (config, launches) → milliseconds of one launch; raises if it cannot run
 
 
@@ -68,15 +65,3 @@ def fastest(
     if before is not None and before < WORTH_CHANGING * medians[winner]:
         winner = current
     return Found(winner, medians[winner], before, skipped, reason)
-
-
-def in_turns(
-    clocks: Mapping[Contestant, Callable[[], float]], rounds: int, advance: Callable[[], object] = lambda: None
-) -> dict[Contestant, float]:
-    """The median of some measurements of each contestant, taken A B C A B C …, so that clock drift hits all alike."""
-    times: dict[Contestant, list[float]] = {contestant: [] for contestant in clocks}
-    for _ in range(rounds):
-        for contestant, clock in clocks.items():
-            times[contestant].append(clock())
-            advance()
-    return {contestant: statistics.median(measured) for contestant, measured in times.items()}
