@@ -1,4 +1,4 @@
-"""A model whose weights FSDP2 gathers as int8: making them so before ``fully_shard``, and back; all absmaxes at once."""
+"""A model whose weights FSDP2 gathers as int8: made so before ``fully_shard``, and back; all absmaxes at once."""
 
 from __future__ import annotations
 
