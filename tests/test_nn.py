@@ -973,7 +973,8 @@ def test_convert_takes_a_filter():
 
 def test_convert_leaves_subclasses_and_converted_layers_alone():
     attention = nn.MultiheadAttention(8, 2)
-    convert_all(attention)
+    with pytest.warns(UserWarning, match="converts no layer"):
+        convert_all(attention)
     assert type(attention.out_proj) is not SwitchBackLinear
     layer = ts.SwitchBackLinearVectorwise(8, 8)
     ts.convert_to_switchback(layer)
@@ -983,7 +984,8 @@ def test_convert_leaves_subclasses_and_converted_layers_alone():
 def test_convert_asks_the_filter_for_every_name_of_a_shared_layer():
     model = nn.ModuleDict({"projection": nn.Linear(8, 8)})
     model["head"] = model["projection"]
-    ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn != "head")
+    with pytest.warns(UserWarning, match="converts no layer"):
+        ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn != "head")
     assert type(model["head"]) is nn.Linear
     convert_all(model)
     assert type(model["head"]) is SwitchBackLinear

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear
 
 from .autograd import scaling_of, switchback_linear
-from .distributed.fsdp import GatheredWeight
+from .distributed.fsdp_weights import GatheredWeight
 from .nn import SwitchBackLinear
 from .ops._hadamard import rotate_features
 

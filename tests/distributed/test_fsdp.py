@@ -20,7 +20,7 @@ from world import in_processes
 import torch_switchback as ts
 from cases import convert_all
 from torch_switchback.distributed import precompute_absmax_for_fsdp
-from torch_switchback.distributed.fsdp import ShardWeight
+from torch_switchback.distributed.fsdp_weights import ShardWeight
 from torch_switchback.monitor import Monitor, measure
 
 SCALINGS = ["global", "rowwise"]

@@ -20,7 +20,7 @@ from ..config import SwitchBackConfig
 from ..ops import direct as ops
 from . import sharding_rules  # noqa: F401  (registers them)
 from .absmax import absmax_bits, all_reduce_max
-from .fsdp import GatheredWeight
+from .fsdp_weights import GatheredWeight
 
 
 def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) -> DTensor:
