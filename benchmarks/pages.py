@@ -5,6 +5,7 @@ python benchmarks/pages.py
 Each table stands in its page between ``<!-- begin: name -->`` and ``<!-- end -->``; the prose around them stays.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -204,14 +205,16 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
 }
 
 
-def load(path: str) -> Record:
+def load(place: Path) -> Record:
     """A results file; without suffix, of all files that a benchmark left in its folder; of a folder all benchmarks'."""
-    place = RESULTS / path
     if place.is_dir():
-        return collect(place)
+        return _collected(place)
     if place.suffix:
         return json.loads(place.read_text(encoding="utf-8"))
-    return collect(place.parent)[place.name]
+    return _collected(place.parent)[place.name]
+
+
+_collected = functools.cache(collect)  # most tables are of one folder
 
 
 def origin(path: str, document: Record) -> str:
@@ -249,7 +252,7 @@ def fill(page: str) -> str:
         if name not in BLOCKS:
             return None
         path, block = BLOCKS[name]
-        document = load(path)
+        document = load(RESULTS / path)
         content = block(document)
         return content + ("\n" if content.startswith("|") else "") + origin(path, document)
 
