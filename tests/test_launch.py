@@ -16,7 +16,7 @@ from torch_switchback.ops.quantize_rowwise import _allocate_quantize, _quantize_
 
 
 class Kernel:
-    """A kernel whose runs end as told: in an exception, or with what a compiled one would return."""
+    """A kernel whose runs end as told: in an exception, or with what compiling returns."""
 
     __name__, arg_names = "kernel", ()
 
@@ -34,9 +34,11 @@ class Kernel:
         return run
 
 
+COMPILED = {(1, 1, 1): lambda *args: None}
+
+
 @pytest.fixture(autouse=True)
 def _a_fresh_process(monkeypatch):
-    monkeypatch.setattr(_launch, "_compiled", {})
     monkeypatch.setattr(_library, "not_compiled", {})
     _launch._warn_of_the_cache.cache_clear()
 
@@ -47,7 +49,7 @@ def _a_fresh_process(monkeypatch):
 )
 def test_a_broken_cache_is_passed_by_and_said_once(error):
     usual = triton.knobs.cache.dir
-    kernel = Kernel(error, "compiled", error, "compiled")
+    kernel = Kernel(error, COMPILED, error, COMPILED)
     with pytest.warns(UserWarning, match=f"past Triton's cache {usual}"):
         _launch.launch(kernel, (1,), 1)
     with warnings.catch_warnings():

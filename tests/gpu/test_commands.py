@@ -8,7 +8,7 @@ from torch import nn
 
 import torch_switchback as ts
 from torch_switchback.advice.recommendation import LINEAR
-from torch_switchback.kernels import int8_matmul
+from torch_switchback.kernels import _replay, int8_matmul
 from torch_switchback.kernels._launch import architecture
 from torch_switchback.tuning import matmul_config
 
@@ -32,6 +32,7 @@ def test_explain_finds_a_kernel_that_does_not_run(monkeypatch):
         raise int8_matmul.CannotCompile("not today")
 
     monkeypatch.setattr(int8_matmul, "_replaced", {})
+    monkeypatch.setattr(_replay, "_replays", {})
     tuned = matmul_config(architecture(torch.device("cuda", 0)), 4096, 4096, 4096)
     if not tuned.tma:
         pytest.skip("the plainest kernel has no fall-back")

@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction
 
 from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import kernels
-from torch_switchback.kernels import _launch
+from torch_switchback.kernels import _launch, _replay
 
 MODULES = [
     importlib.import_module(f"{kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)
@@ -25,7 +25,7 @@ def compiled(monkeypatch) -> list[str]:
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
-    _launch._compiled.clear()
+    _replay._replays.clear()
     names: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: names.append(fn.name))
     return names
@@ -33,7 +33,7 @@ def compiled(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The names of the kernels that were launched since."""
+    """The names of the kernels that were launched since, but for those launched again for arguments of a kind."""
     names: list[str] = []
 
     def spy(kernel, *args, **options):

@@ -16,7 +16,7 @@ import torch_switchback as ts
 from cases import assert_same
 from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
-from torch_switchback.kernels import _launch, int8_matmul
+from torch_switchback.kernels import _replay, int8_matmul
 from torch_switchback.ops import _library
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
@@ -67,7 +67,7 @@ def nothing_compiles(monkeypatch):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(_launch, "_compiled", {})
+    monkeypatch.setattr(_replay, "_replays", {})
     monkeypatch.setattr(_library, "not_compiled", {})
     monkeypatch.setattr(int8_matmul, "_replaced", {})
 

@@ -23,6 +23,7 @@ from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
 from torch_switchback.kernels import (
     _launch,
+    _replay,
     int8_matmul,
     int8_matmul_pointer,
     int8_matmul_tma,
@@ -137,6 +138,53 @@ def test_dequantize_rowwise(dtype):
     assert_same(ts.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.dequantize_rowwise(x, absmax, dtype))
 
 
+def product_of(m, n, k, scales, bias):
+    bias = torch.randn(n) if bias else None
+    return codes(m, k), codes(n, k).t(), torch.rand(m), torch.rand(scales), bias, torch.bfloat16
+
+
+OPERATIONS = {
+    "quantize_rowwise": lambda: (torch.randn(333, 1280),),
+    "dequantize_rowwise": lambda: (codes(333, 1280), torch.rand(333), torch.bfloat16),
+    "quantize_global": lambda: (torch.randn(333, 1280),),
+    "quantize_global_transpose": lambda: (torch.randn(1280, 333).to(torch.bfloat16),),
+    "quantize_global_with_transpose": lambda: (torch.randn(64, 64),),
+    "quantize_transpose_by_absmax": lambda: (torch.rand(333, 128), torch.rand(1) + 1),
+    "quantize_by_absmax": lambda: (torch.rand(333, 128), torch.rand(333) + 1),
+    "quantize_columnwise_and_transpose": lambda: (torch.randn(333, 1280),),
+    "int8_matmul_mixed_dequantize": lambda: product_of(640, 384, 1024, 1, True),
+    "int8_matmul_rowwise_dequantize": lambda: product_of(300, 200, 83, 200, False),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_launches_made_again_for_other_arguments(name, monkeypatch):
+    monkeypatch.setattr(_replay, "_replays", {})
+    operation, kept = getattr(ops, name), []
+    for _ in range(3):
+        args = OPERATIONS[name]()
+        gpu_args = (on_gpu(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        kept.append((operation(*args), operation(*gpu_args)))  # so that no result lies where an earlier one lay
+    for results in kept:
+        expected, actual = (each if isinstance(each, tuple) else (each,) for each in results)
+        for one, wanted in zip(actual, expected, strict=True):
+            assert_same(one, wanted)
+    assert len(_replay._replays) == 1
+
+
+def test_one_tensor_as_both_operands(monkeypatch):
+    """What is launched for it must not be launched again for two."""
+    monkeypatch.setattr(_replay, "_replays", {})
+    a, b, absmax = codes(256, 512), codes(256, 512), torch.rand(256)
+    on_gpu = {id(each): each.cuda() for each in (a, b)}
+    for left, right in ((a, a), (a, b), (b, b), (b, a)):
+        absmaxes = absmax, absmax.clone()
+        actual = ts.int8_matmul_rowwise_dequantize(
+            on_gpu[id(left)], on_gpu[id(right)].t(), *(each.cuda() for each in absmaxes), None
+        )
+        assert_same(actual, ts.int8_matmul_rowwise_dequantize(left, right.t(), *absmaxes, None))
+
+
 CONFIGS = {
     "-".join(str(value) for value in dataclasses.astuple(config)): config
     for architecture in ("sm_80", "sm_90")
@@ -214,6 +262,7 @@ def test_hopper_products_take_tma_where_they_can(monkeypatch):
         kernels.append(kernel.__name__)
         return _launch.launch(kernel, *args, **kwargs)
 
+    monkeypatch.setattr(_replay, "_replays", {})
     for module in (int8_matmul_pointer, int8_matmul_tma, int8_matmul_warp_specialized):
         monkeypatch.setattr(module, "launch", spy)
     for tokens, inner in ((16384, 4096), (16384, 4095), (1, 4096)):
@@ -227,6 +276,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatc
     too_large = MatmulConfig("tma", 128, 256, 128, group_m=8, num_stages=16, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: too_large)
     monkeypatch.setattr(int8_matmul, "_replaced", {})
+    monkeypatch.setattr(_replay, "_replays", {})
     a, absmax = codes(256, 1024), torch.rand(256)
     expected = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
     on_gpu = a.cuda(), a.t().cuda(), absmax.cuda(), absmax[:1].cuda()

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._launch import ceil_div, launch, multiprocessors, next_power_of_2
 from ._numerics import bits_to_float, magnitude_bits
+from ._replay import scratch
 
 BLOCK = 8192
 BLOCK_ROWS, BLOCK_COLS = 128, 64
@@ -79,7 +80,7 @@ def partial_absmax(x: torch.Tensor) -> torch.Tensor:
     if x.numel() <= MAX_SMALL:
         return x
     programs = min(ceil_div(x.numel(), BLOCK), 8 * multiprocessors(x.device), MAX_PARTS)
-    parts = x.new_empty((programs,), dtype=torch.float32)
+    parts = scratch(x, programs)
     launch(partial_absmax_kernel, (programs,), x, parts, x.numel(), BLOCK=BLOCK, num_warps=8)
     return parts
 
@@ -113,7 +114,7 @@ def partial_columnwise_absmax(x: torch.Tensor) -> torch.Tensor:
     block_cols = min(next_power_of_2(cols), BLOCK_COLS)
     column_blocks = ceil_div(cols, block_cols)
     parts = min(ceil_div(rows, BLOCK_ROWS), ceil_div(2 * multiprocessors(x.device), column_blocks))
-    values = x.new_empty((parts, cols), dtype=torch.float32)
+    values = scratch(x, parts, cols)
     launch(
         partial_columnwise_absmax_kernel,
         (column_blocks, parts),

@@ -11,10 +11,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-# Compiled kernels by all that Triton specialises on and more: integers count with their values, so that looking one
-# up takes no analysis. A few launches a layer shape and batch size; emptied before it could grow without bound.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-_MOST_COMPILED = 10_000
+from ._replay import note
 
 
 class CannotCompile(Exception):
@@ -25,8 +22,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     """Run ``kernel[grid](*args, **options)`` with the arithmetic of _numerics.py; an empty grid runs nothing.
 
     args are all of the kernel's parameters that are not constexpr, in order; options its constexprs, num_warps and
-    num_stages. From its second call on, a launch skips Triton's own analysis of the arguments, which takes
-    longer than the launch.
+    num_stages. An operation's later launches for such arguments skip this and Triton's analysis (_replay.py).
 
     Raises:
         CannotCompile: Triton cannot compile or load the kernel.
@@ -35,20 +31,14 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     if 0 in grid:
         return
     grid = (*grid, 1, 1)[:3]
-    key = (id(kernel), *map(_signature, args), *options.values())
-    found = _compiled.get(key)
-    if found is not None:
-        compiled, constants = found
-        compiled[grid](*args, *constants)
-        return
-    compiled = _first_run(kernel, grid, args, options)
-    if compiled is not None:  # the interpreter compiles nothing
-        if len(_compiled) >= _MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+    compiled = _run(kernel, grid, args, options)
+    if compiled is None:  # the interpreter compiles nothing
+        note(functools.partial(kernel[grid], **options), *args)
+    else:
+        note(compiled[grid], *args, *(options[name] for name in kernel.arg_names[len(args) :]))
 
 
-def _first_run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Any:
+def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Any:
     """Compile a kernel or find it in Triton's cache, and run it; past the cache, if that is what is broken."""
 
     def run() -> Any:
@@ -89,15 +79,6 @@ def _warn_of_the_cache() -> None:
         "set TRITON_CACHE_DIR",
         stacklevel=5,
     )
-
-
-def _signature(arg: Any) -> Any:
-    """What of an argument decides how its kernel is compiled, and where it is loaded: of an integer its value."""
-    if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.get_device(), arg.data_ptr() % 16
-    if isinstance(arg, int):
-        return arg
-    return arg.base.dtype, *arg.block_shape  # a tensor descriptor, Triton's or Gluon's
 
 
 @functools.cache

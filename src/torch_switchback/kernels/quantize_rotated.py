@@ -12,6 +12,7 @@ import triton.language as tl
 from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
 from ._launch import ceil_div, launch, multiprocessors
 from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
+from ._replay import zero
 
 TILE_ROWS = 64  # at least: what one instruction of tensor cores wants
 TILE = 8192  # elements
@@ -114,7 +115,8 @@ def quantize_rowwise_and_rotated_columnwise(
     col_codes: torch.Tensor,
     col_absmax: torch.Tensor,
 ) -> None:
-    _quantize(x, rotate_tokens, row_codes, row_absmax.zero_(), col_codes, col_absmax)
+    zero(row_absmax)
+    _quantize(x, rotate_tokens, row_codes, row_absmax, col_codes, col_absmax)
 
 
 def _quantize(
@@ -142,7 +144,7 @@ def _quantize(
         "num_warps": NUM_WARPS[x.element_size()],
         "num_stages": NUM_STAGES,
     }
-    col_absmax.zero_()
+    zero(col_absmax)
     launch(
         rotated_absmax_kernel,
         grid,

@@ -72,11 +72,10 @@ def define(
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether someone stands between a call and its kernel: a tensor subclass, a dispatch mode or a tracer."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or any(isinstance(arg, torch.Tensor) and type(arg) not in (torch.Tensor, nn.Parameter) for arg in args)
-    )
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and type(arg) is not torch.Tensor and type(arg) is not nn.Parameter:
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
 def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +92,7 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
 
     try:
         launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
+        from ..kernels import _replay
         from ..kernels._launch import CannotCompile
     except ImportError as error:
         give_way(error)
@@ -103,7 +103,7 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
             return meaning(*args)
         outputs = allocate(*args)
         try:
-            launcher(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+            _replay.run(launcher, args, outputs if isinstance(outputs, tuple) else (outputs,))
         except CannotCompile as error:
             give_way(error)
             return meaning(*args)
