@@ -30,8 +30,9 @@ def load_scale(absmax_ptr, index, size):
 
 
 @triton.jit
-def load_bias(bias_ptr, col, N):
-    return tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+def load_bias(bias_ptr, col, size):
+    """The bias of some columns; beyond size -0.0, which leaves every sum as it is."""
+    return tl.load(bias_ptr + col, mask=col < size, other=-0.0).to(tl.float32)
 
 
 @triton.jit
@@ -56,6 +57,7 @@ def dequantize_tile(
     bias_ptr,
     M,
     N,
+    biases,  # of the N: all or none
     ABSMAX_PER_COL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -66,7 +68,7 @@ def dequantize_tile(
     else:
         scale_b = load_scale(absmax_b_ptr, 0, 1)
     if HAS_BIAS:
-        return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, N)[None, :])
+        return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, biases)[None, :])
     else:
         return dequantize(acc, scale_a, scale_b, None)
 
@@ -76,10 +78,14 @@ def count_tiles(config: MatmulConfig, M: int, N: int) -> int:
 
 
 def product_constants(config: MatmulConfig, absmax_per_col: bool, bias: torch.Tensor | None) -> dict[str, int]:
+    """The constants of the kernels on descriptors, of which a product with a bias and one without take two."""
+    return tile_constants(config, absmax_per_col) | {"HAS_BIAS": bias is not None}
+
+
+def tile_constants(config: MatmulConfig, absmax_per_col: bool) -> dict[str, int]:
     """The constants that all product kernels take."""
     return {
         "ABSMAX_PER_COL": absmax_per_col,
-        "HAS_BIAS": bias is not None,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
