@@ -11,6 +11,7 @@ from ._numerics import inverse_scale, quantize
 
 BLOCK_ROWS, BLOCK_COLS = 128, 64
 NUM_WARPS = 4
+NUM_WARPS_ODD = 8  # of rows that are no whole vectors: each element is a load and a store of its own
 
 
 @triton.jit
@@ -117,5 +118,5 @@ def quantize_transpose(
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS,
         BLOCK_PARTS=min(next_power_of_2(count), block),
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS if rows % 16 == 0 and cols % 16 == 0 else NUM_WARPS_ODD,
     )
