@@ -30,9 +30,8 @@ def load_scale(absmax_ptr, index, size):
 
 
 @triton.jit
-def load_bias(bias_ptr, col, size):
-    """The bias of some columns; beyond size -0.0, which leaves every sum as it is."""
-    return tl.load(bias_ptr + col, mask=col < size, other=-0.0).to(tl.float32)
+def load_bias(bias_ptr, col, N):
+    return tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -57,7 +56,6 @@ def dequantize_tile(
     bias_ptr,
     M,
     N,
-    biases,  # of the N: all or none
     ABSMAX_PER_COL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -68,7 +66,7 @@ def dequantize_tile(
     else:
         scale_b = load_scale(absmax_b_ptr, 0, 1)
     if HAS_BIAS:
-        return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, biases)[None, :])
+        return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, N)[None, :])
     else:
         return dequantize(acc, scale_a, scale_b, None)
 

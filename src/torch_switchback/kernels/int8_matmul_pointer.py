@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..tuning import MatmulConfig
 from ._launch import launch
-from ._product import FOLD, count_tiles, dequantize_tile, tile_constants, tile_position
+from ._product import FOLD, count_tiles, dequantize_tile, load_bias, tile_constants, tile_position
 
 
 @triton.jit(do_not_specialize=["M", "has_bias"])
@@ -57,13 +57,16 @@ def int8_matmul_kernel(
         col,
         absmax_a_ptr + start_m,
         absmax_b_ptr + start_n * ABSMAX_PER_COL,
-        bias_ptr + start_n,
+        None,
         rows,
         cols,
-        cols * has_bias,
         ABSMAX_PER_COL,
-        HAS_BIAS=True,
+        HAS_BIAS=False,
     )
+    # -0.0 leaves every sum as it is. Triton takes a literal one for 0.0, which does not.
+    bias = load_bias(bias_ptr + start_n, col, cols * has_bias)
+    out += tl.where(has_bias != 0, bias, tl.zeros_like(bias) * -1.0)[None, :]
+
     out_rows = out_ptr + start_m * N + start_n + row[:, None].to(tl.int64) * N
     tl.store(out_rows + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_a & in_b)
 

@@ -63,9 +63,7 @@ def int8_matmul_tma_kernel(
             total = halves[half]
             if FOLD:
                 total = total.to(tl.int64) + (high_halves[half].to(tl.int64) << 16)
-            out = dequantize_tile(
-                total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, N, ABSMAX_PER_COL, HAS_BIAS
-            )
+            out = dequantize_tile(total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS)
             out_desc.store([start_m, start], out.to(out_desc.dtype))
 
 
