@@ -189,6 +189,34 @@ def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
         assert ".s32.s8.s8" in compiled.asm["ptx"]
 
 
+def odd_step_launches(tokens, in_features, out_features):
+    """The launches of a step that take longest to compile: the quantiser that transposes and the two products."""
+    weight, codes_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
+    launches = record(
+        quantize_global.quantize_transpose_by_absmax, weight, torch.empty(1), torch.empty(codes_t, dtype=torch.int8)
+    )
+    for n, k, bias in ((out_features, in_features, True), (in_features, out_features, False)):
+        config = matmul_config("sm_90", tokens, n, k, tma=False)
+        launches += product_launches(config, tokens, n, k, bias=bias, out_dtype=torch.bfloat16)
+    return launches
+
+
+def test_odd_layers_share_their_kernels_and_so_do_forward_and_backward():
+    layers = [(333, 1000, 1000), (77, 257, 131), (500, 250, 999)]
+    launches = [launch for layer in layers for launch in odd_step_launches(*layer)]
+    compiled = {launch.kernel.__name__: (launch.specialisation(), launch.options) for launch in launches}
+    assert set(compiled) == {"quantize_transpose_kernel", "int8_matmul_kernel"}
+    for launch in launches:
+        assert (launch.specialisation(), launch.options) == compiled[launch.kernel.__name__]
+
+
+def test_odd_operands_of_some_hundred_rows_spill_no_registers():
+    *_, product = odd_step_launches(333, 1000, 1000)
+    sass = product.compile(TARGETS["sm_90"]).asm["sass"]
+    assert "LDG" in sass
+    assert "STL" not in sass
+
+
 def test_constants_come_last():
     """The launcher hands a compiled kernel its arguments and then its constants."""
     modules = (

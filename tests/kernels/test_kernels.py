@@ -232,6 +232,19 @@ def test_products(dtype, has_bias, rowwise, shape, config):
         assert_same(out, op(a, b, absmax_a, absmax_b, bias, dtype))
 
 
+@configs
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+def test_a_negative_zero_keeps_its_sign_where_there_is_no_bias(has_bias, config):
+    a, b = torch.full((5, 64), -1, dtype=torch.int8), torch.ones(64, 16, dtype=torch.int8)
+    tiny = torch.full((5,), 1e-30)  # whose products with each other are 0
+    bias = torch.zeros(16) if has_bias else None
+    out = poisoned(5, 16, dtype=torch.float32)
+    int8_matmul.dequantized_product(a, b, tiny, tiny[:1], bias, out, absmax_per_col=False, config=config)
+    expected = ops.int8_matmul_mixed_dequantize(a, b, tiny, tiny[:1], bias, torch.float32)
+    assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+    assert bool(out.signbit().all()) is not has_bias
+
+
 @pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
 @pytest.mark.parametrize("inner", [133_144, 133_145, 133_152, 262_144])
 def test_products_that_int32_cannot_hold(inner):

@@ -76,10 +76,14 @@ def count_tiles(config: MatmulConfig, M: int, N: int) -> int:
 
 
 def product_constants(config: MatmulConfig, absmax_per_col: bool, bias: torch.Tensor | None) -> dict[str, int]:
+    """The constants of the kernels on descriptors, of which a product with a bias and one without take two."""
+    return tile_constants(config, absmax_per_col) | {"HAS_BIAS": bias is not None}
+
+
+def tile_constants(config: MatmulConfig, absmax_per_col: bool) -> dict[str, int]:
     """The constants that all product kernels take."""
     return {
         "ABSMAX_PER_COL": absmax_per_col,
-        "HAS_BIAS": bias is not None,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

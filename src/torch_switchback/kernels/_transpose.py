@@ -11,6 +11,7 @@ from ._numerics import inverse_scale, quantize
 
 BLOCK_ROWS, BLOCK_COLS = 128, 64
 NUM_WARPS = 4
+NUM_WARPS_ODD = 8  # of rows that are no whole vectors: each element is a load and a store of its own
 
 
 @triton.jit
@@ -37,14 +38,30 @@ def quantize_transpose_kernel(
     # Neighbouring programs write neighbouring pieces of the same rows of the transposed codes.
     row_blocks = tl.maximum(tl.cdiv(rows, BLOCK_ROWS), 1)
     row_block = tl.program_id(0) % row_blocks
-    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = (tl.program_id(0) // row_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    in_x = (row < rows)[:, None] & (col < cols)[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride_row + col[None, :] * stride_col, mask=in_x, other=0.0)
+    start_row = row_block.to(tl.int64) * BLOCK_ROWS
+    col_block = tl.program_id(0) // row_blocks
+    start_col = col_block.to(tl.int64) * BLOCK_COLS
+    row = tl.arange(0, BLOCK_ROWS)
+    col = tl.arange(0, BLOCK_COLS)
+    in_rows = row < rows - row_block * BLOCK_ROWS
+    in_cols = col < cols - col_block * BLOCK_COLS
+    in_x = in_rows[:, None] & in_cols[None, :]
+    x_tile = x_ptr + start_row * stride_row + start_col * stride_col
+    x_rows = x_tile + row[:, None].to(tl.int64) * stride_row
+    x = tl.load(x_rows + col[None, :].to(tl.int64) * stride_col, mask=in_x, other=0.0)
 
     if COLUMNWISE:
         absmax = reduce_columnwise_absmax(
-            parts_ptr, col, parts, cols, stride_part, stride_part_col, 0, BLOCK_PARTS, BLOCK_PARTS, BLOCK_COLS
+            parts_ptr,
+            start_col + col,
+            parts,
+            cols,
+            stride_part,
+            stride_part_col,
+            0,
+            BLOCK_PARTS,
+            BLOCK_PARTS,
+            BLOCK_COLS,
         )
         codes = quantize(x, inverse_scale(absmax)[None, :])
     else:
@@ -52,13 +69,14 @@ def quantize_transpose_kernel(
         codes = quantize(x, inverse_scale(absmax))
 
     if STORE_PLAIN:
-        tl.store(codes_ptr + row[:, None] * cols + col[None, :], codes, mask=in_x)
-    in_codes_t = (col < cols)[:, None] & (row < rows)[None, :]
-    tl.store(codes_t_ptr + col[:, None] * rows + row[None, :], tl.trans(codes), mask=in_codes_t)
+        code_rows = codes_ptr + start_row * cols + start_col + row[:, None].to(tl.int64) * cols
+        tl.store(code_rows + col[None, :], codes, mask=in_x)
+    code_cols = codes_t_ptr + start_col * rows + start_row + col[:, None].to(tl.int64) * rows
+    tl.store(code_cols + row[None, :], tl.trans(codes), mask=in_cols[:, None] & in_rows[None, :])
     if STORE_ABSMAX:
         if COLUMNWISE:
             if row_block == 0:
-                tl.store(absmax_ptr + col, absmax, mask=col < cols)
+                tl.store(absmax_ptr + start_col + col, absmax, mask=in_cols)
         elif tl.program_id(0) == 0:
             tl.store(absmax_ptr, absmax)
 
@@ -100,5 +118,5 @@ def quantize_transpose(
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS,
         BLOCK_PARTS=min(next_power_of_2(count), block),
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS if rows % 16 == 0 and cols % 16 == 0 else NUM_WARPS_ODD,
     )

@@ -6,24 +6,24 @@ import triton.language as tl
 
 from ..tuning import MatmulConfig
 from ._launch import launch
-from ._product import FOLD, count_tiles, dequantize_tile, product_constants, tile_position
+from ._product import FOLD, count_tiles, dequantize_tile, load_bias, tile_constants, tile_position
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "has_bias"])
 def int8_matmul_kernel(
     a_ptr,  # [M, K] int8, K contiguous
     b_ptr,  # [N, K] int8, K contiguous
     out_ptr,  # [M, N] fp16/bf16/fp32, contiguous
     absmax_a_ptr,  # [M] fp32
     absmax_b_ptr,  # [N] or [1] fp32
-    bias_ptr,  # [N] fp16/bf16/fp32, or unused
+    bias_ptr,  # [N] fp16/bf16/fp32; unused unless has_bias
     M,
     N,
     K,
     stride_a,
     stride_b,
+    has_bias,  # 0 or 1, and no constant: a layer's forward and its backward share a compiled kernel
     ABSMAX_PER_COL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -31,12 +31,16 @@ def int8_matmul_kernel(
     FOLD: tl.constexpr,  # sum chunks of this many products in int32 and the chunks in int64; 0: all in int32
 ):
     block_m, block_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    row = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_rows = a_ptr + row[:, None] * stride_a
-    b_rows = b_ptr + col[None, :] * stride_b
-    in_a = (row < M)[:, None]
-    in_b = (col < N)[None, :]
+    start_m = block_m.to(tl.int64) * BLOCK_M
+    start_n = block_n.to(tl.int64) * BLOCK_N
+    row = tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    rows = M - block_m * BLOCK_M
+    cols = N - block_n * BLOCK_N
+    in_a = (row < rows)[:, None]
+    in_b = (col < cols)[None, :]
+    a_rows = a_ptr + start_m * stride_a + row[:, None].to(tl.int64) * stride_a
+    b_rows = b_ptr + start_n * stride_b + col[None, :].to(tl.int64) * stride_b
 
     if FOLD:
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int64)
@@ -47,9 +51,24 @@ def int8_matmul_kernel(
     else:
         total = inner_product(a_rows, b_rows, in_a, in_b, 0, K, BLOCK_M, BLOCK_N, BLOCK_K)
 
-    out = dequantize_tile(total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS)
-    mask = (row < M)[:, None] & (col < N)[None, :]
-    tl.store(out_ptr + row[:, None] * N + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    out = dequantize_tile(
+        total,
+        row,
+        col,
+        absmax_a_ptr + start_m,
+        absmax_b_ptr + start_n * ABSMAX_PER_COL,
+        None,
+        rows,
+        cols,
+        ABSMAX_PER_COL,
+        HAS_BIAS=False,
+    )
+    # -0.0 leaves every sum as it is. Triton takes a literal one for 0.0, which does not.
+    bias = load_bias(bias_ptr + start_n, col, cols * has_bias)
+    out += tl.where(has_bias != 0, bias, tl.zeros_like(bias) * -1.0)[None, :]
+
+    out_rows = out_ptr + start_m * N + start_n + row[:, None].to(tl.int64) * N
+    tl.store(out_rows + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_a & in_b)
 
 
 @triton.jit
@@ -95,13 +114,14 @@ def launch_pointer(
         out,
         absmax_a,
         absmax_b,
-        absmax_b if bias is None else bias,
+        out if bias is None else bias,
         M,
         N,
         K,
         a.stride(0),
         b.stride(0),
-        **product_constants(config, absmax_per_col, bias),
+        int(bias is not None),
+        **tile_constants(config, absmax_per_col),
         FOLD=FOLD if K > FOLD else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
