@@ -1,20 +1,22 @@
 """The absmax of x for quantisers whose programs share it: the first of their two passes, and its use in the second.
 
 The first pass leaves the absmax of each part of x, the second reduces them, in every program, before it quantises.
-Small x has no first pass: it is its own parts. An integer max over the bits of float32 (see ``magnitude_bits``) is
-exact in any order, so there is nothing to zero beforehand, no atomic and no order to fix.
+Small x has no first pass: it is its own parts. Of columns there are too many parts to reduce again in every program:
+they are gathered by atomics. An integer max over the bits of float32 (see ``magnitude_bits``) is exact in any order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import ceil_div, launch, multiprocessors, next_power_of_2
+from ._launch import ceil_div, launch, multiprocessors
 from ._numerics import bits_to_float, magnitude_bits
-from ._replay import scratch
+from ._replay import scratch, zero
 
 BLOCK = 8192
 BLOCK_ROWS, BLOCK_COLS = 128, 64
+NUM_STAGES = 3  # tiles of columns on their way at once
+PROGRAMS = 8  # of a multiprocessor
 MAX_PARTS = 1024
 
 # Elements that every program of the second pass may read by itself, so that the first need not be launched: as many as
@@ -47,16 +49,14 @@ def reduce_columnwise_absmax(
     cols,
     stride_row,
     stride_col,
-    start,
-    step,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """The fp32 absmax [BLOCK_COLS] of columns of x over the blocks of rows that begin at start, start + step, …"""
+    """The fp32 absmax [BLOCK_COLS] of columns of x."""
     block = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
     bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
-    for first in range(start, rows, step):
-        row = first + block
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + block
         mask = (row < rows) & (col < cols)[None, :]
         x = tl.load(x_ptr + row * stride_row + col[None, :] * stride_col, mask=mask, other=0.0)
         bits = tl.maximum(bits, magnitude_bits(x))
@@ -85,47 +85,51 @@ def partial_absmax(x: torch.Tensor) -> torch.Tensor:
     return parts
 
 
-@triton.jit
-def partial_columnwise_absmax_kernel(
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def columnwise_absmax_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
-    parts_ptr,  # [parts, cols] fp32
+    absmax_ptr,  # [cols] int32 bits, zeros at first
     rows,
     cols,
     stride_row,
     stride_col,
+    tiles,  # below each other, that a program does
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    part = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    start = part * BLOCK_ROWS
-    step = tl.num_programs(1).to(tl.int64) * BLOCK_ROWS
-    values = reduce_columnwise_absmax(
-        x_ptr, col, rows, cols, stride_row, stride_col, start, step, BLOCK_ROWS, BLOCK_COLS
-    )
-    tl.store(parts_ptr + part * cols + col, values, mask=col < cols)
+    col_blocks = tl.cdiv(cols, BLOCK_COLS)
+    col = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    first = (tl.program_id(0) // col_blocks).to(tl.int64) * tiles * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    tile = x_ptr + (first + row)[:, None] * stride_row + (col * stride_col)[None, :]
+    left = tl.minimum(rows - first, tiles * BLOCK_ROWS).to(tl.int32)
+    bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
+    for start in tl.range(0, left, BLOCK_ROWS, num_stages=NUM_STAGES):
+        x = tl.load(tile, mask=(start + row < left)[:, None] & (col < cols)[None, :], other=0.0)
+        tile += BLOCK_ROWS * stride_row
+        bits = tl.maximum(bits, magnitude_bits(x))
+    tl.atomic_max(absmax_ptr + col, tl.max(bits, axis=0), mask=col < cols, sem="relaxed")
 
 
-def partial_columnwise_absmax(x: torch.Tensor) -> torch.Tensor:
-    """Values [parts, cols] with the absmax of each column of x [rows, cols]: x if it is small, else one a part."""
-    if x.numel() <= MAX_SMALL:
-        return x
+def columnwise_absmax(x: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Fill absmax [cols] with that of each column of x [rows, cols]."""
     rows, cols = x.shape
-    block_cols = min(next_power_of_2(cols), BLOCK_COLS)
-    column_blocks = ceil_div(cols, block_cols)
-    parts = min(ceil_div(rows, BLOCK_ROWS), ceil_div(2 * multiprocessors(x.device), column_blocks))
-    values = scratch(x, parts, cols)
+    col_blocks, row_blocks = ceil_div(cols, BLOCK_COLS), ceil_div(rows, BLOCK_ROWS)
+    tiles = max(1, row_blocks * col_blocks // (PROGRAMS * multiprocessors(x.device)))
+    zero(absmax)
     launch(
-        partial_columnwise_absmax_kernel,
-        (column_blocks, parts),
+        columnwise_absmax_kernel,
+        (ceil_div(row_blocks, tiles) * col_blocks,),
         x,
-        values,
+        absmax.view(torch.int32),
         rows,
         cols,
         x.stride(0),
         x.stride(1),
+        tiles,
         BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLS=block_cols,
-        num_warps=8,
+        BLOCK_COLS=BLOCK_COLS,
+        NUM_STAGES=NUM_STAGES,
+        num_warps=4,
     )
-    return values

@@ -13,17 +13,6 @@ FOLD = 131072
 
 
 @triton.jit
-def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The block row and column of a tile: down GROUP_M block rows, then one block column on, for reuse in L2."""
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    group = tile // (GROUP_M * blocks_n)
-    group_height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
-    within = tile % (GROUP_M * blocks_n)
-    return group * GROUP_M + within % group_height, within // group_height
-
-
-@triton.jit
 def load_scale(absmax_ptr, index, size):
     """absmax / 127 of some rows or columns."""
     return tl.load(absmax_ptr + index, mask=index < size, other=0.0) * ONE_OVER_127

@@ -8,8 +8,10 @@ from . import _absmax
 from ._absmax import reduce_absmax, reduce_columnwise_absmax
 from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import inverse_scale, quantize
+from ._tiles import tile_position
 
-BLOCK_ROWS, BLOCK_COLS = 128, 64
+BLOCK_ROWS, BLOCK_COLS = 64, 128
+GROUP_ROWS = 8  # blocks of rows whose transposed codes are written side by side
 NUM_WARPS = 4
 NUM_WARPS_ODD = 8  # of rows that are no whole vectors: each element is a load and a store of its own
 
@@ -34,12 +36,14 @@ def quantize_transpose_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
 ):
-    # Neighbouring programs write neighbouring pieces of the same rows of the transposed codes.
-    row_blocks = tl.maximum(tl.cdiv(rows, BLOCK_ROWS), 1)
-    row_block = tl.program_id(0) % row_blocks
+    # From the last rows, which the first pass read last and the cache may still hold.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    row_block, col_block = tile_position(
+        program, tl.maximum(rows, 1), tl.maximum(cols, 1), BLOCK_ROWS, BLOCK_COLS, GROUP_ROWS
+    )
     start_row = row_block.to(tl.int64) * BLOCK_ROWS
-    col_block = tl.program_id(0) // row_blocks
     start_col = col_block.to(tl.int64) * BLOCK_COLS
     row = tl.arange(0, BLOCK_ROWS)
     col = tl.arange(0, BLOCK_COLS)
@@ -52,16 +56,7 @@ def quantize_transpose_kernel(
 
     if COLUMNWISE:
         absmax = reduce_columnwise_absmax(
-            parts_ptr,
-            start_col + col,
-            parts,
-            cols,
-            stride_part,
-            stride_part_col,
-            0,
-            BLOCK_PARTS,
-            BLOCK_PARTS,
-            BLOCK_COLS,
+            parts_ptr, start_col + col, parts, cols, stride_part, stride_part_col, BLOCK_PARTS, BLOCK_COLS
         )
         codes = quantize(x, inverse_scale(absmax)[None, :])
     else:
@@ -70,14 +65,15 @@ def quantize_transpose_kernel(
 
     if STORE_PLAIN:
         code_rows = codes_ptr + start_row * cols + start_col + row[:, None].to(tl.int64) * cols
-        tl.store(code_rows + col[None, :], codes, mask=in_x)
+        tl.store(code_rows + col[None, :], codes, mask=in_x, eviction_policy="evict_last")
     code_cols = codes_t_ptr + start_col * rows + start_row + col[:, None].to(tl.int64) * rows
-    tl.store(code_cols + row[None, :], tl.trans(codes), mask=in_cols[:, None] & in_rows[None, :])
+    in_codes_t = in_cols[:, None] & in_rows[None, :]
+    tl.store(code_cols + row[None, :], tl.trans(codes), mask=in_codes_t, eviction_policy="evict_last")
     if STORE_ABSMAX:
         if COLUMNWISE:
             if row_block == 0:
                 tl.store(absmax_ptr + start_col + col, absmax, mask=in_cols)
-        elif tl.program_id(0) == 0:
+        elif program == 0:
             tl.store(absmax_ptr, absmax)
 
 
@@ -118,5 +114,6 @@ def quantize_transpose(
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS,
         BLOCK_PARTS=min(next_power_of_2(count), block),
+        GROUP_ROWS=GROUP_ROWS,
         num_warps=NUM_WARPS if rows % 16 == 0 and cols % 16 == 0 else NUM_WARPS_ODD,
     )

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from ..tuning import MatmulConfig
 from ._launch import launch
-from ._product import FOLD, count_tiles, dequantize_tile, load_bias, tile_constants, tile_position
+from ._product import FOLD, count_tiles, dequantize_tile, load_bias, tile_constants
+from ._tiles import tile_position
 
 
 @triton.jit(do_not_specialize=["M", "has_bias"])

@@ -7,7 +7,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig
 from ._launch import launch, multiprocessors
-from ._product import FOLD, count_tiles, dequantize_tile, product_constants, tile_position
+from ._product import FOLD, count_tiles, dequantize_tile, product_constants
+from ._tiles import tile_position
 
 # Two accumulators a thread: with 4 warps they spill.
 FOLDING = MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=4, num_warps=8)

@@ -17,7 +17,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tuning import MatmulConfig
 from ._launch import launch, multiprocessors
-from ._product import count_tiles, dequantize, load_bias, load_scale, product_constants, tile_position
+from ._product import count_tiles, dequantize, load_bias, load_scale, product_constants
+from ._tiles import tile_position
 
 GROUPS = gl.constexpr(2)  # warp groups that multiply
 OUT_BUFFERS = gl.constexpr(2)  # of a warp group: one is stored while the next is filled

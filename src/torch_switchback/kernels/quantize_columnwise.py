@@ -1,10 +1,15 @@
-"""Column-wise quantisation: absmax of parts of the columns; then reduce the parts, quantise, store transposed."""
+"""Column-wise quantisation: the absmax of each column; then quantise and store transposed."""
 
 import torch
 
-from ._absmax import partial_columnwise_absmax
+from . import _absmax
+from ._absmax import columnwise_absmax
 from ._transpose import quantize_transpose
 
 
 def quantize_columnwise_and_transpose(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    quantize_transpose(x, partial_columnwise_absmax(x), codes, absmax, columnwise=True)
+    if x.numel() <= _absmax.MAX_SMALL:
+        quantize_transpose(x, x, codes, absmax, columnwise=True)
+    else:
+        columnwise_absmax(x, absmax)
+        quantize_transpose(x, absmax[None], codes, None, columnwise=True)

@@ -16,7 +16,8 @@ MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
 MAX_CHUNKS = 8  # blocks that a row is held in at most,
 SMALLEST_CHUNK = 128  # none smaller than this
 ELEMENTS_A_THREAD = 80  # about
-DEQUANTIZE_TILE = 8192
+DEQUANTIZE_TILE = 4096
+LONGEST_SHARED = 2048  # columns of rows of codes that share a program
 
 
 @triton.jit
@@ -111,23 +112,25 @@ def dequantize_rowwise_kernel(
     stride_absmax,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_COLS columns that a program does
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = tl.program_id(1).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    mask = (row < rows) & (col < cols)
+    start = tl.program_id(1).to(tl.int64) * (CHUNKS * BLOCK_COLS)
     scale = tl.load(absmax_ptr + row * stride_absmax, mask=row < rows, other=0.0) * ONE_OVER_127
-    x = tl.load(x_ptr + row * stride_row + col * stride_col, mask=mask, other=0)
-    out = x.to(tl.float32) * scale
-    tl.store(out_ptr + row * cols + col, out.to(out_ptr.dtype.element_ty), mask=mask)
+    for chunk in tl.static_range(CHUNKS):
+        col = start + chunk * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        mask = (row < rows) & (col < cols)
+        x = tl.load(x_ptr + row * stride_row + col * stride_col, mask=mask, other=0)
+        out = x.to(tl.float32) * scale
+        tl.store(out_ptr + row * cols + col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
     rows, cols = x.shape
-    block_cols = min(next_power_of_2(cols), 4096)
-    block_rows = max(1, DEQUANTIZE_TILE // block_cols)
+    tile = dequantized_tile(cols)
     launch(
         dequantize_rowwise_kernel,
-        (ceil_div(rows, block_rows), ceil_div(cols, block_cols)),
+        (ceil_div(rows, tile["BLOCK_ROWS"]), ceil_div(cols, tile["BLOCK_COLS"] * tile["CHUNKS"])),
         x,
         absmax,
         out,
@@ -136,7 +139,14 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
         x.stride(0),
         x.stride(1),
         absmax.stride(0),
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=4,
+        **tile,
     )
+
+
+@functools.lru_cache
+def dequantized_tile(cols: int) -> dict[str, int]:
+    """The kernel's constants: short rows share a program, whose lanes may idle; a long one is done in whole chunks."""
+    block_cols = next_power_of_2(cols)
+    if block_cols <= LONGEST_SHARED:
+        return {"BLOCK_ROWS": DEQUANTIZE_TILE // block_cols, "BLOCK_COLS": block_cols, "CHUNKS": 1, "num_warps": 4}
+    return row_tile(min(cols, MAX_BLOCK_COLS))
