@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, contiguous
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same, contiguous, hostile
 from torch_switchback import ops
+from torch_switchback.ops._numerics import quantize_traceably
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -36,6 +37,20 @@ def test_rowwise(dtype, layout, shape, device):
     codes, absmax = ts.quantize_rowwise(x)
     assert_same(absmax, absmax_over(x, 1))
     assert_same(codes, expected_codes(x, absmax[:, None]))
+
+
+@pytest.mark.parametrize("layout", [contiguous, hostile], ids=lambda layout: layout.__name__)
+@shapes
+@dtypes
+def test_rowwise_for_a_compiler(dtype, shape, layout, device):
+    x = layout(*shape, dtype, device)
+    codes, absmax = ts.quantize_rowwise(x)
+    assert_same(quantize_traceably(x, absmax[:, None]), codes)
+
+
+def test_what_a_compiler_did_not_round_stays_within_the_codes(device):
+    x, absmax = torch.tensor([[1.5, -2.0]], device=device), torch.tensor([[1.0]], device=device)
+    assert quantize_traceably(x, absmax).tolist() == [[127, -127]]
 
 
 @pytest.mark.promise(

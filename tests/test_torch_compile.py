@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all
+from cases import convert_all, hostile
 from test_nn import strategies
+from torch_switchback.advice.saved_bytes import saved_bytes
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
@@ -44,6 +45,43 @@ def test_one_layer_is_the_same_bit_for_bit(backend, config, device):
     x = torch.randn(33, 64, device=device)
     for actual, expected in zip(step(layer, compiled, x)[:2], step(layer, layer, x)[:2], strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("weight_scaling", ["global", "rowwise"])
+@backends
+def test_memory_efficient_gradients_of_hostile_data_are_those_of_eager(backend, weight_scaling, device):
+    config = ts.SwitchBackConfig(weight_scaling, mem_efficient=True)
+    layer = ts.convert_to_switchback(nn.Linear(64, 96), config=config).to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for x in (torch.randn(33, 64, device=device), hostile(33, 64, torch.float32, device)):
+        for actual, expected in zip(step(layer, compiled, x), step(layer, layer, x), strict=True):
+            torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+# The first has the compiler's default partition and no code generation.
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
+@pytest.mark.parametrize("weight_scaling", ["global", "rowwise"])
+def test_memory_efficient_layers_keep_no_codes_of_what_is_computed_again(weight_scaling, backend, device):
+    tokens, width, hidden = 256, 64, 192
+    layers = nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+    model = convert_all(nn.Sequential(*layers), ts.SwitchBackConfig(weight_scaling, mem_efficient=True))
+    model = model.to(device, torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    inputs = 2 * (width + hidden)  # of LayerNorm and of GELU
+    statistics = 4 * 4  # mean, deviation and two absmaxes
+    assert saved_bytes(model, lambda: compiled(x)) <= tokens * (inputs + statistics) + 1024
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
+def test_memory_efficient_layers_keep_the_codes_of_what_nothing_else_keeps(backend, device):
+    tokens, width, hidden = 256, 64, 192
+    layers = nn.Linear(width, hidden), nn.Linear(hidden, width)
+    model = convert_all(nn.Sequential(*layers), ts.SwitchBackConfig(mem_efficient=True)).to(device, torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    codes_and_absmaxes = tokens * (width + hidden + 2 * 4)
+    assert saved_bytes(model, lambda: compiled(x)) <= codes_and_absmaxes + 1024
 
 
 @pytest.mark.promise("torch.compile(fullgraph=True)", "autocast")
@@ -96,6 +134,14 @@ def test_export_with_a_dynamic_batch(device):
     for size in (2, 8, 31):
         x = torch.randn(size, 64, device=device)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-6)
+
+
+def test_export_holds_nothing_for_a_backward(device):
+    def operations(config):
+        program = torch.export.export(make_model(config, device), (torch.randn(8, 64, device=device),))
+        return [node.target for node in program.graph.nodes]
+
+    assert operations(ts.SwitchBackConfig(mem_efficient=True)) == operations(ts.SwitchBackConfig())
 
 
 @strategies

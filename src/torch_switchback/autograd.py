@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import _grad_weight
 from .config import ROTATIONS, SwitchBackConfig
 from .ops import direct as ops
+from .ops._numerics import quantize_traceably
 from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -273,9 +274,10 @@ class SwitchBackFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         x_2d = _as_rows(x)
-        x_codes, x_absmax, *saved_x = _grad_weight.quantize(
+        quantized_x: tuple[Any, ...] = _grad_weight.quantize(
             x_2d, config, rowwise=scaling.quantize_input, int8_grad_weight=int8_grad_weight
         )
+        x_codes, x_absmax, *saved_x = quantized_x
         quantized_t: Quantized | None = None
         if weight_cache is not None:
             (weight_codes, absmax), quantized_t = weight_cache.get(weight, config, needs_input, weight_absmax)
@@ -286,7 +288,7 @@ class SwitchBackFunction(torch.autograd.Function):
         y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
 
         if needs_weight and not int8_grad_weight:
-            saved_x = [x_codes, x_absmax] if config.mem_efficient else [x_2d, None]
+            saved_x = [_codes_to_keep(x_2d, x_codes, x_absmax), x_absmax] if config.mem_efficient else [x_2d, None]
         # Beside its transposed codes the weight is kept for its version: a change before the backward is an error.
         codes_t, absmax_t = (None, absmax) if quantized_t is None else quantized_t
         saved_weight = (weight, absmax_t, codes_t) if needs_input else (None, None, None)
@@ -363,6 +365,16 @@ def _gradients(
     if needs_bias:
         grad_bias = column_sums(grad, ctx.bias_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _codes_to_keep(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """The row-wise codes of x; to torch.compile as PyTorch operations on x, not as the quantiser's output.
+
+    It keeps what an operation returns that it does not know. Its own it repeats in the backward where their input is
+    kept anyway or computed from what is, such as a GELU's input; elsewhere it keeps the codes: nothing is smaller.
+    """
+    # Not is_compiling(), which torch.export is as well: it would record them, though it has no backward.
+    return quantize_traceably(x, absmax[:, None]) if torch.compiler.is_dynamo_compiling() else codes
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ class SwitchBackConfig:
             input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
         mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
             dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
-            sees the quantised input.
+            sees the quantised input. ``torch.compile`` does not even keep those codes where it can compute them
+            again from what is kept anyway, such as a GELU's or a norm's input.
         cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
             accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
             element of the weight from the first training forward on. The layer keeps it, so the functional

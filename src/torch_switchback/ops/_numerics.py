@@ -29,6 +29,16 @@ def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return scaled.to(torch.int8)
 
 
+def quantize_traceably(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """quantize for a compiler: nothing in it depends on the data.
+
+    A compiler may fuse it with what computes x, which is then not rounded to its dtype first and may exceed the absmax.
+    """
+    inverse = inverse_scale(absmax)
+    scaled = x.float().mul(inverse).round().clamp(-127, 127)
+    return scaled.masked_fill(inverse == 0, 0.0).to(torch.int8)  # 0 * Inf and 0 * NaN
+
+
 def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     """int8 codes [cols, rows], contiguous, of x [rows, cols] for absmax values (1,) or (cols,)."""
     rows, cols = x.shape
