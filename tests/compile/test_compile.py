@@ -132,8 +132,9 @@ def test_quantisers_store_whole_vectors(dtype):
     *_, second_pass = quantiser_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
     (compiled,) = compile_all([second_pass], "sm_90")
     stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
-    assert sorted(set(stores)) == ["st.global.b32", "st.global.v4.b32"]  # the absmax, the codes
-    assert stores.count("st.global.v4.b32") == 2 * 64 * 128 // (16 * 32 * 4)
+    stores.remove("st.global.b32")  # the absmax
+    assert all(store.endswith(".v4.b32") for store in stores)
+    assert len(stores) == 2 * 64 * 128 // (16 * 32 * 4)
 
 
 HOPPER = {
