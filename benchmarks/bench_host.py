@@ -127,7 +127,10 @@ def levels(name: str, args: tuple[Any, ...], device: torch.device) -> Calls:
     )
     with recorded_launches() as launches:
         launcher()
-    return calls | {"launcher": launcher} | launch_calls(launches)
+    from torch_switchback.kernels import _replay
+
+    again = partial(_replay.run, launcher.func, args, outputs)
+    return calls | {"its launches, made again": again, "its launcher, as at first": launcher} | launch_calls(launches)
 
 
 @contextmanager
@@ -149,15 +152,12 @@ def recorded_launches() -> Iterator[list[tuple[Any, ...]]]:
 
 
 def launch_calls(launches: list[tuple[Any, ...]]) -> Calls:
-    """An operation's launches as torch_switchback, as Triton and as the compiled kernel makes them, and descriptors."""
+    """An operation's launches as Triton and as the compiled kernel makes them, and descriptors."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from torch_switchback.kernels import _launch
-
-    ours, tritons, compiled, descriptors = [], [], [], []
+    tritons, compiled, descriptors = [], [], []
     for kernel, grid, args, options in launches:
         grid = (*grid, 1, 1)[:3]
-        ours.append(partial(_launch.launch, kernel, grid, *args, **options))
         tritons.append(partial(kernel[grid], *args, enable_fp_fusion=False, **options))
         constants = [options[name] for name in kernel.arg_names[len(args) :]]
         compiled.append(partial(tritons[-1]()[grid], *args, *constants))
@@ -168,9 +168,8 @@ def launch_calls(launches: list[tuple[Any, ...]]) -> Calls:
         return lambda: [call() for call in calls]
 
     calls = {
-        f"launch, cached ({len(ours)})": all_of(ours),
-        f"launch, Triton's ({len(ours)})": all_of(tritons),
-        f"launch, compiled kernel's ({len(ours)})": all_of(compiled),
+        f"launch, Triton's ({len(tritons)})": all_of(tritons),
+        f"launch, compiled kernel's ({len(tritons)})": all_of(compiled),
     }
     return calls | ({f"TensorDescriptor, Triton's ({len(descriptors)})": all_of(descriptors)} if descriptors else {})
 

@@ -3,8 +3,9 @@
     python benchmarks/bench_model.py
 
 Blocks are compiled one by one, as large models are trained: all blocks of a model share one graph, and a competitor
-takes seconds to compile instead of minutes. --whole compiles models as one graph. Peak memory is a step's: parameters,
-gradients, activations and, where there is one, the optimizer's state.
+takes seconds to compile instead of minutes. --whole compiles models as one graph; so does "reduce-overhead", PyTorch's
+mode of that name, which runs CUDA graphs. Peak memory is a step's: parameters, gradients, activations and, where there
+is one, the optimizer's state.
 """
 
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Model(NamedTuple):
     dtype: torch.dtype  # of the parameters
     new: Callable[[], nn.Module]
     new_step: Callable[["Model", torch.device], Callable[[nn.Module], Step]]  # makes the inputs, shared by all
+    in_graphs: bool = False  # also compiled into CUDA graphs, as models are whose kernels are too short for the host
 
     @property
     def tokens(self) -> int:
@@ -114,7 +116,8 @@ def vit(depth: int, batch: int, context: int, width: int = 1280, **sizes: int) -
 
 def gpt(depth: int, batch: int, context: int, width: int, heads: int) -> Model:
     config = GPTConfig(context, width, depth, heads)
-    return Model(f"GPT of width {width}, with optimizer", batch, context, torch.float32, lambda: GPT(config), gpt_step)
+    name = f"GPT of width {width}, with optimizer"
+    return Model(name, batch, context, torch.float32, lambda: GPT(config), gpt_step, in_graphs=True)
 
 
 MODELS = (
@@ -159,12 +162,14 @@ def main(
 
         def build(name: str, mode: Mode, model: Model = model, new_step: Callable = new_step) -> Cycle:
             module = convert(new_on(bench.device, model.new, model.dtype), name)
-            for part in [module] if whole else module.blocks:
+            for part in [module] if whole or mode == "reduce-overhead" else module.blocks:
                 compile_in_place(part, mode, tiny=tiny)
             return [new_step(module)]
 
         entries: list[tuple[str, Mode]] = [(name, "eager") for name in EAGER]
         entries += [(name, "compiled") for name in COMPILED if peers or name not in TORCHAO]
+        if model.in_graphs:
+            entries += [(name, "reduce-overhead") for name in (*EAGER, "int8-grad-weight")]
         records = bench.compare(
             [Contestant(name, partial(build, name, mode), mode, SUSTAINED_MS) for name, mode in entries],
             model=model.name,

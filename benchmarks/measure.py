@@ -28,7 +28,7 @@ from rich.table import Table
 from demo import environment
 
 Cycle = Sequence[Callable[[], object]]  # calls of one competitor, each on its own inputs, to be made in turn
-Mode = Literal["eager", "compiled", "graph", "host"]
+Mode = Literal["eager", "compiled", "reduce-overhead", "graph", "host"]
 Record = dict[str, Any]  # a Measured as the JSON has it, with labels
 
 SAMPLE_MS = 10.0  # long enough that launching and clock ticks vanish

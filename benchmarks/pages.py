@@ -61,8 +61,11 @@ def models(*names: str) -> Callable[[Record], str]:
     def table(document: Record) -> str:
         rows = []
         for model in dict.fromkeys(record["model"] for record in document["results"]):
-            of = [find(document["results"], model=model, name=name, mode="compiled") for name in names]
-            rows.append((model, *(f"{times(one)} ×, {times(one, 'peak_over_linear')}" if one else "–" for one in of)))
+            for mode, remark in (("compiled", ""), ("reduce-overhead", ", reduce-overhead")):
+                of = [find(document["results"], model=model, name=name, mode=mode) for name in names]
+                cells = (f"{times(one)} ×, {times(one, 'peak_over_linear')}" if one else "–" for one in of)
+                if any(of):
+                    rows.append((model + remark, *cells))
         return markdown(("compiled", *names), rows)
 
     return table

@@ -71,9 +71,9 @@ def _tune_quickly() -> None:
 
 def compile_in_place(module: nn.Module, mode: Mode, *, tiny: bool) -> None:
     """torch.compile a module if the mode says so, for its very shapes; toys skip code generation."""
-    if mode == "compiled":
+    if mode in ("compiled", "reduce-overhead"):
         torch._dynamo.config.recompile_limit = 64  # competitors share the code of their modules
-        options: dict[str, Any] = {"backend": "eager"} if tiny else {}
+        options = {"backend": "eager"} if tiny else {"mode": "default" if mode == "compiled" else mode}
         module.compile(dynamic=False, **options)
 
 

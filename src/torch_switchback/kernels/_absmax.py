@@ -17,7 +17,7 @@ BLOCK = 8192
 BLOCK_ROWS, BLOCK_COLS = 128, 64
 NUM_STAGES = 3  # tiles of columns on their way at once
 PROGRAMS = 8  # of a multiprocessor
-MAX_PARTS = 1024
+MAX_PARTS = 1024  # which the second pass reads at once
 
 # Elements that every program of the second pass may read by itself, so that the first need not be launched: as many as
 # take an H200 no longer than the first pass and the gap behind it.
@@ -39,6 +39,13 @@ def reduce_absmax(
         x = tl.load(x_ptr + offset + block, mask=offset + block < elements, other=0.0)
         bits = tl.maximum(bits, magnitude_bits(x))
     return bits_to_float(tl.max(bits, axis=0))
+
+
+def parts_block(parts: int) -> int:
+    """How many parts a program reads at once: for most tensors the same, so that they share compiled kernels."""
+    if parts == 1:
+        return 1
+    return MAX_PARTS if parts <= MAX_PARTS else BLOCK
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import _absmax
-from ._absmax import reduce_absmax, reduce_columnwise_absmax
+from ._absmax import parts_block, reduce_absmax, reduce_columnwise_absmax
 from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import inverse_scale, quantize
 from ._tiles import tile_position
@@ -16,7 +16,7 @@ NUM_WARPS = 4
 NUM_WARPS_ODD = 8  # of rows that are no whole vectors: each element is a load and a store of its own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def quantize_transpose_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     parts_ptr,  # [parts, cols] if COLUMNWISE, else [parts], fp16/bf16/fp32, with the absmax of x
@@ -92,7 +92,7 @@ def quantize_transpose(
     """
     rows, cols = x.shape
     count = parts.shape[0] if columnwise else parts.numel()
-    block = _absmax.BLOCK_ROWS if columnwise else _absmax.BLOCK
+    block = min(next_power_of_2(count), _absmax.BLOCK_ROWS) if columnwise else parts_block(count)
     launch(
         quantize_transpose_kernel,
         # At least one program a block of columns: without rows there is still an absmax to store.
@@ -113,7 +113,7 @@ def quantize_transpose(
         STORE_ABSMAX=absmax is not None,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS,
-        BLOCK_PARTS=min(next_power_of_2(count), block),
+        BLOCK_PARTS=block,
         GROUP_ROWS=GROUP_ROWS,
         num_warps=NUM_WARPS if rows % 16 == 0 and cols % 16 == 0 else NUM_WARPS_ODD,
     )

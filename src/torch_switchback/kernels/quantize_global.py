@@ -4,16 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _absmax
-from ._absmax import partial_absmax, reduce_absmax
-from ._launch import ceil_div, launch, next_power_of_2
+from ._absmax import partial_absmax, parts_block, reduce_absmax
+from ._launch import ceil_div, launch
 from ._numerics import inverse_scale, quantize
 from ._transpose import quantize_transpose
 
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def quantize_global_kernel(
     x_ptr,  # [elements] fp16/bf16/fp32
     parts_ptr,  # [parts] fp16/bf16/fp32 with the absmax of x
@@ -47,7 +46,7 @@ def quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) 
         x.numel(),
         parts.numel(),
         BLOCK=BLOCK,
-        BLOCK_PARTS=min(next_power_of_2(parts.numel()), _absmax.BLOCK),
+        BLOCK_PARTS=parts_block(parts.numel()),
         num_warps=4,
     )
 

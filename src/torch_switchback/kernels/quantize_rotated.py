@@ -94,11 +94,18 @@ def quantize_rotated_kernel(
         codes = unshuffle(quantize(rotate_transposed(x, matrix), inverse[:, None]))
         place = first + start + row
         in_codes = (col < cols)[:, None] & (place < padded_rows)[None, :]
-        tl.store(col_codes_ptr + col[:, None] * padded_rows + place[None, :], codes, mask=in_codes)
+        tl.store(
+            col_codes_ptr + col[:, None] * padded_rows + place[None, :],
+            codes,
+            mask=in_codes,
+            eviction_policy="evict_last",
+        )
         if ROWWISE:
             row_inverse = inverse_scale(tl.load(row_absmax_ptr + place, mask=in_rows, other=0.0))
             codes = quantize(x, row_inverse[:, None])
-            tl.store(row_codes_ptr + place[:, None] * cols + col[None, :], codes, mask=in_x)
+            tl.store(
+                row_codes_ptr + place[:, None] * cols + col[None, :], codes, mask=in_x, eviction_policy="evict_last"
+            )
 
 
 def quantize_rotated_columnwise_and_transpose(
