@@ -211,13 +211,6 @@ def test_odd_layers_share_their_kernels_and_so_do_forward_and_backward():
         assert (launch.specialisation(), launch.options) == compiled[launch.kernel.__name__]
 
 
-def test_odd_operands_of_some_hundred_rows_spill_no_registers():
-    *_, product = odd_step_launches(333, 1000, 1000)
-    sass = product.compile(TARGETS["sm_90"]).asm["sass"]
-    assert "LDG" in sass
-    assert "STL" not in sass
-
-
 def test_constants_come_last():
     """The launcher hands a compiled kernel its arguments and then its constants."""
     modules = (
