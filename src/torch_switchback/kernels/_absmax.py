@@ -114,7 +114,7 @@ def columnwise_absmax_kernel(
     bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
     for start in tl.range(0, left, BLOCK_ROWS, num_stages=NUM_STAGES):
         x = tl.load(tile, mask=(start + row < left)[:, None] & (col < cols)[None, :], other=0.0)
-        tile += BLOCK_ROWS * stride_row
+        tile += tl.cast(stride_row, tl.int64) * BLOCK_ROWS
         bits = tl.maximum(bits, magnitude_bits(x))
     tl.atomic_max(absmax_ptr + col, tl.max(bits, axis=0), mask=col < cols, sem="relaxed")
 
