@@ -86,7 +86,7 @@ def partial_absmax(x: torch.Tensor) -> torch.Tensor:
     """Values with the absmax of x (contiguous): x if it is small, else one of each of up to MAX_PARTS parts of it."""
     if x.numel() <= MAX_SMALL:
         return x
-    programs = min(ceil_div(x.numel(), BLOCK), 8 * multiprocessors(x.device), MAX_PARTS)
+    programs = min(ceil_div(x.numel(), BLOCK), PROGRAMS * multiprocessors(x.device), MAX_PARTS)
     parts = scratch(x, programs)
     launch(partial_absmax_kernel, (programs,), x, parts, x.numel(), BLOCK=BLOCK, num_warps=8)
     return parts
