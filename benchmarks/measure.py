@@ -61,8 +61,8 @@ class Contestant:
     name: str
     build: Callable[[], Cycle]  # may raise: then that is the competitor's result
     mode: Mode = "eager"
-    """"graph" captures the whole cycle in one CUDA graph; "compiled" is up to build; of "host" calls the time counts
-    that the host takes to issue them."""
+    """"graph" captures the whole cycle in one CUDA graph; "compiled" and "reduce-overhead" are up to build; of
+    "host" calls the time counts that the host takes to issue them."""
     sample_ms: float = SAMPLE_MS
     """A turn repeats the call until it takes this long. Clocks settle under a call within SUSTAINED_MS or so."""
 

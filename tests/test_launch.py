@@ -77,6 +77,12 @@ def test_the_drivers_out_of_memory_is_pytorchs():
         _launch.launch(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (1,))
 
 
+def test_a_pending_negation_takes_the_dispatcher_which_carries_it_out():
+    x = torch.randn(5, 7, dtype=torch.complex64).conj().imag
+    assert _library._is_watched((x,))
+    assert not _library._is_watched((x.resolve_neg(), None, torch.nn.Parameter(x.resolve_neg()), torch.float16))
+
+
 @pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
 @pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
 def test_an_operation_gives_way_to_its_meaning(kernels, monkeypatch):

@@ -546,6 +546,19 @@ def sum_of_squares(y):
     return y.pow(2).sum()
 
 
+@strategies
+def test_an_input_whose_negation_is_pending(config, device):
+    """As .imag of a conjugate's is: its memory holds the other sign."""
+    layer = make_layer(config, device=device)
+    x = torch.randn(5, 64, dtype=torch.complex64, device=device).conj().imag
+    grad = torch.randn(5, 48, dtype=torch.complex64, device=device).conj().imag
+    assert x.is_neg()
+    assert grad.is_neg()
+    expected = gradients(layer, x.resolve_neg(), grad.resolve_neg())
+    for actual, wanted in zip(gradients(layer, x, grad), expected, strict=True):
+        assert_same(actual, wanted)
+
+
 @pytest.mark.promise("a second backward without retain_graph; double backward")
 @pytest.mark.parametrize("loss", [sum_of, sum_of_squares])
 @strategies

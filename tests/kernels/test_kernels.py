@@ -33,6 +33,13 @@ def poisoned(*shape, dtype=torch.int8):
     return torch.full(shape, 99, dtype=dtype)
 
 
+def far_apart(rows, cols):
+    """Random float16 rows, 128 of which span 2**31 elements, with pages between them that are never touched."""
+    pitch = 2**24 + 1
+    x = torch.empty(rows * pitch, dtype=torch.float16).as_strided((rows, cols), (pitch, 1))
+    return x.copy_(torch.randn(rows, cols))
+
+
 def truncate_to_bfloat16(x):
     """What the interpreter makes of a conversion from float32 to bfloat16, which a GPU rounds half to even."""
     return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
@@ -109,6 +116,14 @@ def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
         (cols, rows),
         (cols,),
     )
+
+
+def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
+    monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
+    monkeypatch.setattr(_absmax, "PROGRAMS", 1)  # so that one does both tiles
+    x = far_apart(130, 3)
+    launcher = quantize_columnwise.quantize_columnwise_and_transpose
+    check_quantiser(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
 
 
 @pytest.mark.promise("codes and absmax")

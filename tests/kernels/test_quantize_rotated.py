@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kernels import poisoned
+from test_kernels import far_apart, poisoned
 
 from cases import DTYPES, LAYOUTS, assert_same, assert_same_to_a_code
 from torch_switchback import ops
@@ -69,3 +69,8 @@ def test_tiles_do_not_matter(tile_rows, tile, programs, monkeypatch):
     monkeypatch.setattr(quantize_rotated, "TILE", tile)
     monkeypatch.setattr(quantize_rotated, "PROGRAMS", programs)
     check(torch.randn(300, 40), 16)
+
+
+def test_rows_that_are_far_apart(monkeypatch):
+    monkeypatch.setattr(quantize_rotated, "PROGRAMS", 1)  # so that one does both tiles
+    check(far_apart(130, 3), 128)

@@ -86,7 +86,7 @@ def partial_absmax(x: torch.Tensor) -> torch.Tensor:
     """Values with the absmax of x (contiguous): x if it is small, else one of each of up to MAX_PARTS parts of it."""
     if x.numel() <= MAX_SMALL:
         return x
-    programs = min(ceil_div(x.numel(), BLOCK), 8 * multiprocessors(x.device), MAX_PARTS)
+    programs = min(ceil_div(x.numel(), BLOCK), PROGRAMS * multiprocessors(x.device), MAX_PARTS)
     parts = scratch(x, programs)
     launch(partial_absmax_kernel, (programs,), x, parts, x.numel(), BLOCK=BLOCK, num_warps=8)
     return parts
@@ -114,7 +114,7 @@ def columnwise_absmax_kernel(
     bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
     for start in tl.range(0, left, BLOCK_ROWS, num_stages=NUM_STAGES):
         x = tl.load(tile, mask=(start + row < left)[:, None] & (col < cols)[None, :], other=0.0)
-        tile += BLOCK_ROWS * stride_row
+        tile += tl.cast(stride_row, tl.int64) * BLOCK_ROWS
         bits = tl.maximum(bits, magnitude_bits(x))
     tl.atomic_max(absmax_ptr + col, tl.max(bits, axis=0), mask=col < cols, sem="relaxed")
 

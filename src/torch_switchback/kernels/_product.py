@@ -1,4 +1,4 @@
-"""What every product kernel shares: the order of its tiles, its epilogue's arithmetic and most of its constants."""
+"""What every product kernel shares: its epilogue's arithmetic and most of its constants."""
 
 import torch
 import triton

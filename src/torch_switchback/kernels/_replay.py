@@ -58,8 +58,8 @@ def scratch(like: torch.Tensor, *shape: int) -> torch.Tensor:
 def run(launcher: Callable[..., None], args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
     """``launcher(*args, *outputs)``, or the launches that it made for arguments of the same kind.
 
-    What a launcher does to tensors it must do through ``launch``, :func:`zero` and :func:`scratch`. It is called every
-    time if it copies an argument, or if two arguments begin at one place.
+    What a launcher does to tensors it must do through ``launch``, :func:`zero` (of whole tensors) and :func:`scratch`,
+    by its arguments alone. It is called every time if it copies an argument, or if two arguments begin at one place.
     """
     kind = (
         launcher,

@@ -48,7 +48,7 @@ def rotated_absmax_kernel(
     for start in range(0, left, TILE_ROWS):
         in_rows = start + row < left
         x = tl.load(tile, mask=in_rows[:, None] & (col < cols)[None, :], other=0.0)
-        tile += TILE_ROWS * stride_row
+        tile += tl.cast(stride_row, tl.int64) * TILE_ROWS
         bits = tl.maximum(bits, tl.max(magnitude_bits(rotate_transposed(x, matrix)), axis=1))
         if ROWWISE:
             row_bits = tl.max(magnitude_bits(x), axis=1)
@@ -90,7 +90,7 @@ def quantize_rotated_kernel(
         in_rows = start + row < left
         in_x = in_rows[:, None] & (col < cols)[None, :]
         x = tl.load(tile, mask=in_x, other=0.0)
-        tile += TILE_ROWS * stride_row
+        tile += tl.cast(stride_row, tl.int64) * TILE_ROWS
         codes = unshuffle(quantize(rotate_transposed(x, matrix), inverse[:, None]))
         place = first + start + row
         in_codes = (col < cols)[:, None] & (place < padded_rows)[None, :]

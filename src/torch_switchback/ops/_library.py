@@ -71,9 +71,11 @@ def define(
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether someone stands between a call and its kernel: a tensor subclass, a dispatch mode or a tracer."""
+    """Whether something stands between a call and its kernel: a subclass, a pending negation, a mode or a tracer."""
     for arg in args:
-        if isinstance(arg, torch.Tensor) and type(arg) is not torch.Tensor and type(arg) is not nn.Parameter:
+        if not isinstance(arg, torch.Tensor):
+            continue
+        if (type(arg) is not torch.Tensor and type(arg) is not nn.Parameter) or arg.is_neg():
             return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
