@@ -136,13 +136,10 @@ def test_export_with_a_dynamic_batch(device):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_export_holds_nothing_for_a_backward(strict, device):
+def test_export_holds_nothing_for_a_backward(device):
     def operations(config):
-        x = torch.randn(8, 64, device=device)
-        program = torch.export.export(make_model(config, device), (x,), strict=strict)
-        graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
-        return [str(node.target) for graph in graphs for node in graph.nodes]
+        program = torch.export.export(make_model(config, device), (torch.randn(8, 64, device=device),))
+        return [node.target for node in program.graph.nodes]
 
     assert operations(ts.SwitchBackConfig(mem_efficient=True)) == operations(ts.SwitchBackConfig())
 

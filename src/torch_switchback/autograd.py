@@ -373,9 +373,9 @@ def _codes_to_keep(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -
     It keeps what an operation returns that it does not know. Its own it repeats in the backward where their input is
     kept anyway or computed from what is, such as a GELU's input; elsewhere it keeps the codes: nothing is smaller.
     """
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():  # which would record them for nothing
-        return codes
-    return quantize_traceably(x, absmax[:, None])
+    # Not is_compiling(), which torch.export is as well: it would record them, though it has no backward. Strict export
+    # does record them: what tells it from torch.compile, is_exporting(), is always true under Dynamo in torch 2.11.
+    return quantize_traceably(x, absmax[:, None]) if torch.compiler.is_dynamo_compiling() else codes
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
