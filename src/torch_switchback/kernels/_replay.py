@@ -28,10 +28,13 @@ _replays: dict[tuple[Any, ...], "_Replay"] = {}
 
 
 @contextmanager
-def _recorded() -> Iterator[_Recording]:
-    _recording.calls, _recording.scratch = [], []
+def _recorded() -> Iterator[tuple[list[Call], list[torch.Tensor]]]:
+    """What is called in this thread from here on, and the scratch memory that it takes."""
+    calls: list[Call] = []
+    memory: list[torch.Tensor] = []
+    _recording.calls, _recording.scratch = calls, memory
     try:
-        yield _recording
+        yield calls, memory
     finally:
         _recording.calls, _recording.scratch = None, []  # what is done with must not be kept
 
@@ -74,13 +77,12 @@ def run(launcher: Callable[..., None], args: tuple[Any, ...], outputs: tuple[tor
     if replay is not None:
         replay(args + outputs)
         return
-    with _recorded() as recording:
+    with _recorded() as (calls, memory):
         launcher(*args, *outputs)
-        assert recording.calls is not None
-        try:
-            replay = _Replay(args + outputs, recording.scratch, recording.calls)
-        except LookupError:
-            return
+    try:
+        replay = _Replay(args + outputs, memory, calls)
+    except LookupError:
+        return
     if len(_replays) >= MOST_REPLAYS:
         _replays.clear()
     _replays[kind] = replay
@@ -93,14 +95,13 @@ class _Replay:
         LookupError: it cannot be told which of the tensors a call had.
     """
 
-    def __init__(self, known: Sequence[Any], scratch: Sequence[torch.Tensor], calls: Sequence[Call]) -> None:
-        tensors = [*known, *scratch]
-        self._scratch = [tensor.shape for tensor in scratch]
+    def __init__(self, known: Sequence[Any], memory: Sequence[torch.Tensor], calls: Sequence[Call]) -> None:
+        tensors = [*known, *memory]
+        self._scratch = [tensor.shape for tensor in memory]
         self._steps = [_step(function, args, tensors) for function, args in calls]
 
     def __call__(self, known: tuple[Any, ...]) -> None:
-        like = known[0]
-        tensors = [*known, *[like.new_empty(shape, dtype=torch.float32) for shape in self._scratch]]
+        tensors = [*known, *[scratch(known[0], *shape) for shape in self._scratch]]
         for step in self._steps:
             step(tensors)
 
