@@ -113,6 +113,9 @@ def training_step(
     def build() -> Cycle:
         layer = new_layer(name, shape, inputs[0][0].device)
         compile_in_place(layer, mode, tiny=tiny)
+        if mode == "graphed" and inputs[0][0].is_cuda:
+            example = inputs[0][0].detach().clone().requires_grad_()  # inputs are copied into it from then on
+            layer = torch.cuda.make_graphed_callables(layer, (example,))
         gradients(layer, *inputs[0])  # compiles
         if kept is not None:
             kept[name, mode] = saved_bytes(layer, partial(layer, inputs[0][0]))

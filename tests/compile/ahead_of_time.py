@@ -41,7 +41,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
 }
-_OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+_OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "launch_pdl"}
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Memory, size limits, CUDA graphs and devices: what only a GPU can show."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,24 @@ def test_cuda_graph_after_warm_up(config, monkeypatch):
     graph.replay()
     for actual, expected in zip(captured, step(), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.promise("CUDA-graph capture after warm-up")
+@strategies
+def test_graphed_callable(config):
+    """PyTorch's remedy for layers that are too small for the host: a graph for the forward, one for the backward."""
+    layer = make_layer(config, 256, 128, "cuda", torch.bfloat16)
+    example = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (example,))
+    for _ in range(2):
+        x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(512, 128, device="cuda", dtype=torch.bfloat16)
+        steps = [(y := each(x), *torch.autograd.grad(y, (x, *each.parameters()), grad)) for each in (layer, graphed)]
+        for expected, actual in zip(*steps, strict=True):
+            assert torch.equal(actual, expected)
+        with torch.no_grad():
+            for each in (layer, graphed):  # in place, as optimisers do
+                each.weight.mul_(1.5)
 
 
 @pytest.mark.promise("≥ 2³¹ elements")

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import MatmulConfig
-from ._launch import launch
+from ._launch import launch, waits
 from ._product import FOLD, count_tiles, dequantize_tile, load_bias, tile_constants
 from ._tiles import tile_position
 
@@ -30,7 +30,10 @@ def int8_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FOLD: tl.constexpr,  # sum chunks of this many products in int32 and the chunks in int64; 0: all in int32
+    WAITS: tl.constexpr,
 ):
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     block_m, block_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m = block_m.to(tl.int64) * BLOCK_M
     start_n = block_n.to(tl.int64) * BLOCK_N
@@ -124,6 +127,7 @@ def launch_pointer(
         int(bias is not None),
         **tile_constants(config, absmax_per_col),
         FOLD=FOLD if K > FOLD else 0,
+        **waits(a.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._launch import launch, multiprocessors
+from ._launch import launch, multiprocessors, waits
 from ._product import FOLD, count_tiles, dequantize_tile, product_constants
 from ._tiles import tile_position
 
@@ -32,7 +32,10 @@ def int8_matmul_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FOLD: tl.constexpr,  # carry what is above 16 bits out of acc before each chunk of this many products; 0: never
+    WAITS: tl.constexpr,
 ):
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FOLD == 0):
         block_m, block_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -100,6 +103,7 @@ def launch_tma(
         K,
         **product_constants(config, absmax_per_col, bias),
         FOLD=FOLD if K > FOLD else 0,
+        **waits(a.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

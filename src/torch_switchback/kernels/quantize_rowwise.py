@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ceil_div, launch, next_power_of_2
+from ._launch import ceil_div, launch, next_power_of_2, overlaps
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
 
 # Measured on an H200 (docs/performance.md): one row a program, few warps with much to do each, and rows whose length is
@@ -37,7 +37,10 @@ def quantize_rowwise_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_COLS columns, that hold a row; 0: it is too long to be held and is read twice
+    SIGNALS: tl.constexpr,
 ):
+    if SIGNALS:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     block = tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :]
     x_rows = x_ptr + row * stride_row
@@ -81,6 +84,7 @@ def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor)
         x.stride(0),
         x.stride(1),
         **tile,
+        SIGNALS=overlaps(x.device),
     )
 
 

@@ -11,6 +11,7 @@ Family = tuple[Kernel, tuple[Tile, ...], tuple[int, ...], tuple[int, ...], tuple
 
 TMA_TILES = (
     (64, 64, 128),
+    (64, 64, 256),
     (64, 128, 128),
     (64, 256, 128),
     (128, 64, 128),
@@ -26,6 +27,7 @@ SHORT_TILES = (  # for a few rows, where wgmma's 64 would be mostly padding
     (16, 128, 128),
     (32, 32, 256),
     (32, 64, 128),
+    (32, 64, 256),
     (32, 128, 128),
 )
 POINTER_TILES = (
