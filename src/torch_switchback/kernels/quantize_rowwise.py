@@ -15,7 +15,9 @@ SMALLEST_TILE = 1024  # elements of x that a program holds at least; shorter row
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
 MAX_CHUNKS = 8  # blocks that a row is held in at most,
 SMALLEST_CHUNK = 128  # none smaller than this
-ELEMENTS_A_THREAD = 80  # about
+ELEMENTS_A_THREAD = 80  # about,
+FEW_ROWS = 128  # or, of so few rows, which leave multiprocessors idle,
+ELEMENTS_A_THREAD_OF_FEW_ROWS = 16
 DEQUANTIZE_TILE = 4096
 LONGEST_SHARED = 2048  # columns of rows of codes that share a program
 
@@ -72,7 +74,7 @@ def quantize_rowwise_kernel(
 
 def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     rows, cols = x.shape
-    tile = row_tile(cols)
+    tile = row_tile(cols, ELEMENTS_A_THREAD_OF_FEW_ROWS if rows <= FEW_ROWS else ELEMENTS_A_THREAD)
     launch(
         quantize_rowwise_kernel,
         (ceil_div(rows, tile["BLOCK_ROWS"]),),
@@ -89,7 +91,7 @@ def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor)
 
 
 @functools.lru_cache
-def row_tile(cols: int) -> dict[str, int]:
+def row_tile(cols: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> dict[str, int]:
     """The kernel's constants: as few idle lanes as up to MAX_CHUNKS chunks allow, and then as few chunks."""
     if cols > MAX_BLOCK_COLS:
         return {"BLOCK_ROWS": 1, "BLOCK_COLS": MAX_BLOCK_COLS, "CHUNKS": 0, "num_warps": 4}
@@ -100,7 +102,7 @@ def row_tile(cols: int) -> dict[str, int]:
     block_cols = min(sizes, key=lambda size: ceil_div(cols, size) * size)
     chunks = max(1, ceil_div(cols, block_cols))
     block_rows = next_power_of_2(ceil_div(SMALLEST_TILE, block_cols * chunks))
-    num_warps = min(next_power_of_2(ceil_div(block_rows * block_cols * chunks, 32 * ELEMENTS_A_THREAD)), 8)
+    num_warps = min(next_power_of_2(ceil_div(block_rows * block_cols * chunks, 32 * elements_a_thread)), 8)
     return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "CHUNKS": chunks, "num_warps": num_warps}
 
 
