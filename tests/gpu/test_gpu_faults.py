@@ -171,7 +171,7 @@ def test_a_corrupt_cache(garbage, tmp_path, expected):
         file.write_bytes(garbage)
     result, said = finish(start(tmp_path))
     assert result == expected
-    assert said.count("past Triton's cache") == 1
+    assert said.count("past Triton's cache") <= 1  # none by Triton 3.9, which compiles again what it cannot load
 
 
 @pytest.mark.promise("a corrupt or read-only Triton cache")

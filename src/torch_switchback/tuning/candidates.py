@@ -10,6 +10,9 @@ Tile = tuple[int, int, int]  # block_m, block_n, block_k
 Family = tuple[Kernel, tuple[Tile, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 TMA_TILES = (
+    (32, 32, 256),  # too few rows for wgmma, but not for an older instruction behind TMA's loads
+    (32, 64, 256),
+    (64, 32, 256),
     (64, 64, 128),
     (64, 64, 256),
     (64, 128, 128),
@@ -79,7 +82,7 @@ def candidates(
             accumulators = block_m * block_n // (32 * num_warps)
             if accumulators > MOST_ACCUMULATORS or (num_warps == 8 and accumulators < LEAST_ACCUMULATORS_OF_8_WARPS):
                 continue
-            if kernel == "tma" and num_warps * 16 > block_m:
+            if kernel == "tma" and block_m >= 64 and num_warps * 16 > block_m:
                 continue  # wgmma gives each warp 16 rows; more warps share columns, and the outputs change layout
             if m is not None and not min(m, 64) <= block_m <= max(m, 64):
                 continue
