@@ -74,7 +74,8 @@ def quantize_rowwise_kernel(
 
 def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     rows, cols = x.shape
-    tile = row_tile(cols, ELEMENTS_A_THREAD_OF_FEW_ROWS if rows <= FEW_ROWS else ELEMENTS_A_THREAD)
+    few = rows <= FEW_ROWS
+    tile = row_tile(cols, ELEMENTS_A_THREAD_OF_FEW_ROWS if few else ELEMENTS_A_THREAD)
     launch(
         quantize_rowwise_kernel,
         (ceil_div(rows, tile["BLOCK_ROWS"]),),
@@ -86,7 +87,7 @@ def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor)
         x.stride(0),
         x.stride(1),
         **tile,
-        SIGNALS=overlaps(x.device),
+        SIGNALS=few and overlaps(x.device),  # of many small programs each would pay for it
     )
 
 
