@@ -8,7 +8,8 @@ import torch
 from promises import PROMISES
 
 # The tests mean the shipped tuning tables, not those of whoever runs them.
-os.environ["TORCH_SWITCHBACK_CACHE"] = tempfile.mkdtemp(prefix="torch_switchback_test")
+_tuned = tempfile.TemporaryDirectory(prefix="torch_switchback_test_")
+os.environ["TORCH_SWITCHBACK_CACHE"] = _tuned.name
 
 
 def pytest_addoption(parser):
