@@ -32,6 +32,7 @@ COLOURS = {
     "switchback-mem-efficient": "#3182bd",
     "rowwise": "#6baed6",
     "rowwise-mem-efficient": "#9ecae1",
+    "rowwise-rotated-features": "#a6dba0",
     "torch._scaled_mm tensorwise": "#e6550d",
     "torchao float8 tensorwise": "#e6550d",
     "torch._scaled_mm rowwise": "#fd8d3c",

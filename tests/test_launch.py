@@ -106,3 +106,31 @@ def test_an_operation_gives_way_to_its_meaning(kernels, monkeypatch):
             assert_same(actual, expected)
     assert len(tried) == (kernels == "quantize_rowwise")
     assert list(_library.not_compiled) == ["quantize_rowwise"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "expected"),
+    [
+        ((9, 0), 13_000, True),
+        ((9, 0), 12_030, True),
+        ((9, 0), 12_020, False),  # in which a CUDA graph could not hold it
+        ((9, 0), 0, False),
+        ((8, 0), 13_000, False),
+        ((12, 0), 13_000, False),
+    ],
+)
+def test_kernels_overlap_where_it_is_known_to_work(capability, driver, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_launch, "cuda_of_the_driver", lambda: driver)
+    overlaps = _launch.overlaps.__wrapped__  # past its cache
+    assert overlaps(torch.device("cuda", 0)) is expected
+    assert not overlaps(torch.device("cpu"))
+
+
+def test_a_driver_that_is_not_there_knows_no_cuda(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(_launch.ctypes, "CDLL", missing)
+    assert _launch.cuda_of_the_driver() == 0

@@ -1,5 +1,6 @@
 """The one place that launches kernels, and what it must know of a device."""
 
+import ctypes
 import functools
 import tempfile
 import warnings
@@ -90,14 +91,33 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+CAPTURES_OVERLAPPING = 12_030  # the driver's CUDA from which on a graph has edges for kernels that overlap
+
+
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels can begin while the one before still runs: NVIDIA's from Hopper on.
+    """Whether kernels can begin while the one before still runs: Hopper's, and in CUDA graphs too.
 
     The one before says when ("programmatic dependent launch" in the CUDA programming guide): a kernel whose results
-    the next one waits for takes this as its SIGNALS. It saves the gap between the two, about a microsecond.
+    the next one waits for takes this as its SIGNALS. It saves the gap between the two, about a microsecond. Newer GPUs
+    could, but have not been measured; of sm_120 it is reported that a graph cannot capture it (sglang's #18596).
     """
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (
+        device.type == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and cuda_of_the_driver() >= CAPTURES_OVERLAPPING
+    )
+
+
+def cuda_of_the_driver() -> int:
+    """The newest CUDA that the driver knows, 1000 × its major + 10 × its minor version; 0 if it does not say."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def waits(device: torch.device) -> dict[str, bool]:
