@@ -23,7 +23,8 @@ from training_statistics import BASELINES, effects, finished
 app = new_app()
 
 IN_GRAPH = "switchback, both in a CUDA graph"
-# Greys for nn.Linear, blues for SwitchBack, warm colours for float8, purple for the INT8 of others.
+# Greys for nn.Linear, blues for SwitchBack, greens where it rotates or all is int8, warm colours for float8, purple for
+# the INT8 of others.
 COLOURS = {
     "linear": "#8c8c8c",
     "bf16": "#8c8c8c",

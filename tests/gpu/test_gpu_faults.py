@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from triton.runtime.jit import JITFunction
 
 import torch_switchback as ts
@@ -171,7 +172,8 @@ def test_a_corrupt_cache(garbage, tmp_path, expected):
         file.write_bytes(garbage)
     result, said = finish(start(tmp_path))
     assert result == expected
-    assert said.count("past Triton's cache") <= 1  # none by Triton 3.9, which compiles again what it cannot load
+    mends_its_cache = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # compiles again what it cannot load
+    assert said.count("past Triton's cache") == (0 if mends_its_cache else 1)
 
 
 @pytest.mark.promise("a corrupt or read-only Triton cache")

@@ -15,9 +15,9 @@ SMALLEST_TILE = 1024  # elements of x that a program holds at least; shorter row
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
 MAX_CHUNKS = 8  # blocks that a row is held in at most,
 SMALLEST_CHUNK = 128  # none smaller than this
-ELEMENTS_A_THREAD = 80  # about,
-FEW_ROWS = 128  # or, of so few rows, which leave multiprocessors idle,
-ELEMENTS_A_THREAD_OF_FEW_ROWS = 16
+ELEMENTS_A_THREAD = 80  # about
+FEW_ROWS = 128  # at most: they leave multiprocessors idle, and the gap before the product counts
+ELEMENTS_A_THREAD_OF_FEW_ROWS = 16  # about
 DEQUANTIZE_TILE = 4096
 LONGEST_SHARED = 2048  # columns of rows of codes that share a program
 
