@@ -91,6 +91,34 @@ def test_a_launcher_that_copies_its_arguments_runs_every_time(launcher):
     assert launcher.calls == 2
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (4, 8), (1, 1), (4, 0)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice"])
+def test_widened_copies_are_made_again(layout, shape, monkeypatch):
+    """Of views of the arguments too."""
+    monkeypatch.setattr(_replay, "_replays", {})
+    rows, cols = shape
+    operands = {
+        "contiguous": lambda: torch.randn(rows, cols),
+        "transposed": lambda: torch.randn(cols, rows).t(),
+        "slice": lambda: torch.randn(rows, cols + 2)[:, 1:-1],
+    }[layout]
+    calls = []
+
+    def launcher(x_t, out):
+        calls.append(1)
+        wide = _replay.widened(x_t.t(), 8)
+        out.copy_(wide)
+        _replay.note(torch.Tensor.copy_, out, wide)
+
+    kept = []
+    for _ in range(3):
+        x, out = operands(), torch.full((rows, 8), 99.0)
+        _replay.run(launcher, (x.t(),), (out,))
+        assert torch.equal(out[:, :cols], x) and not out[:, cols:].any()
+        kept.append(x)  # so that the next one lies elsewhere
+    assert len(calls) == 1
+
+
 def test_a_launcher_that_fails_leaves_nothing_behind(launcher):
     def failing(x, y, factor, out, sums):
         launcher(x, y, factor, out, sums)

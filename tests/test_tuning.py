@@ -296,19 +296,19 @@ def test_looking_up_imports_neither_triton_nor_the_command_line():
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
-def test_operands_that_tma_cannot_take_get_a_row_without_it(architecture: str) -> None:
+def test_outputs_that_tma_cannot_store_get_a_row_without_it(architecture: str) -> None:
     for m in (1, 64, 4096, 65536):
         assert not matmul_config(architecture, m, 4096, 4096, tma=False).tma
 
 
-def test_candidates_for_operands_that_tma_cannot_take() -> None:
+def test_candidates_for_outputs_that_tma_cannot_store() -> None:
     found = list(candidates.candidates("sm_90", m=4096, tma=False))
     assert found
     assert not any(config.tma for config in found)
 
 
-def test_a_row_without_the_choice_of_tma_serves_no_operands_that_have_it() -> None:
-    assert matmul_config("sm_90", 16384, 4096, 4080).tma
-    without = matmul_config("sm_90", 16384, 4096, 4081, tma=False)
+def test_a_row_without_the_choice_of_tma_serves_no_output_that_has_it() -> None:
+    assert matmul_config("sm_90", 16384, 4088, 4096).tma
+    without = matmul_config("sm_90", 16384, 4089, 4096, tma=False)
     assert not without.tma
     assert without.block_m >= 64  # none of the rows for a handful of tokens

@@ -204,6 +204,38 @@ def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
         assert ".s32.s8.s8" in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "inner", "cols", "kernel"),
+    [
+        (16384, 4096, 4096, "int8_matmul_warp_specialized_kernel"),
+        (16384, 4095, 4096, "int8_matmul_warp_specialized_kernel"),
+        (333, 1000, 1000, "int8_matmul_tma_kernel"),
+        (333, 1000, 999, "int8_matmul_kernel"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice"])
+def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
+    """Operands of another layout or width are copied, and zeros stand behind them."""
+    operands = {
+        "contiguous": lambda rows: torch.ones(rows, inner, dtype=torch.int8),
+        "transposed": lambda rows: torch.ones(inner, rows, dtype=torch.int8).t(),
+        "slice": lambda rows: torch.ones(rows, inner + 1, dtype=torch.int8)[:, 1:],
+    }[layout]
+    a, b, out = operands(tokens), operands(cols), torch.empty(tokens, cols, dtype=torch.bfloat16)
+    absmax = torch.empty(tokens)
+    (launch,) = record(
+        int8_matmul.int8_matmul_mixed_dequantize, a, b.t(), absmax, absmax[:1], None, torch.bfloat16, out
+    )
+    assert launch.kernel.__name__ == kernel
+    padded = -(-inner // 16) * 16
+    for given, arg in zip((a, b), launch.args, strict=False):
+        read = getattr(arg, "base", arg)
+        assert read.shape == (given.shape[0], padded) and read.stride() == (padded, 1)
+        assert read.data_ptr() % 16 == 0
+        assert (read.data_ptr() == given.data_ptr()) == (layout == "contiguous" and inner == padded)
+        assert read[:, :inner].min() == 1 and read[:, inner:].count_nonzero() == 0
+
+
 def odd_step_launches(tokens, in_features, out_features):
     """The launches of a step that take longest to compile: the quantiser that transposes and the two products."""
     weight, codes_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
@@ -211,13 +243,17 @@ def odd_step_launches(tokens, in_features, out_features):
         quantize_global.quantize_transpose_by_absmax, weight, torch.empty(1), torch.empty(codes_t, dtype=torch.int8)
     )
     for n, k, bias in ((out_features, in_features, True), (in_features, out_features, False)):
-        config = matmul_config("sm_90", tokens, n, k, tma=False)
-        launches += product_launches(config, tokens, n, k, bias=bias, out_dtype=torch.bfloat16)
+        a, b = torch.empty(tokens, k, dtype=torch.int8), torch.empty(k, n, dtype=torch.int8)
+        bias = torch.empty(n, dtype=torch.bfloat16) if bias else None
+        out = torch.empty(tokens, n, dtype=torch.bfloat16)
+        launches += record(
+            int8_matmul.int8_matmul_mixed_dequantize, a, b, torch.empty(tokens), torch.empty(1), bias, out.dtype, out
+        )
     return launches
 
 
 def test_odd_layers_share_their_kernels_and_so_do_forward_and_backward():
-    layers = [(333, 1000, 1000), (77, 257, 131), (500, 250, 999)]
+    layers = [(333, 1001, 1001), (77, 257, 131), (500, 250, 999)]
     launches = [launch for layer in layers for launch in odd_step_launches(*layer)]
     compiled = {launch.kernel.__name__: (launch.specialisation(), launch.options) for launch in launches}
     assert set(compiled) == {"quantize_transpose_kernel", "int8_matmul_kernel"}

@@ -105,9 +105,10 @@ def explain(
     """Say how each layer of a converted model computes: strategy, kernels and tiles, and what falls back and why.
 
     On a GPU the forward and backward of each distinct layer run once, so that a kernel that does not compile here is
-    found. A fall-back is a plainer kernel than the tuned one, operands that TMA cannot take where the GPU has it, a
-    weight gradient that stays at high precision where int8 was asked for, a CPU without exact ``torch._int_mm``, and a
-    SwitchBackLinear that the model does not call (it may use the weight directly, or not for this input).
+    found. A fall-back is a plainer kernel than the tuned one, an output that TMA cannot store where the GPU has it,
+    operands whose width has them copied, a weight gradient that stays at high precision where int8 was asked for, a
+    CPU without exact ``torch._int_mm``, and a SwitchBackLinear that the model does not call (it may use the weight
+    directly, or not for this input).
 
     Args:
         model: converted, in part or not at all; run once on the sample, in evaluation mode and without gradients.
@@ -217,15 +218,18 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
         kernel, reason = cpu_path(k)
         return Product(name, m, n, k, kernel, None, reason)
     from ..kernels._launch import architecture
-    from ..kernels.int8_matmul import chosen
+    from ..kernels.int8_matmul import VECTOR, chosen
     from ..tuning._tables import served, shipped_table
 
-    fits_tma = k % 16 == 0 and n * out_dtype.itemsize % 16 == 0
+    fits_tma = n * out_dtype.itemsize % 16 == 0
     name_of_gpu = architecture(device)
     config, reason = chosen(name_of_gpu, m, n, k, fits_tma=fits_tma)
+    reasons = [reason] if reason else []
     if not reason and not fits_tma and served(shipped_table(name_of_gpu)[1], name_of_gpu).tma:
-        reason = f"TMA wants rows in units of 16 bytes, not of {k} and {n * out_dtype.itemsize}"
-    return Product(name, m, n, k, config.kernel, config, reason)
+        reasons.append(f"TMA stores rows in units of 16 bytes, not of {n * out_dtype.itemsize}")
+    if k % VECTOR:
+        reasons.append(f"operands are copied, as their rows of {k} bytes are no multiples of {VECTOR}")
+    return Product(name, m, n, k, config.kernel, config, ", and ".join(reasons))
 
 
 def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:

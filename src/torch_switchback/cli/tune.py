@@ -40,9 +40,9 @@ DEFAULT_SHAPES = (
     ProductShape(14336, 4096, 16384),
     ProductShape(4096, 14336, 16384),
     *(ProductShape(m, n, 4096) for n in (4096, 14336) for m in (1, 16, 64, 256, 1024, 4096)),
-    # An odd width, which TMA cannot take.
-    ProductShape(256, 4096, 4095),
-    ProductShape(16384, 4096, 4095),
+    # Outputs of an odd width, which TMA cannot store.
+    ProductShape(256, 4095, 4096),
+    ProductShape(16384, 4095, 4096),
 )
 
 
@@ -118,8 +118,7 @@ def tune(
         return
 
     tries = {
-        shape: tuple(candidates(gpu.architecture, m=shape.m, tma=allows_tma(shape.n, shape.k), quick=quick))
-        for shape in pending
+        shape: tuple(candidates(gpu.architecture, m=shape.m, tma=allows_tma(shape.n), quick=quick)) for shape in pending
     }
     left_out: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -165,7 +164,7 @@ def _measure(
     rounds: int,
     advance: Callable[[], object],
 ) -> tuple[Finished, Found]:
-    before = matmul_config(gpu.architecture, *shape, tma=allows_tma(shape.n, shape.k))
+    before = matmul_config(gpu.architecture, *shape, tma=allows_tma(shape.n))
     found = fastest(tries, before, gpu.clock(*shape), rounds=rounds, advance=advance)
     measured = {"date": datetime.date.today().isoformat(), "tflops": _tflops(shape, found.milliseconds)}
     before_tflops = None if found.before is None else _tflops(shape, found.before)

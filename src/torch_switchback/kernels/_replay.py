@@ -50,19 +50,34 @@ def zero(tensor: torch.Tensor) -> None:
     note(torch.Tensor.zero_, tensor)
 
 
-def scratch(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Memory [shape], float32, where another tensor is, for what one launch leaves to the next."""
-    tensor = like.new_empty(shape, dtype=torch.float32)
+def scratch(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory [shape] where another tensor is, for what one launch leaves to the next."""
+    tensor = like.new_empty(shape, dtype=dtype)
     if _recording.calls is not None:
         _recording.scratch.append(tensor)
     return tensor
 
 
+def widened(x: torch.Tensor, cols: int) -> torch.Tensor:
+    """A contiguous copy of x [rows, at most cols] with zeros behind each row: [rows, cols]."""
+    copy = scratch(x, x.shape[0], cols, dtype=x.dtype)
+    _copy_rows(x, x.shape, x.stride(), copy)
+    note(_copy_rows, x, x.shape, x.stride(), copy)
+    return copy
+
+
+def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], copy: torch.Tensor) -> None:
+    """Of an x that begins where it did, but may be another view when this is called again."""
+    copy[:, shape[1] :].zero_()
+    copy[:, : shape[1]].copy_(x.as_strided(shape, stride))
+
+
 def run(launcher: Callable[..., None], args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
     """``launcher(*args, *outputs)``, or the launches that it made for arguments of the same kind.
 
-    What a launcher does to tensors it must do through ``launch``, :func:`zero` (of whole tensors) and :func:`scratch`,
-    by its arguments alone. It is called every time if it copies an argument, or if two arguments begin at one place.
+    What a launcher does to tensors it must do through ``launch``, :func:`zero` (of whole tensors), :func:`scratch` and
+    :func:`widened`, by its arguments alone. It is called every time if it copies an argument in another way, or if two
+    arguments begin at one place.
     """
     kind = (
         launcher,
@@ -97,11 +112,11 @@ class _Replay:
 
     def __init__(self, known: Sequence[Any], memory: Sequence[torch.Tensor], calls: Sequence[Call]) -> None:
         tensors = [*known, *memory]
-        self._scratch = [tensor.shape for tensor in memory]
+        self._scratch = [(tensor.shape, tensor.dtype) for tensor in memory]
         self._steps = [_step(function, args, tensors) for function, args in calls]
 
     def __call__(self, known: tuple[Any, ...]) -> None:
-        tensors = [*known, *[scratch(known[0], *shape) for shape in self._scratch]]
+        tensors = [*known, *[scratch(known[0], *shape, dtype=dtype) for shape, dtype in self._scratch]]
         for step in self._steps:
             step(tensors)
 

@@ -12,10 +12,13 @@ import torch
 import triton
 
 from ..tuning import MatmulConfig, matmul_config
-from ._launch import CannotCompile, architecture
+from ._launch import CannotCompile, architecture, ceil_div
 from ._product import FOLD
+from ._replay import widened
 from .int8_matmul_pointer import launch_pointer
 from .int8_matmul_tma import launch_tma
+
+VECTOR = 16  # bytes that one instruction loads, and the unit of TMA's rows
 
 # What runs instead of a configuration that this Triton or this GPU cannot: of the next plainer kernel.
 _LAST_RESORT = MatmulConfig("pointer", 64, 64, 64, group_m=8, num_stages=3, num_warps=4)
@@ -69,7 +72,7 @@ def dequantized_product(
     Raises:
         CannotCompile: the given configuration does not, or none does.
     """
-    a, b = _inner_contiguous(a), _inner_contiguous(b.t())
+    a, b = _in_whole_vectors(a), _in_whole_vectors(b.t())
     operands = (a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous(), out)
     (M, K), N = a.shape, b.shape[0]
     fits_tma = _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
@@ -91,6 +94,7 @@ def dequantized_product(
 
 def chosen(architecture: str, m: int, n: int, k: int, *, fits_tma: bool) -> tuple[MatmulConfig, str]:
     """What a product [m, k] × [k, n] runs with as far as is known, and why it is not what was tuned; "" if it is."""
+    k = whole_vectors(k)
     tuned = matmul_config(architecture, m, n, k, tma=fits_tma)
     config, reason = _replaced.get(tuned, (tuned, ""))
     if config.kernel == "warp_specialized" and k > FOLD:
@@ -120,9 +124,19 @@ def _warp_specialized() -> Callable[..., None]:
     return launch_warp_specialized
 
 
-def _inner_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """The tensor cores take int8 operands with a contiguous inner dimension only."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def whole_vectors(inner: int) -> int:
+    """An inner dimension as products run it: a multiple of VECTOR."""
+    return ceil_div(inner, VECTOR) * VECTOR
+
+
+def _in_whole_vectors(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, inner] in rows of whole vectors, the inner dimension contiguous: itself, or a copy with zeros behind.
+
+    Zeros add nothing. Without them each byte would be a load of its own, and a product take eight times as long.
+    """
+    inner = whole_vectors(x.shape[1])
+    fits = x.shape[1] == inner and x.stride(1) == 1 and x.stride(0) % VECTOR == 0 and x.data_ptr() % VECTOR == 0
+    return x if fits else widened(x, inner)
 
 
 def _fits_tma(x: torch.Tensor) -> bool:

@@ -17,8 +17,8 @@ def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True
         m: rows (tokens), taken up to the next power of two so that a changing batch changes little.
         n: columns.
         k: inner dimension.
-        tma: whether the operands' alignment allows TMA. If not, only rows without it count; if so, only those whose
-            own operands allowed it, for the others never had the choice.
+        tma: whether the output's alignment allows TMA. If not, only rows without it count; if so, only those whose
+            own output allowed it, for the others never had the choice.
 
     Raises:
         ValueError: architecture is no name of that form.
@@ -66,9 +66,9 @@ def _user_rows(architecture: str, *, tma: bool) -> tuple[Row, ...]:
     return rows
 
 
-def allows_tma(n: int, k: int) -> bool:
-    """Whether rows of k int8 operands and of n 16-bit outputs are multiples of 16 bytes, as TMA wants them."""
-    return k % 16 == 0 and n % 8 == 0
+def allows_tma(n: int) -> bool:
+    """Whether rows of n 16-bit outputs are multiples of 16 bytes, as TMA wants them. Those of operands always are."""
+    return n % 8 == 0
 
 
 def _octave(m: int) -> int:
@@ -82,7 +82,7 @@ def _nearest(architecture: str, octave: int, n: int, k: int, tma: bool) -> Matmu
         (row_m, row_n, row_k), _ = row
         return abs(_octave(row_m) - octave) + _octaves_between(row_n, n) + _octaves_between(row_k, k)
 
-    rows = (row for row in matmul_table(architecture) if (allows_tma(*row[0][1:]) if tma else not row[1].tma))
+    rows = (row for row in matmul_table(architecture) if (allows_tma(row[0][1]) if tma else not row[1].tma))
     return min(rows, key=distance)[1]
 
 

@@ -26,7 +26,7 @@ class MatmulConfig:
             power of two; or warp_specialized with what its two warp groups cannot do.
     """
 
-    kernel: Kernel  # the latter two where the operands allow TMA
+    kernel: Kernel  # the latter two where the output allows TMA
     block_m: int
     block_n: int
     block_k: int

@@ -60,7 +60,7 @@ def candidates(
     Args:
         architecture: ``"sm_90"``, ``"gfx942"``, …
         m: rows (tokens) of the product, which rules out tiles far from its height; None: of any product.
-        tma: whether the product's operands allow TMA.
+        tma: whether the product's output allows TMA.
         quick: about an eighth of them: one group height, and only as many stages as fit.
 
     Raises:
