@@ -34,7 +34,8 @@ PRODUCT_ROLES = {
     for shape in PRODUCTS
 }
 SMALL = Shape(8192, 1024, 4096)  # small enough for the host to matter
-LAYERS = (*PRODUCTS, SMALL)
+ODD = (Shape(16384, 4095, 4096), Shape(8192, 1024, 50257))  # rows that 16 bytes do not divide; GPT-2's vocabulary
+LAYERS = (*PRODUCTS, SMALL, *ODD)
 INFERENCE = tuple(Shape(tokens, 4096, 14336) for tokens in (1, 2, 4, 8, 16, 32, 64))
 
 MATRICES = (
