@@ -253,12 +253,22 @@ def odd_step_launches(tokens, in_features, out_features):
 
 
 def test_odd_layers_share_their_kernels_and_so_do_forward_and_backward():
-    layers = [(333, 1001, 1001), (77, 257, 131), (500, 250, 999)]
+    layers = [(333, 1001, 1001), (300, 257, 131), (500, 250, 999)]
     launches = [launch for layer in layers for launch in odd_step_launches(*layer)]
     compiled = {launch.kernel.__name__: (launch.specialisation(), launch.options) for launch in launches}
     assert set(compiled) == {"quantize_transpose_kernel", "int8_matmul_kernel"}
     for launch in launches:
         assert (launch.specialisation(), launch.options) == compiled[launch.kernel.__name__]
+
+
+def test_the_global_quantiser_of_an_odd_number_of_elements_is_that_of_others():
+    """Whole vectors are read as such whatever is behind them, and nothing is compiled anew."""
+    launches = [quantiser_launches(torch.bfloat16, *shape)["quantize_global"] for shape in ((256, 256), (131, 257))]
+    for even, odd in zip(*launches, strict=True):
+        assert (even.specialisation(), even.options) == (odd.specialisation(), odd.options)
+    pass_1, pass_2 = (kernel.asm["ptx"] for kernel in compile_all(launches[1], "sm_90"))
+    assert "ld.global.v4.b32" in pass_1
+    assert "ld.global.v4.b32" in pass_2 and "st.global.v4.b32" in pass_2
 
 
 def test_constants_come_last():

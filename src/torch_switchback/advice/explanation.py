@@ -217,8 +217,8 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
 
         kernel, reason = cpu_path(k)
         return Product(name, m, n, k, kernel, None, reason)
-    from ..kernels._launch import architecture
-    from ..kernels.int8_matmul import VECTOR, chosen
+    from ..kernels._launch import VECTOR, architecture
+    from ..kernels.int8_matmul import chosen
     from ..tuning._tables import served, shipped_table
 
     fits_tma = n * out_dtype.itemsize % 16 == 0

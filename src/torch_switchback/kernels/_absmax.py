@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ceil_div, launch, multiprocessors
+from ._launch import VECTOR, ceil_div, launch, multiprocessors
 from ._numerics import bits_to_float, magnitude_bits
 from ._replay import scratch, zero
 
@@ -70,26 +70,45 @@ def reduce_columnwise_absmax(
     return bits_to_float(tl.max(bits, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements"])
 def partial_absmax_kernel(
     x_ptr,  # [elements] fp16/bf16/fp32
-    parts_ptr,  # [programs] fp32
+    parts_ptr,  # [programs + 1] fp32
     elements,
+    whole,  # elements in whole vectors
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    program = tl.program_id(0)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
-    tl.store(parts_ptr + tl.program_id(0), reduce_absmax(x_ptr, elements, start, step, BLOCK))
+    tl.store(parts_ptr + program, reduce_absmax(x_ptr, whole, program.to(tl.int64) * BLOCK, step, BLOCK))
+    if program == 0:
+        tl.store(parts_ptr + tl.num_programs(0), reduce_absmax(x_ptr, elements, whole, VECTOR, VECTOR))
 
 
 def partial_absmax(x: torch.Tensor) -> torch.Tensor:
     """Values with the absmax of x (contiguous): x if it is small, else one of each of up to MAX_PARTS parts of it."""
     if x.numel() <= MAX_SMALL:
         return x
-    programs = min(ceil_div(x.numel(), BLOCK), PROGRAMS * multiprocessors(x.device), MAX_PARTS)
-    parts = scratch(x, programs)
-    launch(partial_absmax_kernel, (programs,), x, parts, x.numel(), BLOCK=BLOCK, num_warps=8)
+    programs = min(ceil_div(x.numel(), BLOCK), PROGRAMS * multiprocessors(x.device), MAX_PARTS - 1)
+    parts = scratch(x, programs + 1)
+    launch(
+        partial_absmax_kernel,
+        (programs,),
+        x,
+        parts,
+        x.numel(),
+        whole_vectors(x.numel()),
+        BLOCK=BLOCK,
+        VECTOR=VECTOR,
+        num_warps=8,
+    )
     return parts
+
+
+def whole_vectors(elements: int) -> int:
+    """How many of some elements are read by vectors: the others would have each read by itself."""
+    return elements // VECTOR * VECTOR
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

@@ -6,14 +6,14 @@ import triton.language as tl
 
 from . import _absmax
 from ._absmax import parts_block, reduce_absmax, reduce_columnwise_absmax
-from ._launch import ceil_div, launch, next_power_of_2
+from ._launch import VECTOR, ceil_div, launch, next_power_of_2
 from ._numerics import inverse_scale, quantize
 from ._tiles import tile_position
 
-BLOCK_ROWS, BLOCK_COLS = 64, 128
+BLOCK_ROWS = 64
+BLOCK_COLS, NUM_WARPS = 128, 4
+BLOCK_COLS_ODD, NUM_WARPS_ODD = 64, 8  # of rows that are no whole vectors: each element is loaded and stored by itself
 GROUP_ROWS = 8  # blocks of rows whose transposed codes are written side by side
-NUM_WARPS = 4
-NUM_WARPS_ODD = 8  # of rows that are no whole vectors: each element is a load and a store of its own
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -93,10 +93,12 @@ def quantize_transpose(
     rows, cols = x.shape
     count = parts.shape[0] if columnwise else parts.numel()
     block = min(next_power_of_2(count), _absmax.BLOCK_ROWS) if columnwise else parts_block(count)
+    in_vectors = rows % VECTOR == 0 and cols % VECTOR == 0
+    block_cols = BLOCK_COLS if in_vectors else BLOCK_COLS_ODD
     launch(
         quantize_transpose_kernel,
         # At least one program a block of columns: without rows there is still an absmax to store.
-        (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, BLOCK_COLS)),),
+        (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, block_cols)),),
         x,
         parts,
         codes_t if codes is None else codes,
@@ -112,8 +114,8 @@ def quantize_transpose(
         STORE_PLAIN=codes is not None,
         STORE_ABSMAX=absmax is not None,
         BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLS=BLOCK_COLS,
+        BLOCK_COLS=block_cols,
         BLOCK_PARTS=block,
         GROUP_ROWS=GROUP_ROWS,
-        num_warps=NUM_WARPS if rows % 16 == 0 and cols % 16 == 0 else NUM_WARPS_ODD,
+        num_warps=NUM_WARPS if in_vectors else NUM_WARPS_ODD,
     )

@@ -12,13 +12,11 @@ import torch
 import triton
 
 from ..tuning import MatmulConfig, matmul_config
-from ._launch import CannotCompile, architecture, ceil_div
+from ._launch import VECTOR, CannotCompile, architecture, ceil_div
 from ._product import FOLD
 from ._replay import widened
 from .int8_matmul_pointer import launch_pointer
 from .int8_matmul_tma import launch_tma
-
-VECTOR = 16  # bytes that one instruction loads, and the unit of TMA's rows
 
 # What runs instead of a configuration that this Triton or this GPU cannot: of the next plainer kernel.
 _LAST_RESORT = MatmulConfig("pointer", 64, 64, 64, group_m=8, num_stages=3, num_warps=4)
@@ -94,7 +92,7 @@ def dequantized_product(
 
 def chosen(architecture: str, m: int, n: int, k: int, *, fits_tma: bool) -> tuple[MatmulConfig, str]:
     """What a product [m, k] × [k, n] runs with as far as is known, and why it is not what was tuned; "" if it is."""
-    k = whole_vectors(k)
+    k = padded(k)
     tuned = matmul_config(architecture, m, n, k, tma=fits_tma)
     config, reason = _replaced.get(tuned, (tuned, ""))
     if config.kernel == "warp_specialized" and k > FOLD:
@@ -124,8 +122,8 @@ def _warp_specialized() -> Callable[..., None]:
     return launch_warp_specialized
 
 
-def whole_vectors(inner: int) -> int:
-    """An inner dimension as products run it: a multiple of VECTOR."""
+def padded(inner: int) -> int:
+    """An inner dimension as products run it: in whole vectors."""
     return ceil_div(inner, VECTOR) * VECTOR
 
 
@@ -134,7 +132,7 @@ def _in_whole_vectors(x: torch.Tensor) -> torch.Tensor:
 
     Zeros add nothing. Without them each byte would be a load of its own, and a product take eight times as long.
     """
-    inner = whole_vectors(x.shape[1])
+    inner = padded(x.shape[1])
     fits = x.shape[1] == inner and x.stride(1) == 1 and x.stride(0) % VECTOR == 0 and x.data_ptr() % VECTOR == 0
     return x if fits else widened(x, inner)
 

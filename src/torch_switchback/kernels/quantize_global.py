@@ -4,49 +4,58 @@ import torch
 import triton
 import triton.language as tl
 
-from ._absmax import partial_absmax, parts_block, reduce_absmax
-from ._launch import ceil_div, launch
+from ._absmax import partial_absmax, parts_block, reduce_absmax, whole_vectors
+from ._launch import VECTOR, ceil_div, launch
 from ._numerics import inverse_scale, quantize
 from ._transpose import quantize_transpose
 
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["elements", "parts"])
 def quantize_global_kernel(
     x_ptr,  # [elements] fp16/bf16/fp32
     parts_ptr,  # [parts] fp16/bf16/fp32 with the absmax of x
     codes_ptr,  # [elements] int8
     absmax_ptr,  # [1] fp32
     elements,
+    whole,  # elements in whole vectors
     parts,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     # From the end: what the first pass read last may still be in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     offset = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offset, mask=offset < elements, other=0.0)
+    x = tl.load(x_ptr + offset, mask=offset < whole, other=0.0)
     absmax = reduce_absmax(parts_ptr, parts, 0, BLOCK_PARTS, BLOCK_PARTS)
-    tl.store(codes_ptr + offset, quantize(x, inverse_scale(absmax)), mask=offset < elements)
+    inverse = inverse_scale(absmax)
+    tl.store(codes_ptr + offset, quantize(x, inverse), mask=offset < whole)
     if program == 0:
         tl.store(absmax_ptr, absmax)
+        rest = whole + tl.arange(0, VECTOR)
+        last = tl.load(x_ptr + rest, mask=rest < elements, other=0.0)
+        tl.store(codes_ptr + rest, quantize(last, inverse), mask=rest < elements)
 
 
 def quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     x = x.contiguous()
     parts = partial_absmax(x)
+    whole = whole_vectors(x.numel())
     launch(
         quantize_global_kernel,
-        (max(1, ceil_div(x.numel(), BLOCK)),),
+        (max(1, ceil_div(whole, BLOCK)),),
         x,
         parts,
         codes,
         absmax,
         x.numel(),
+        whole,
         parts.numel(),
         BLOCK=BLOCK,
         BLOCK_PARTS=parts_block(parts.numel()),
+        VECTOR=VECTOR,
         num_warps=4,
     )
 
