@@ -6,7 +6,7 @@ Writes products.png, layers.png, models.png, memory.png, training.png and grad_w
 they show, each from whichever of its files exist.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from collect import collect
 from measure import Record, find, new_app
-from shapes import Shape
+from shapes import ODD, Shape
 from training_statistics import BASELINES, effects, finished
 
 app = new_app()
@@ -92,6 +92,11 @@ def add_legend(axes: Axes) -> None:
 
 def distinct(values: Sequence[Any]) -> list[Any]:
     return [value for index, value in enumerate(values) if value not in values[:index]]
+
+
+def of_usual_widths(records: Iterable[Record]) -> list[Record]:
+    """The others, of which the bars would dwarf these, are in the tables of docs/performance.md."""
+    return [record for record in records if tuple(record["shape"]) not in ODD]
 
 
 def shape_label(shape: Sequence[int]) -> str:
@@ -185,6 +190,11 @@ def find_step(records: list[Record], shape: Sequence[int], name: str) -> Record 
     return find(records, shape=shape, name=name, mode="compiled" if name.startswith("torchao") else "eager")
 
 
+def layers_of(document: Record) -> list[Record]:
+    """What was measured of whole layers."""
+    return [record for record in of_usual_widths(document["results"]) if not record["name"].startswith("part: ")]
+
+
 def draw_layers(documents: dict[str, Record]) -> Figure:
     """A step's speed-up over nn.Linear by shape, with Amdahl's limit; below, prepared layers at inference."""
     figure, panels = new_figure(
@@ -195,7 +205,7 @@ def draw_layers(documents: dict[str, Record]) -> Figure:
         "bench_inference": "inference after prepare_for_eval(), both in a CUDA graph",
     }
     for axes, (script, document) in zip(panels, documents.items(), strict=True):
-        records = [record for record in document["results"] if not record["name"].startswith("part: ")]
+        records = layers_of(document)
         select = find_step if script == "bench_linear" else find
         shapes = distinct([record["shape"] for record in records])
 
@@ -212,7 +222,7 @@ def draw_layers(documents: dict[str, Record]) -> Figure:
         axes.axhline(1, color=COLOURS["linear"])
         axes.set_ylabel("speed-up")
         axes.set_title(titles[script], fontsize=10)
-        limits = [limit for limit in document.get("limits", ()) if limit["name"] == "switchback"]
+        limits = [limit for limit in of_usual_widths(document.get("limits", ())) if limit["name"] == "switchback"]
         for limit in limits:
             if limit["limit"] is not None:
                 group = shapes.index(limit["shape"])
@@ -251,7 +261,7 @@ def draw_memory(documents: dict[str, Record]) -> Figure:
         if script == "bench_model":
             draw_peaks(axes, document["results"])
         else:
-            draw_kept(axes, [record for record in document["results"] if not record["name"].startswith("part: ")])
+            draw_kept(axes, layers_of(document))
         add_legend(axes)
     return figure
 

@@ -41,7 +41,8 @@ def layers(document: Record) -> str:
         for name in names:
             found = [find(document["results"], shape=list(shape), name=name, mode=mode) for mode in ("eager", "graph")]
             cells.append(times(found[0]) + (f" ({times(found[1])})" if found[1] else ""))
-        rows.append((str(Shape(*shape)), *cells))
+        if any(cell != "–" for cell in cells):
+            rows.append((str(Shape(*shape)), *cells))
     return markdown(("layer", *names), rows)
 
 
@@ -188,6 +189,7 @@ def first_calls(document: Record) -> str:
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "goals": ("h200", goals),
     "products": ("h200/bench_matmul", products),
+    "products_h100": ("h100/bench_matmul", products),
     "quantisers": ("h200/bench_quantize", quantisers),
     "few_tokens": ("h200/bench_inference", few_tokens),
     "steps": ("h200/bench_linear", steps),
@@ -195,6 +197,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "host_calls": ("h200/bench_host", host_table),
     "first_calls": ("h200/bench_host", first_calls),
     "layers": ("h200/bench_linear", layers),
+    "layers_h100": ("h100/bench_linear", layers),
     "kept": ("h200/bench_linear", kept),
     "models": ("h200/bench_model", models(*OURS)),
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
@@ -231,7 +234,7 @@ def origin(path: str, document: Record) -> str:
     links: dict[str, list[str]] = {}
     for name, source in runs.items():
         versions = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
-        if any("torchao" in record.get("name", "") for record in document["results"]):
+        if any("torchao" in record.get("name", "") and record["median_ms"] for record in document["results"]):
             versions.append(f"torchao {source['torchao']}")
         link = f"[{name}](../benchmarks/results/{folder}/{name}) of commit {source['git_commit'][:7]}"
         links.setdefault(", ".join([*versions, source["date"][:10]]), []).append(link)

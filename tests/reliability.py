@@ -1,10 +1,11 @@
 """Run the tests of the promises and make docs/reliability.md of what they came to.
 
-    python tests/reliability.py run cpu                          # or interpreter, or, on a machine with a GPU, h200
+    python tests/reliability.py run cpu                  # or interpreter, or, on a machine with a GPU, h200 or h100
     python tests/reliability.py run h200 --output tests/results/h200_two_gpus.json -k not_the_current
     python tests/reliability.py page
 
-Every JSON in tests/results is a part of the column that its name begins with: ``h200.json``, ``h200_soak.json``. It has
+Every JSON in tests/results is a part of what its name begins with, a column of the page or another GPU in its head:
+``h200.json``, ``h200_soak.json``. It has
 ``environment``, which says where and with what, and ``tests``: by name, how many of its cases passed, failed or were
 skipped, what it promises (promises.py), and what else it counted.
 """
@@ -31,7 +32,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 COLUMNS = {"cpu": "CPU", "interpreter": "interpreter", "h200": "H200"}
-FLAGS = {"cpu": [], "interpreter": ["tests/kernels"], "h200": ["--device", "cuda"]}
+OTHER_GPUS = {"h100": "H100"}
+ON_A_GPU = ["--device", "cuda"]
+FLAGS = {"cpu": [], "interpreter": ["tests/kernels"], "h200": ON_A_GPU} | dict.fromkeys(OTHER_GPUS, ON_A_GPU)
 COUNTED = {"examples": "examples that hypothesis drew", "steps": "random steps of the soak"}
 OUTCOMES = ("passed", "failed", "skipped")
 Test = dict[str, Any]
@@ -45,7 +48,7 @@ def run(column: str, output: Path, arguments: list[str]) -> int:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", "promise and takes_device", f"--junitxml={report}"]
         code = subprocess.run([*command, *FLAGS[column], *arguments], cwd=ROOT, env=variables).returncode
-        write(output, "cuda" if column == "h200" else "cpu", tests_of(report.read_text()))
+        write(output, "cuda" if FLAGS[column] == ON_A_GPU else "cpu", tests_of(report.read_text()))
     return code
 
 
@@ -152,8 +155,8 @@ def _lines() -> Iterator[str]:
         "test function times its dtypes, shapes, strategies. [determinism.md](determinism.md) says what bitwise means."
     )
     yield ""
-    for column, title in COLUMNS.items():
-        yield f"- **{title}**: {_summary(column, columns[column])}"
+    for column, title in (COLUMNS | OTHER_GPUS).items():
+        yield f"- **{title}**: {_summary(column, merged(column))}"
     for group, promises in PROMISES.items():
         yield ""
         yield f"## {group}"
@@ -204,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="run the tests of a column; further arguments are for pytest")
-    running.add_argument("column", choices=COLUMNS)
+    running.add_argument("column", choices=FLAGS)
     running.add_argument("--output", type=Path, help="by default tests/results/COLUMN.json")
     commands.add_parser("page", help="write docs/reliability.md")
     flags, arguments = parser.parse_known_args()

@@ -21,6 +21,12 @@ def test_the_page_is_what_the_results_say():
     assert reliability.PAGE.read_text() == reliability.page(), "python tests/reliability.py page"
 
 
+@pytest.mark.parametrize("gpu", reliability.OTHER_GPUS)
+def test_nothing_failed_on_other_gpus(gpu):
+    tests = reliability.merged(gpu).values()
+    assert sum(test["passed"] for test in tests) > 0 and sum(test["failed"] for test in tests) == 0
+
+
 def test_every_cell_says_something_and_nothing_failed():
     """A column without any results is not run yet: on a GPU, that takes one."""
     for column in reliability.COLUMNS:
