@@ -1,4 +1,4 @@
-"""The product as a kernel on pointers, a tile a program: for every GPU, and for operands that TMA cannot take."""
+"""The product as a kernel on pointers, a tile a program: for every GPU, and for outputs that TMA cannot store."""
 
 import torch
 import triton
