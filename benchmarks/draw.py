@@ -95,7 +95,7 @@ def distinct(values: Sequence[Any]) -> list[Any]:
 
 
 def of_usual_widths(records: Iterable[Record]) -> list[Record]:
-    """The others, of which the bars would dwarf these, are in the tables of docs/performance.md."""
+    """Without odd widths, which are in the tables of docs/performance.md: their bars would dwarf the others'."""
     return [record for record in records if tuple(record["shape"]) not in ODD]
 
 

@@ -234,7 +234,7 @@ def origin(path: str, document: Record) -> str:
     links: dict[str, list[str]] = {}
     for name, source in runs.items():
         versions = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
-        if any("torchao" in record.get("name", "") and record["median_ms"] for record in document["results"]):
+        if any("torchao" in record.get("name", "") and record.get("median_ms") for record in document["results"]):
             versions.append(f"torchao {source['torchao']}")
         link = f"[{name}](../benchmarks/results/{folder}/{name}) of commit {source['git_commit'][:7]}"
         links.setdefault(", ".join([*versions, source["date"][:10]]), []).append(link)

@@ -23,7 +23,7 @@ QUANTISERS = {
     "quantize_rotated_columnwise_and_transpose": (32,),
     "quantize_rotated_rowwise": (16,),
 }
-PRODUCTS = [(1, 1, 1), (17, 83, 5), (33, 48, 80), (70, 65, 129), (150, 64, 112)]
+PRODUCTS = [(1, 1, 1), (17, 83, 5), (33, 48, 80), (33, 48, 83), (70, 65, 129), (150, 64, 112)]
 
 
 class Band:

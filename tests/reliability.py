@@ -5,9 +5,8 @@
     python tests/reliability.py page
 
 Every JSON in tests/results is a part of what its name begins with, a column of the page or another GPU in its head:
-``h200.json``, ``h200_soak.json``. It has
-``environment``, which says where and with what, and ``tests``: by name, how many of its cases passed, failed or were
-skipped, what it promises (promises.py), and what else it counted.
+``h200.json``, ``h200_soak.json``. It has ``environment``, which says where and with what, and ``tests``: by name, how
+many of its cases passed, failed or were skipped, what it promises (promises.py), and what else it counted.
 """
 
 import argparse
@@ -156,7 +155,7 @@ def _lines() -> Iterator[str]:
     )
     yield ""
     for column, title in (COLUMNS | OTHER_GPUS).items():
-        yield f"- **{title}**: {_summary(column, merged(column))}"
+        yield f"- **{title}**: {_summary(column, columns.get(column) or merged(column))}"
     for group, promises in PROMISES.items():
         yield ""
         yield f"## {group}"

@@ -197,6 +197,11 @@ def test_candidates_that_do_not_run_are_counted(fake):
     assert rows(user_table_path("sm_80"))[1024, 512, 256]["config"]["block_n"] == 128
 
 
+def test_shapes_are_measured_as_products_run_them(fake):
+    assert "1 of 1 shapes changed" in run(shapes=["512,512,1000", "512,512,1001"])
+    assert list(rows(user_table_path("sm_80"))) == [(512, 512, 1008)]
+
+
 def test_a_shape_that_cannot_be_measured_is_left_out(fake):
     fake.break_at = (16, 512, 256)
     assert "16 × 512 × 256 is left out: out of memory" in run()

@@ -148,12 +148,13 @@ def test_an_output_that_tma_cannot_store(on_a_gpu, architecture, falls_back):
     assert row.fallback.startswith("output: TMA stores rows in units of 16 bytes, not of 8190") == falls_back
 
 
-def test_operands_that_are_copied(on_a_gpu):
-    on_a_gpu("sm_90")
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+def test_operands_that_are_copied(on_a_gpu, architecture):
+    on_a_gpu(architecture)
     layer = ts.SwitchBackLinear(4095, 4096, device="meta", dtype=torch.bfloat16)
     (row,) = ts.explain(layer, tokens=4096).layers
-    assert row.products[0].tile == matmul_config("sm_90", 4096, 4096, 4096)
-    assert row.fallback.startswith("output: operands are copied, as their rows of 4095 bytes are no multiples of 16;")
+    assert row.products[0].tile == matmul_config(architecture, 4096, 4096, 4096)
+    assert row.fallback.startswith("output: operands are copied, as their rows of 4095 bytes are no multiples of 16")
 
 
 def test_a_kernel_that_was_replaced(on_a_gpu, monkeypatch):

@@ -50,6 +50,9 @@ def test_any_strides(device):
     row = codes(1, k, device).expand(m, k)
     out = ts.int8_matmul_mixed_dequantize(row, b, state_x, state_w, None, torch.float32)
     assert_same(out, expected(row, b, state_x, state_w, None, torch.float32))
+    row = codes(k, 1, device).t()  # contiguous, says PyTorch, with strides (1, 1)
+    out = ts.int8_matmul_mixed_dequantize(row, b, state_x[:1], state_w, None, torch.float32)
+    assert_same(out, expected(row, b, state_x[:1], state_w, None, torch.float32))
 
 
 @pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")

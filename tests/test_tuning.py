@@ -59,6 +59,11 @@ def test_the_nearest_row_is_counted_in_octaves():
     assert isinstance(matmul_config("sm_80", 0, 0, 0), MatmulConfig)
 
 
+def test_an_inner_dimension_counts_as_products_run_it():
+    write_rows("sm_80", m512_n512_k1008=config(16), m512_n512_k1000=config(32))
+    assert {matmul_config("sm_80", 512, 512, k) for k in (993, 1000, 1008)} == {config(16)}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_listed_architecture_has_a_table_that_it_can_run(architecture):
     assert warnings_of(matmul_table, architecture) == []

@@ -165,7 +165,7 @@ def test_products_of_the_tuning_table(architecture):
     for _, config in matmul_table(architecture):
         for out_dtype in (torch.bfloat16, torch.float32):
             compile_all(product_launches(config, 256, 256, 256, bias=True, out_dtype=out_dtype), architecture)
-        # Odd sizes, which TMA cannot take, and an inner dimension that int32 cannot hold.
+        # Odd sizes, of which TMA cannot store the output, and an inner dimension that int32 cannot hold.
         compile_all(product_launches(config, 17, 83, 257, bias=False, out_dtype=torch.float16), architecture)
         compile_all(product_launches(config, 16, 16, 133_152, bias=False, out_dtype=torch.float16), architecture)
 

@@ -18,7 +18,7 @@ def absmax(*shape):
 
 
 def product_arguments():
-    a, b = codes(17, 48), codes(32, 48)
+    a, b = codes(45, 17).t(), codes(32, 45)  # both of which are copied
     return a, b.t(), torch.rand(17), torch.rand(32), torch.randn(32), torch.float16
 
 

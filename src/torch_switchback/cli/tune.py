@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from .. import __version__
-from ..tuning import MatmulConfig, ProductShape, allows_tma, matmul_config, user_table_path
+from ..tuning import MatmulConfig, ProductShape, allows_tma, matmul_config, padded, user_table_path
 from ..tuning._tables import Row, Table, read, replace, row_from_json, served, shipped_table, write
 from ..tuning.candidates import candidates
 from ..tuning.search import FINALISTS, Found, fastest
@@ -96,7 +96,8 @@ def tune(
       torch-switchback tune --quick --shape 8192,4096,1024
     """
     console = Console(stderr=json)
-    shapes = parse_shapes(shape, "M,N,K", ProductShape) if shape else DEFAULT_SHAPES
+    asked = parse_shapes(shape, "M,N,K", ProductShape) if shape else DEFAULT_SHAPES
+    shapes = tuple(dict.fromkeys(each._replace(k=padded(each.k)) for each in asked))  # as products run
     try:
         gpu = open_gpu()
     except NoGpu as error:

@@ -83,7 +83,9 @@ def partial_absmax_kernel(
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     tl.store(parts_ptr + program, reduce_absmax(x_ptr, whole, program.to(tl.int64) * BLOCK, step, BLOCK))
     if program == 0:
-        tl.store(parts_ptr + tl.num_programs(0), reduce_absmax(x_ptr, elements, whole, VECTOR, VECTOR))
+        rest = whole + tl.arange(0, VECTOR)
+        bits = magnitude_bits(tl.load(x_ptr + rest, mask=rest < elements, other=0.0))
+        tl.store(parts_ptr + tl.num_programs(0), bits_to_float(tl.max(bits, axis=0)))
 
 
 def partial_absmax(x: torch.Tensor) -> torch.Tensor:

@@ -136,8 +136,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-# Codes that a thread loads or stores together, 16 bytes: what divides the sizes by which Triton vectorises, and the
-# unit of the rows that TMA takes.
+# Triton vectorises by the sizes that 16 divides; 16 codes are also the 16 bytes that rows for TMA are multiples of.
 VECTOR = 16
 
 # triton.cdiv and triton.next_power_of_2 serve kernels too and take some microseconds a call on the host.

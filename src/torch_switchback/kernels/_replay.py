@@ -51,7 +51,7 @@ def zero(tensor: torch.Tensor) -> None:
 
 
 def scratch(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Memory [shape] where another tensor is, for what one launch leaves to the next."""
+    """Memory [shape] on another tensor's device, for what one launch leaves to the next."""
     tensor = like.new_empty(shape, dtype=dtype)
     if _recording.calls is not None:
         _recording.scratch.append(tensor)
@@ -68,8 +68,10 @@ def widened(x: torch.Tensor, cols: int) -> torch.Tensor:
 
 def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], copy: torch.Tensor) -> None:
     """Of an x that begins where it did, but may be another view when this is called again."""
-    copy[:, shape[1] :].zero_()
-    copy[:, : shape[1]].copy_(x.as_strided(shape, stride))
+    inner = shape[1]
+    if inner < copy.shape[1]:
+        copy[:, inner:].zero_()
+    copy[:, :inner].copy_(x.as_strided(shape, stride))
 
 
 def run(launcher: Callable[..., None], args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:

@@ -12,7 +12,9 @@ from ._tiles import tile_position
 
 BLOCK_ROWS = 64
 BLOCK_COLS, NUM_WARPS = 128, 4
-BLOCK_COLS_ODD, NUM_WARPS_ODD = 64, 8  # of rows that are no whole vectors: each element is loaded and stored by itself
+# Of rows that are no whole vectors each element is loaded and stored by itself: a tile half as large takes 0.7 of the
+# time to compile, and 0.9 to 1.2 of it to run.
+BLOCK_COLS_ODD, NUM_WARPS_ODD = 64, 8
 GROUP_ROWS = 8  # blocks of rows whose transposed codes are written side by side
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 import triton
 
-from ..tuning import MatmulConfig, matmul_config
-from ._launch import VECTOR, CannotCompile, architecture, ceil_div
+from ..tuning import MatmulConfig, matmul_config, padded
+from ._launch import CannotCompile, architecture
 from ._product import FOLD
 from ._replay import widened
 from .int8_matmul_pointer import launch_pointer
@@ -73,7 +73,7 @@ def dequantized_product(
     a, b = _in_whole_vectors(a), _in_whole_vectors(b.t())
     operands = (a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous(), out)
     (M, K), N = a.shape, b.shape[0]
-    fits_tma = _fits_tma(a) and _fits_tma(b) and _fits_tma(out)
+    fits_tma = K > 0 and out.numel() > 0 and _fits_tma(out)
     if config is not None:
         _launcher(config, fits_tma, K)(*operands, absmax_per_col, config)
         return
@@ -92,7 +92,6 @@ def dequantized_product(
 
 def chosen(architecture: str, m: int, n: int, k: int, *, fits_tma: bool) -> tuple[MatmulConfig, str]:
     """What a product [m, k] × [k, n] runs with as far as is known, and why it is not what was tuned; "" if it is."""
-    k = padded(k)
     tuned = matmul_config(architecture, m, n, k, tma=fits_tma)
     config, reason = _replaced.get(tuned, (tuned, ""))
     if config.kernel == "warp_specialized" and k > FOLD:
@@ -122,28 +121,17 @@ def _warp_specialized() -> Callable[..., None]:
     return launch_warp_specialized
 
 
-def padded(inner: int) -> int:
-    """An inner dimension as products run it: in whole vectors."""
-    return ceil_div(inner, VECTOR) * VECTOR
-
-
 def _in_whole_vectors(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, inner] in rows of whole vectors, the inner dimension contiguous: itself, or a copy with zeros behind.
+    """x [rows, inner] in rows of whole vectors that do not overlap: itself, or a copy with zeros behind each row.
 
-    Zeros add nothing. Without them each byte would be a load of its own, and a product take eight times as long.
+    Zeros add nothing. Without them each byte is a load of its own: 16384 × 4095 → 4096 took 3.5 ms and takes 0.5
+    (docs/performance.md).
     """
     inner = padded(x.shape[1])
-    fits = x.shape[1] == inner and x.stride(1) == 1 and x.stride(0) % VECTOR == 0 and x.data_ptr() % VECTOR == 0
-    return x if fits else widened(x, inner)
+    return x if x.shape[1] == inner and _fits_tma(x) else widened(x, inner)
 
 
 def _fits_tma(x: torch.Tensor) -> bool:
     """Whether x [rows, cols] can stand behind a TMA descriptor: 16-byte aligned rows that do not overlap."""
     pitch = x.stride(0)
-    return (
-        x.numel() > 0
-        and x.stride(1) == 1
-        and pitch >= x.shape[1]
-        and (pitch * x.element_size()) % 16 == 0
-        and x.data_ptr() % 16 == 0
-    )
+    return x.stride(1) == 1 and pitch >= x.shape[1] and (pitch * x.element_size()) % 16 == 0 and x.data_ptr() % 16 == 0

@@ -139,10 +139,13 @@ def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return sum(
             (_exact_product(a[:, half], b[half]).long() for half in halves), start=a.new_zeros((), dtype=torch.long)
         )
-    # torch._int_mm (2.13) leaves the output unwritten at inner dimension 1 and misreads an expanded operand.
+    # torch._int_mm (2.13) leaves the output unwritten at inner dimension 1. It misreads an expanded operand, and a
+    # single row with another stride than a row's, which .contiguous() leaves as it is.
     if inner > 1 and not a.is_cuda and _int_mm_is_exact():
+        if a.stride() != (inner, 1):
+            a = a.clone(memory_format=torch.contiguous_format)
         is_transposed = b.stride(0) == 1 and b.stride(1) >= inner
-        return torch._int_mm(a.contiguous(), b if is_transposed else b.contiguous())
+        return torch._int_mm(a, b if is_transposed else b.contiguous())
     return _exact_product_in_float(a, b)
 
 

@@ -6,7 +6,7 @@ import warnings
 
 from ._tables import MatmulConfig, ProductShape, Row, read, served, shipped_table, user_table_path
 
-__all__ = ["MatmulConfig", "ProductShape", "allows_tma", "matmul_config", "matmul_table", "user_table_path"]
+__all__ = ["MatmulConfig", "ProductShape", "allows_tma", "matmul_config", "matmul_table", "padded", "user_table_path"]
 
 
 def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True) -> MatmulConfig:
@@ -16,14 +16,19 @@ def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True
         architecture: ``"sm_90"``, ``"gfx942"``, …
         m: rows (tokens), taken up to the next power of two so that a changing batch changes little.
         n: columns.
-        k: inner dimension.
+        k: inner dimension, taken up to whole vectors, as products run it.
         tma: whether the output's alignment allows TMA. If not, only rows without it count; if so, only those whose
             own output allowed it, for the others never had the choice.
 
     Raises:
         ValueError: architecture is no name of that form.
     """
-    return _nearest(architecture, _octave(m), n, k, tma)
+    return _nearest(architecture, _octave(m), n, padded(k), tma)
+
+
+def padded(k: int) -> int:
+    """An inner dimension as products run it: in rows of whole 16 bytes, with zeros behind."""
+    return -(-k // 16) * 16
 
 
 @functools.cache
@@ -31,6 +36,7 @@ def matmul_table(architecture: str) -> tuple[tuple[tuple[int, int, int], MatmulC
     """The rows ((M, N, K), config) in force for an architecture: the user's, then the shipped ones.
 
     A user's row replaces the shipped row of its bucket of M, N and K alone: tuning one shape must not decide them all.
+    A row of another K than products run is of a version that read such operands byte by byte, and is left aside.
 
     Warns (once an architecture and process) of a user's table that cannot be used, and of an architecture that no
     shipped table lists while the user has none either.
@@ -48,7 +54,8 @@ def matmul_table(architecture: str) -> tuple[tuple[tuple[int, int, int], MatmulC
         )
     rows: dict[tuple[int, int, int], Row] = {}
     for row in (*user, *shipped.rows):
-        rows.setdefault((_octave(row.m), row.n, row.k), row)
+        if row.k == padded(row.k):
+            rows.setdefault((_octave(row.m), row.n, row.k), row)
     return tuple(((row.m, row.n, row.k), row.config) for row in rows.values())
 
 
