@@ -1,10 +1,11 @@
 """Launches made again for other arguments of a kind: each tensor in its place, and none kept. No GPU is needed."""
 
+import ctypes
 import gc
+import math
 import threading
 import weakref
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,42 +17,72 @@ def kernel(x, y, factor, out):
     out.copy_(x * y * factor)
 
 
-def launch(*args):
+def kernel_at(shape, *args):
+    """The same as a compiled kernel would do it, that is told where tensors lie."""
+
+    def tensor(address):
+        return torch.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address), dtype=torch.float32)
+
+    kernel(*(tensor(arg).view(shape) if type(arg) is int else arg for arg in args))
+
+
+def launch(*args, by_address=False):
     kernel(*args)
-    _replay.note(kernel, *args)
+    if by_address:
+        _replay.note(kernel_at, args[0].shape, *args, takes_addresses=True)
+    else:
+        _replay.note(kernel, *args)
 
 
 @pytest.fixture
-def launcher(monkeypatch):
-    """Fills sums with 0 and out with x * x * y * factor; counts how often it is asked to."""
+def function(monkeypatch):
+    """Returns x * x * y * factor, None, zeros and y; counts how often it is asked to."""
     monkeypatch.setattr(_replay, "_replays", {})
 
-    def launcher(x, y, factor, out, sums):
-        launcher.calls += 1
-        product = _replay.scratch(x, *x.shape)
-        launch(x, y.view(y.shape), 1.0, product)
-        launch(x, product, factor, out)
+    def function(x, y, factor):
+        function.calls += 1
+        by_address = x.is_contiguous() and y.is_contiguous() and y.dtype == torch.float32
+        sums, square, product = _replay.scratch(x, 3), _replay.scratch(x, *x.shape), _replay.scratch(x, *x.shape)
+        out = torch.empty_like(x)
+        _replay.note_memory(out)
+        launch(x, x.view(x.shape), 1.0, square, by_address=by_address)
+        launch(square, y.view(y.shape), 1.0, product, by_address=by_address)
         _replay.zero(sums)
+        launch(product, 1.0, factor, out)
+        return out, None, sums, y
 
-    launcher.calls = 0
-    return launcher
+    function.calls = 0
+    return function
 
 
-def check(launcher, x, y, factor=2.0):
-    out, sums = torch.full_like(x, 99), torch.full((3,), 99.0)
-    _replay.run(launcher, (x, y, factor), (out, sums))
-    assert torch.equal(out, x * (x * y) * factor)
-    assert not sums.any()
+def check(function, x, y, factor=2.0):
+    out, nothing, sums, same = _replay.run(function, (x, y, factor))
+    assert torch.equal(out, x * x * y * factor)
+    assert nothing is None and same is y
+    assert sums.shape == (3,) and not sums.any()
 
 
 def two(*shape):
     return torch.randn(shape), torch.randn(shape)
 
 
-def test_a_launcher_runs_once_for_arguments_of_a_kind(launcher):
+def test_a_function_runs_once_for_arguments_of_a_kind(function):
     for _ in range(3):
-        check(launcher, *two(4, 5))
-    assert launcher.calls == 1
+        check(function, *two(4, 5))
+    assert function.calls == 1
+
+
+def test_one_that_runs_within_another_is_a_part_of_it(function):
+    def twice(x, y, factor):
+        y, *_ = _replay.run(function, (x, y, 1.0))
+        out, *_ = _replay.run(function, (x, y, factor))
+        return out
+
+    for _ in range(3):
+        x, y = two(4, 5)
+        assert torch.equal(_replay.run(twice, (x, y, 2.0)), x * x * (x * x * y) * 2.0)
+    assert function.calls == 2
+    assert len(_replay._replays) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,30 +96,40 @@ def test_a_launcher_runs_once_for_arguments_of_a_kind(launcher):
     ],
     ids=["shape", "strides", "dtype", "alignment", "value"],
 )
-def test_arguments_of_another_kind_are_launched_anew(x, y, factor, launcher):
-    check(launcher, *two(4, 5))
+def test_arguments_of_another_kind_are_launched_anew(x, y, factor, function):
+    check(function, *two(4, 5))
     for _ in range(2):
-        check(launcher, x, y, factor)
-    assert launcher.calls == 2
-    check(launcher, *two(4, 5))
-    assert launcher.calls == 2
+        check(function, x, y, factor)
+    assert function.calls == 2
+    check(function, *two(4, 5))
+    assert function.calls == 2
 
 
-def test_two_arguments_in_one_place_say_nothing_of_others(launcher):
+def test_two_arguments_in_one_place_say_nothing_of_others(function):
     x, y = two(4, 5)
-    check(launcher, x, x)
-    check(launcher, x, y)
-    check(launcher, y, y)
-    assert launcher.calls == 2
+    for args in ((x, x), (x, y), (y, y)):
+        check(function, *args)
 
 
-def test_a_launcher_that_copies_its_arguments_runs_every_time(launcher):
-    def copying(x, y, factor, out, sums):
-        launcher(x.clone(), y, factor, out, sums)
+def test_a_function_that_copies_its_arguments_runs_every_time(function):
+    def copying(x, y, factor):
+        out, nothing, sums, _ = function(x.clone(), y, factor)
+        return out, nothing, sums, y
 
     for _ in range(2):
         check(copying, *two(4, 5))
-    assert launcher.calls == 2
+    assert function.calls == 2
+
+
+@pytest.mark.parametrize("result", [torch.clone, torch.t], ids=["copy", "view"])
+def test_a_function_that_returns_something_else_runs_every_time(result, function):
+    def other(x, y):
+        return result(function(x, y, 2.0)[0])
+
+    for _ in range(2):
+        x, y = two(4, 5)
+        assert torch.equal(_replay.run(other, (x, y)), result(x * x * y * 2.0))
+    assert function.calls == 2
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 8), (1, 1), (4, 0)], ids=str)
@@ -104,45 +145,44 @@ def test_widened_copies_are_made_again(layout, shape, monkeypatch):
     }[layout]
     calls = []
 
-    def launcher(x_t, out):
+    def widened(x_t):
         calls.append(1)
-        wide = _replay.widened(x_t.t(), 8)
-        out.copy_(wide)
-        _replay.note(torch.Tensor.copy_, out, wide)
+        return _replay.widened(x_t.t(), 8)
 
     kept = []
     for _ in range(3):
-        x, out = operands(), torch.full((rows, 8), 99.0)
-        _replay.run(launcher, (x.t(),), (out,))
+        x = operands()
+        out = _replay.run(widened, (x.t(),))
         assert torch.equal(out[:, :cols], x) and not out[:, cols:].any()
-        kept.append(x)  # so that the next one lies elsewhere
+        kept.append((x, out))  # so that the next ones lie elsewhere
     assert len(calls) == 1
 
 
-def test_a_launcher_that_fails_leaves_nothing_behind(launcher):
-    def failing(x, y, factor, out, sums):
-        launcher(x, y, factor, out, sums)
+def test_a_function_that_fails_leaves_nothing_behind(function):
+    def failing(x, y, factor):
+        function(x, y, factor)
         raise RuntimeError("no C compiler")
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no C compiler"):
             check(failing, *two(4, 5))
-    check(launcher, *two(4, 5))
-    assert launcher.calls == 3
+    check(function, *two(4, 5))
+    assert function.calls == 3
 
 
-def test_no_tensor_is_kept(launcher):
+def test_no_tensor_is_kept(function):
     x, y = two(4, 5)
     references = [weakref.ref(x), weakref.ref(y)]
-    check(launcher, x, y)
+    check(function, x, y)
     del x, y
     gc.collect()
     assert [reference() for reference in references] == [None, None]
     assert _replay._recording.calls is None
-    assert _replay._recording.scratch == []
+    assert _replay._recording.memory == []
 
 
-def test_descriptors_get_the_new_tensor_and_keep_the_rest(monkeypatch):
+@pytest.mark.parametrize("takes_addresses", [False, True])
+def test_descriptors_get_the_new_tensor_and_keep_the_rest(takes_addresses, monkeypatch):
     monkeypatch.setattr(_replay, "_replays", {})
 
     @dataclass
@@ -153,42 +193,42 @@ def test_descriptors_get_the_new_tensor_and_keep_the_rest(monkeypatch):
     seen = []
 
     def see(descriptor):
-        seen.append(SimpleNamespace(**vars(descriptor)))
+        seen.append((descriptor.base.data_ptr(), descriptor.block_shape))
 
-    def launcher(x, out):
+    def described(x):
         descriptor = Descriptor(x, [64, 128])
         see(descriptor)
-        _replay.note(see, descriptor)
+        _replay.note(see, descriptor, takes_addresses=takes_addresses)
+        return x
 
     tensors = two(4, 5)
     for x in tensors:
-        _replay.run(launcher, (x,), (torch.empty(1),))
-    assert [one.base is x for one, x in zip(seen, tensors, strict=True)] == [True, True]
-    assert [one.block_shape for one in seen] == [[64, 128]] * 2
+        _replay.run(described, (x,))
+    assert seen == [(x.data_ptr(), [64, 128]) for x in tensors]
 
 
-def test_the_number_of_replays_is_bounded(launcher, monkeypatch):
+def test_the_number_of_replays_is_bounded(function, monkeypatch):
     monkeypatch.setattr(_replay, "MOST_REPLAYS", 3)
     for rows in range(1, 9):
-        check(launcher, *two(rows, 5))
+        check(function, *two(rows, 5))
         assert len(_replay._replays) <= 3
 
 
-def test_threads_record_apart(launcher):
+def test_threads_record_apart(function):
     """A backward runs in a thread of its own, at the same time as another's forward."""
     entered, may_leave = threading.Event(), threading.Event()
 
-    def slow(x, y, factor, out, sums):
+    def slow(x, y, factor):
         entered.set()
         may_leave.wait(10)
-        launcher(x, y, factor, out, sums)
+        return function(x, y, factor)
 
     thread = threading.Thread(target=check, args=(slow, *two(4, 5)))
     thread.start()
     entered.wait(10)
-    check(launcher, *two(4, 5))
+    check(function, *two(4, 5))
     may_leave.set()
     thread.join()
-    for each in (slow, launcher):
+    for each in (slow, function):
         check(each, *two(4, 5))
-    assert launcher.calls == 2
+    assert function.calls == 2

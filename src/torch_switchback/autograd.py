@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import _grad_weight
 from .config import ROTATIONS, SwitchBackConfig
 from .ops import direct as ops
+from .ops._library import as_one
 from .ops._numerics import quantize_traceably
 from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
 
@@ -26,7 +27,7 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scaling(NamedTuple):
-    """What one absmax of the weight covers decides all but the last two; a new scheme is a new row of _SCALINGS."""
+    """What one absmax of the weight covers decides all but the last three; a new scheme is a new row of _SCALINGS."""
 
     quantize: Callable[[torch.Tensor], Quantized]
     """W -> its codes [out, in] and absmax."""
@@ -40,6 +41,8 @@ class Scaling(NamedTuple):
     quantize_input: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
     """X [tokens, in] -> its codes and absmax, one a row; and so the next."""
     quantize_grad: Callable[[torch.Tensor], Quantized] = ops.quantize_rowwise
+    run: Callable[..., Any] = as_one
+    """How a function of the above is called; as one only if they are operations and nothing else."""
 
 
 def requantize_columnwise(codes: torch.Tensor, absmax: torch.Tensor) -> Quantized:
@@ -274,21 +277,17 @@ class SwitchBackFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         x_2d = _as_rows(x)
-        quantized_x: tuple[Any, ...] = _grad_weight.quantize(
-            x_2d, config, rowwise=scaling.quantize_input, int8_grad_weight=int8_grad_weight
-        )
-        x_codes, x_absmax, *saved_x = quantized_x
-        quantized_t: Quantized | None = None
+        operand, absmax, quantized_t = weight, weight_absmax, None
         if weight_cache is not None:
-            (weight_codes, absmax), quantized_t = weight_cache.get(weight, config, needs_input, weight_absmax)
-        elif weight_absmax is not None:
-            weight_codes, absmax = weight, weight_absmax
-        else:
-            weight_codes, absmax = scaling.quantize(weight)
-        y = scaling.matmul(x_codes, weight_codes.t(), x_absmax, absmax, bias, x.dtype)
-
-        if needs_weight and not int8_grad_weight:
-            saved_x = [_codes_to_keep(x_2d, x_codes, x_absmax), x_absmax] if config.mem_efficient else [x_2d, None]
+            (operand, absmax), quantized_t = weight_cache.get(weight, config, needs_input, weight_absmax)
+        keeps_codes = needs_weight and config.mem_efficient and not int8_grad_weight
+        y, absmax, *saved_x = scaling.run(
+            _output, x_2d, operand, absmax, bias, config, scaling, int8_grad_weight, keeps_codes
+        )
+        if keeps_codes:
+            saved_x[0] = _codes_to_keep(x_2d, *saved_x)
+        elif needs_weight and not int8_grad_weight:
+            saved_x[0] = x_2d
         # Beside its transposed codes the weight is kept for its version: a change before the backward is an error.
         codes_t, absmax_t = (None, absmax) if quantized_t is None else quantized_t
         saved_weight = (weight, absmax_t, codes_t) if needs_input else (None, None, None)
@@ -342,29 +341,77 @@ def _gradients(
     needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
     grad = _as_rows(grad_output)
     grad_input = grad_weight = grad_bias = None
+    if needs_input and codes_t is None and weight.dtype == torch.int8:
+        codes_t, absmax = ctx.scaling.transpose_codes(weight, absmax)
     int8_grad_weight = needs_weight and ctx.int8_grad_weight
-    scaling = ctx.scaling
-    grad_codes, grad_absmax, grad_codes_t, grad_absmax_t = _grad_weight.quantize(
-        grad, ctx.config, rowwise=scaling.quantize_grad if needs_input else None, int8_grad_weight=int8_grad_weight
-    )
-    if needs_input:
-        if codes_t is None:
-            transpose = scaling.transpose_codes if weight.dtype == torch.int8 else scaling.quantize_transpose
-            codes_t, absmax = transpose(weight, absmax)
-        grad_input = scaling.matmul(grad_codes, codes_t.t(), grad_absmax, absmax, None, ctx.input_dtype)
-        if len(ctx.input_shape) != 2:
-            grad_input = grad_input.view(ctx.input_shape)
-    if int8_grad_weight:
-        grad_weight = ops.int8_matmul_rowwise_dequantize(
-            grad_codes_t, saved_x.t(), grad_absmax_t, x_absmax, None, ctx.weight_dtype
+    if needs_input or int8_grad_weight:
+        weights = (weight, absmax, False) if codes_t is None else (codes_t, absmax, True)
+        inputs = (saved_x, x_absmax) if int8_grad_weight else (None, None)
+        dtypes = ctx.input_dtype, ctx.weight_dtype
+        grad_input, grad_weight = ctx.scaling.run(
+            _int8_gradients, grad, *weights, *inputs, *dtypes, ctx.config, ctx.scaling
         )
-    elif needs_weight:
+        if needs_input and len(ctx.input_shape) != 2:
+            grad_input = grad_input.view(ctx.input_shape)
+    if needs_weight and not int8_grad_weight:
         if x_absmax is not None:
             saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
         grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
     if needs_bias:
         grad_bias = column_sums(grad, ctx.bias_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _output(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    absmax: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    config: SwitchBackConfig,
+    scaling: Scaling,
+    int8_grad_weight: bool,
+    keeps_codes: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Y from W, or its codes if its absmax is given; that absmax; and codes of X with theirs, for the weight gradient.
+
+    Those are of Xᵀ, maybe rotated, if that is int8_grad_weight, X's own if it keeps_codes, and else two Nones.
+    """
+    quantized_x: tuple[Any, ...] = _grad_weight.quantize(
+        x, config, rowwise=scaling.quantize_input, int8_grad_weight=int8_grad_weight
+    )
+    codes, row_absmax, *transposed = quantized_x
+    weight_codes, absmax = scaling.quantize(weight) if absmax is None else (weight, absmax)
+    y = scaling.matmul(codes, weight_codes.t(), row_absmax, absmax, bias, x.dtype)
+    return y, absmax, *((codes, row_absmax) if keeps_codes else transposed)
+
+
+def _int8_gradients(
+    grad: torch.Tensor,
+    weight: torch.Tensor | None,
+    absmax: Any,
+    is_transposed: bool,
+    x_codes_t: torch.Tensor | None,
+    x_absmax_t: Any,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    config: SwitchBackConfig,
+    scaling: Scaling,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Those of x, from W or, if it is_transposed, from the codes of Wᵀ; and of W, from the codes of Xᵀ: if given."""
+    grad_input = grad_weight = None
+    rowwise = None if weight is None else scaling.quantize_grad
+    quantized: tuple[Any, ...] = _grad_weight.quantize(
+        grad, config, rowwise=rowwise, int8_grad_weight=x_codes_t is not None
+    )
+    codes, row_absmax, codes_t, absmax_t = quantized
+    if weight is not None:
+        weight_t, absmax = (weight, absmax) if is_transposed else scaling.quantize_transpose(weight, absmax)
+        grad_input = scaling.matmul(codes, weight_t.t(), row_absmax, absmax, None, input_dtype)
+    if x_codes_t is not None:
+        grad_weight = ops.int8_matmul_rowwise_dequantize(
+            codes_t, x_codes_t.t(), absmax_t, x_absmax_t, None, weight_dtype
+        )
+    return grad_input, grad_weight
 
 
 def _codes_to_keep(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,7 @@ def _sharded(
 
         return quantize_by_spanning_absmax
 
+    scaling = scaling._replace(run=lambda function, *args: function(*args))  # collectives stand between operations
     if placement == Shard(0):
         scaling = scaling._replace(quantize_grad=quantize(1))
     else:

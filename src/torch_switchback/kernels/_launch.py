@@ -37,7 +37,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     if compiled is None:  # the interpreter compiles nothing
         note(functools.partial(kernel[grid], **options), *args)
     else:
-        note(compiled[grid], *args, *(options[name] for name in kernel.arg_names[len(args) :]))
+        constants = (options[name] for name in kernel.arg_names[len(args) :])
+        note(compiled[grid], *args, *constants, takes_addresses=True)
 
 
 def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Any:

@@ -1,48 +1,61 @@
-"""An operation's launches, made again for arguments of a kind that it had before.
+"""What operations launch, launched again for arguments of a kind that they had before.
 
 What a launcher works out, and Triton after it, depends on its arguments' shapes, not on where they lie: it is worked
-out once, and then only tensors are put in their places. The rest would take longer than the launches.
+out once, and then only addresses are put in their places. The rest would take longer than the launches.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 MOST_REPLAYS = 10_000  # a few a layer shape and batch size; forgotten all at once before they could grow without bound
+ALIGNMENT = 512  # bytes, what PyTorch's allocator aligns memory to
 
-Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+class Call(NamedTuple):
+    function: Callable[..., object]
+    args: tuple[Any, ...]
+    takes_addresses: bool
+    """In place of tensors, as a compiled kernel does."""
 
 
 class _Recording(threading.local):
-    """What the launcher that runs in this thread has called so far, if it is recorded."""
+    """What has been called and allocated in this thread so far, if it is recorded."""
 
     calls: list[Call] | None = None
-    scratch: list[torch.Tensor]
+    memory: list[torch.Tensor]
 
 
 _recording = _Recording()
-_replays: dict[tuple[Any, ...], "_Replay"] = {}
+_replays: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]] = {}
 
 
 @contextmanager
 def _recorded() -> Iterator[tuple[list[Call], list[torch.Tensor]]]:
-    """What is called in this thread from here on, and the scratch memory that it takes."""
+    """What is called and allocated in this thread from here on."""
     calls: list[Call] = []
     memory: list[torch.Tensor] = []
-    _recording.calls, _recording.scratch = calls, memory
+    _recording.calls, _recording.memory = calls, memory
     try:
         yield calls, memory
     finally:
-        _recording.calls, _recording.scratch = None, []  # what is done with must not be kept
+        _recording.calls, _recording.memory = None, []  # what is done with must not be kept
 
 
-def note(function: Callable[..., object], *args: Any) -> None:
-    """A launcher has called ``function(*args)``: to be called again, with other tensors."""
+def note(function: Callable[..., object], *args: Any, takes_addresses: bool = False) -> None:
+    """``function(*args)`` has been called: to be called again, with other tensors."""
     if _recording.calls is not None:
-        _recording.calls.append((function, args))
+        _recording.calls.append(Call(function, args, takes_addresses))
+
+
+def note_memory(*tensors: torch.Tensor) -> None:
+    """These have been allocated, contiguous: to be allocated again."""
+    if _recording.calls is not None:
+        _recording.memory.extend(tensors)
 
 
 def zero(tensor: torch.Tensor) -> None:
@@ -53,8 +66,7 @@ def zero(tensor: torch.Tensor) -> None:
 def scratch(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Memory [shape] on another tensor's device, for what one launch leaves to the next."""
     tensor = like.new_empty(shape, dtype=dtype)
-    if _recording.calls is not None:
-        _recording.scratch.append(tensor)
+    note_memory(tensor)
     return tensor
 
 
@@ -74,15 +86,19 @@ def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], cop
     copy[:, :inner].copy_(x.as_strided(shape, stride))
 
 
-def run(launcher: Callable[..., None], args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-    """``launcher(*args, *outputs)``, or the launches that it made for arguments of the same kind.
+def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """``function(*args)``, or the launches that it made for arguments of the same kind, and what it returns.
 
-    What a launcher does to tensors it must do through ``launch``, :func:`zero` (of whole tensors), :func:`scratch` and
-    :func:`widened`, by its arguments alone. It is called every time if it copies an argument in another way, or if two
-    arguments begin at one place.
+    Whatever it does to tensors it must do through ``launch``, :func:`zero` (of whole tensors) and :func:`widened`, by
+    its arguments alone, and say what it allocates (:func:`note_memory`, :func:`scratch`). The first argument is a
+    tensor. Within another such function it is a part of that. It is called every time, for arguments of this kind, if
+    it copied one in another way, if two began at one place, or if it returned anything but Nones and tensors that it
+    was given or had allocated.
     """
+    if _recording.calls is not None:
+        return function(*args)
     kind = (
-        launcher,
+        function,
         *[
             (arg.dtype, arg.get_device(), arg.shape, arg.stride(), arg.data_ptr() % 16)
             if isinstance(arg, torch.Tensor)
@@ -92,79 +108,135 @@ def run(launcher: Callable[..., None], args: tuple[Any, ...], outputs: tuple[tor
     )
     replay = _replays.get(kind)
     if replay is not None:
-        replay(args + outputs)
-        return
+        return replay(args)
     with _recorded() as (calls, memory):
-        launcher(*args, *outputs)
+        results = function(*args)
     try:
-        replay = _Replay(args + outputs, memory, calls)
+        replay = _Replay(args, calls, memory, results)
     except LookupError:
-        return
+        replay = functools.partial(_call, function)
     if len(_replays) >= MOST_REPLAYS:
         _replays.clear()
     _replays[kind] = replay
+    return results
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
 
 
 class _Replay:
     """Calls, to be made again with other tensors in the places of those that they were recorded with.
 
+    Memory is one block but for what is returned or is used by anything else than a kernel. No tensor is kept.
+
     Raises:
-        LookupError: it cannot be told which of the tensors a call had.
+        LookupError: it cannot be told which of the tensors a call had, or what a result is.
     """
 
-    def __init__(self, known: Sequence[Any], memory: Sequence[torch.Tensor], calls: Sequence[Call]) -> None:
-        tensors = [*known, *memory]
-        self._scratch = [(tensor.shape, tensor.dtype) for tensor in memory]
-        self._steps = [_step(function, args, tensors) for function, args in calls]
+    def __init__(self, args: tuple[Any, ...], calls: list[Call], memory: list[torch.Tensor], results: Any) -> None:
+        self._is_single = isinstance(results, torch.Tensor)
+        results = (results,) if self._is_single else results
+        used = [*results, *[_base(arg) for call in calls if not call.takes_addresses for arg in call.args]]
+        places = {tensor.data_ptr() for tensor in used if isinstance(tensor, torch.Tensor)}
+        tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
+        block = [tensor for tensor in memory if tensor.data_ptr() not in places]
+        self._tensors = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self._offsets, self._bytes = _laid_out(block)
+        known = [*args, *tensors, *block]
+        self._steps = [_step(call, known) for call in calls]
+        self._results = [None if result is None else _index(result, known) for result in results]
 
-    def __call__(self, known: tuple[Any, ...]) -> None:
-        tensors = [*known, *[scratch(known[0], *shape, dtype=dtype) for shape, dtype in self._scratch]]
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        like = args[0]
+        tensors = [*args, *[like.new_empty(shape, dtype=dtype) for shape, dtype in self._tensors]]
+        addresses = [tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0 for tensor in tensors]
+        if self._bytes:
+            block = like.new_empty((self._bytes,), dtype=torch.uint8)
+            start = block.data_ptr()
+            addresses += [start + offset for offset in self._offsets]
         for step in self._steps:
-            step(tensors)
+            step(tensors, addresses)
+        results = [None if number is None else tensors[number] for number in self._results]
+        return results[0] if self._is_single else tuple(results)
 
 
-def _step(
-    function: Callable[..., object], args: Sequence[Any], tensors: Sequence[Any]
-) -> Callable[[Sequence[Any]], None]:
-    """A call as one of tensors by their number. It keeps none of those it is made from."""
-    template = list(args)
+def _laid_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+    """Where each is in one block of memory, and the bytes of the block."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def _base(arg: Any) -> Any:
+    """An argument, or the tensor that it describes."""
+    return arg.base if hasattr(arg, "block_shape") else arg
+
+
+class _Address(int):
+    """What the base of a descriptor must be, and no more."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence[int]], None]:
+    """A call as one of tensors, or of addresses, by their number. It keeps none of those it is made from."""
+    function, takes_addresses = call.function, call.takes_addresses
+    template = list(call.args)
     places: list[tuple[int, int]] = []  # which argument is which tensor,
     views: list[tuple[int, torch.dtype]] = []  # of which dtype instead of its own,
     descriptors: list[tuple[int, int, Any, dict[str, Any]]] = []  # which is the descriptor of which, and of what kind
-    for place, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor):
-            number = _number(arg, tensors)
-            places.append((place, number))
-            if arg.dtype != tensors[number].dtype:
-                views.append((place, arg.dtype))
-            template[place] = None
-        elif hasattr(arg, "block_shape"):
-            descriptors.append((place, _number(arg.base, tensors), type(arg), {**vars(arg), "base": None}))
-            template[place] = None
+    for place, arg in enumerate(call.args):
+        tensor = _base(arg)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        template[place], number = None, _number(tensor, known)
+        if tensor is not arg:
+            descriptors.append((place, number, type(arg), {**vars(arg), "base": None}))
+            continue
+        places.append((place, number))
+        if arg.dtype != known[number].dtype and not takes_addresses:
+            views.append((place, arg.dtype))
 
-    def step(tensors: Sequence[Any]) -> None:
+    def step(tensors: Sequence[Any], addresses: Sequence[int]) -> None:
         args = template.copy()
+        values = addresses if takes_addresses else tensors
         for place, number in places:
-            args[place] = tensors[number]
+            args[place] = values[number]
         for place, dtype in views:
             args[place] = args[place].view(dtype)
         for place, number, kind, fields in descriptors:
             args[place] = descriptor = object.__new__(kind)
             descriptor.__dict__.update(fields)
-            descriptor.base = tensors[number]
+            descriptor.base = _Address(addresses[number]) if takes_addresses else tensors[number]
         function(*args)
 
     return step
 
 
-def _number(tensor: torch.Tensor, tensors: Sequence[Any]) -> int:
-    """Which of the tensors this is, or is a view of from its beginning on.
+def _number(tensor: torch.Tensor, known: Sequence[Any]) -> int:
+    """Which of the known this is, or is a view of from its beginning on.
 
     Raises:
         LookupError: none, or there are several.
     """
     place = tensor.data_ptr()
-    there = [number for number, one in enumerate(tensors) if isinstance(one, torch.Tensor) and one.data_ptr() == place]
+    there = [number for number, one in enumerate(known) if isinstance(one, torch.Tensor) and one.data_ptr() == place]
     if len(there) != 1:
         raise LookupError(f"{len(there)} tensors begin at {place}")
     return there[0]
+
+
+def _index(tensor: torch.Tensor, known: Sequence[Any]) -> int:
+    """Which of the known this very one is.
+
+    Raises:
+        LookupError: none.
+    """
+    for number, one in enumerate(known):
+        if one is tensor:
+            return number
+    raise LookupError("a result is neither an argument nor allocated here")

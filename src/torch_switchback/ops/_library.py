@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..kernels import _replay  # which does not import Triton
+
 LIBRARY = torch.library.Library("torch_switchback", "DEF")
 
 not_compiled: dict[str, str] = {}
@@ -49,11 +51,7 @@ def define(
         nonlocal run
         if run is None:
             run = _on_cuda(name, kernels, allocate, meaning)
-        device: int = args[0].get_device()
-        if device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return run(*args)
-        return run(*args)
+        return _on_its_device(args[0], run, *args)
 
     # needs_fixed_stride_order: the compiler must hand over the very strides that the program had.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -63,11 +61,33 @@ def define(
     dispatched = getattr(torch.ops.torch_switchback, name).default
 
     def direct(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not args[0].is_cuda or _is_watched(args):
-            return dispatched(*args)
-        return cuda(*args)
+        return cuda(*args) if _reaches_kernels(args) else dispatched(*args)
 
     return Operation(dispatched, direct)
+
+
+def as_one(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, a function of nothing but operations: on CUDA their launches are looked up once together.
+
+    What it may do is what :func:`.kernels._replay.run` says. Operations one by one take the host twice as long.
+    """
+    if not _reaches_kernels(args):
+        return function(*args)
+    return _on_its_device(args[0], _replay.run, function, args)
+
+
+def _on_its_device(x: torch.Tensor, run: Callable[..., Any], *args: Any) -> Any:
+    """``run(*args)`` with x's device as the current one."""
+    device = x.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(*args)
+    return run(*args)
+
+
+def _reaches_kernels(args: tuple[Any, ...]) -> bool:
+    """Whether nothing stands between operations on these, the first a tensor, and their kernels."""
+    return not torch.compiler.is_compiling() and args[0].is_cuda and not _is_watched(args)
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
@@ -94,21 +114,25 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
 
     try:
         launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
-        from ..kernels import _replay
         from ..kernels._launch import CannotCompile
     except ImportError as error:
         give_way(error)
         return meaning
 
+    def launch(*args: Any) -> Any:
+        results = allocate(*args)
+        outputs = results if isinstance(results, tuple) else (results,)
+        _replay.note_memory(*outputs)
+        launcher(*args, *outputs)
+        return results
+
     def run(*args: Any) -> Any:
         if name in not_compiled:  # trying again would take seconds, at every call
             return meaning(*args)
-        outputs = allocate(*args)
         try:
-            _replay.run(launcher, args, outputs if isinstance(outputs, tuple) else (outputs,))
+            return _replay.run(launch, args)
         except CannotCompile as error:
             give_way(error)
             return meaning(*args)
-        return outputs
 
     return run
