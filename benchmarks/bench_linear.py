@@ -43,7 +43,7 @@ from measure import (
 from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, random_inputs, training_step
 from shapes import LAYERS, PRODUCTS, SMALL, TINY, Shape
 from torch_switchback import SwitchBackConfig, ops
-from torch_switchback.autograd import column_sums
+from torch_switchback.ops import direct
 
 app = new_app()
 STRATEGIES = {name: config for name, config in RECIPES.items() if config is not None}
@@ -141,7 +141,7 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
         "grad_input, rowwise": lambda: [rowwise(grad, weights[0].t(), None) for grad in grads],
         "grad_weight, 16 bit": lambda: [partial(torch.mm, grad.t(), x) for x, grad in zip(xs, grads, strict=True)],
         "grad_weight, int8": lambda: [int8_grad_weight(x, grad) for x, grad in zip(xs, grads, strict=True)],
-        "grad_bias": lambda: [partial(column_sums, grad, grad.dtype) for grad in grads],
+        "grad_bias": lambda: [partial(direct.column_sums, grad, grad.dtype) for grad in grads],
     }
     wanted = dict.fromkeys(part for config in STRATEGIES.values() for part in parts_of(config))
     return [Contestant(PART + name, builds[name], "graph") for name in wanted]

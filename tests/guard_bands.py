@@ -2,7 +2,9 @@
 
 import importlib
 import pkgutil
+import sys
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -103,6 +105,15 @@ def check_dequantizer(shape, dtype, band):
     x, absmax = codes(*shape), torch.rand(shape[0])
     expected = ops.dequantize_rowwise(x, absmax, dtype)
     check(launcher_of("dequantize_rowwise"), (x, absmax, dtype), expected, band)
+
+
+def check_column_sums(shape, dtype, band):
+    """Of so small integers that float32 adds them up exactly; by the kernel where PyTorch's sum is as fast, too."""
+    x = torch.randint(-8, 9, shape).to(dtype)
+    launcher = launcher_of("column_sums")
+    with mock.patch.multiple(sys.modules[launcher.__module__], FEW_ROWS=0, PART=16):
+        for operand in (x, x.t().contiguous().t()):
+            check(launcher, (operand, torch.float32), x.float().sum(0), band)
 
 
 def check_product(config, shape, dtype, band):

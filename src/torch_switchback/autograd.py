@@ -22,6 +22,7 @@ from .ops import direct as ops
 from .ops._library import as_one
 from .ops._numerics import quantize_traceably
 from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
+from .ops.column_sums import sum_columns
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
@@ -226,7 +227,7 @@ def switchback_linear(
 
 def _is_distributed(x: torch.Tensor) -> bool:
     """Whether x is a DTensor, without importing torch.distributed.tensor for those that are none."""
-    return hasattr(x, "device_mesh")
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
 def _check(
@@ -340,25 +341,21 @@ def _gradients(
     saved_x, x_absmax, weight, absmax, codes_t = saved
     needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
     grad = _as_rows(grad_output)
-    grad_input = grad_weight = grad_bias = None
+    int8_grad_weight = needs_weight and ctx.int8_grad_weight
     if needs_input and codes_t is None and weight.dtype == torch.int8:
         codes_t, absmax = ctx.scaling.transpose_codes(weight, absmax)
-    int8_grad_weight = needs_weight and ctx.int8_grad_weight
-    if needs_input or int8_grad_weight:
-        weights = (weight, absmax, False) if codes_t is None else (codes_t, absmax, True)
-        inputs = (saved_x, x_absmax) if int8_grad_weight else (None, None)
-        dtypes = ctx.input_dtype, ctx.weight_dtype
-        grad_input, grad_weight = ctx.scaling.run(
-            _int8_gradients, grad, *weights, *inputs, *dtypes, ctx.config, ctx.scaling
-        )
-        if needs_input and len(ctx.input_shape) != 2:
-            grad_input = grad_input.view(ctx.input_shape)
+    weights = (weight, absmax, False) if codes_t is None else (codes_t, absmax, True)
+    inputs = (saved_x, x_absmax) if int8_grad_weight else (None, None)
+    dtypes = ctx.input_dtype, ctx.weight_dtype, ctx.bias_dtype if needs_bias else None
+    grad_input, grad_weight, grad_bias = ctx.scaling.run(
+        _gradients_by_operations, grad, *weights, *inputs, *dtypes, ctx.config, ctx.scaling
+    )
+    if needs_input and len(ctx.input_shape) != 2:
+        grad_input = grad_input.view(ctx.input_shape)
     if needs_weight and not int8_grad_weight:
         if x_absmax is not None:
             saved_x = ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
         grad_weight = _high_precision_product(grad.t(), saved_x, ctx.weight_dtype)
-    if needs_bias:
-        grad_bias = column_sums(grad, ctx.bias_dtype)
     return grad_input, grad_weight, grad_bias
 
 
@@ -385,7 +382,7 @@ def _output(
     return y, absmax, *((codes, row_absmax) if keeps_codes else transposed)
 
 
-def _int8_gradients(
+def _gradients_by_operations(
     grad: torch.Tensor,
     weight: torch.Tensor | None,
     absmax: Any,
@@ -394,10 +391,11 @@ def _int8_gradients(
     x_absmax_t: Any,
     input_dtype: torch.dtype,
     weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
     config: SwitchBackConfig,
     scaling: Scaling,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Those of x, from W or, if it is_transposed, from the codes of Wᵀ; and of W, from the codes of Xᵀ: if given."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """That of x from W or, if it is_transposed, the codes of Wᵀ; of W from the codes of Xᵀ; of the bias: as given."""
     grad_input = grad_weight = None
     rowwise = None if weight is None else scaling.quantize_grad
     quantized: tuple[Any, ...] = _grad_weight.quantize(
@@ -411,7 +409,7 @@ def _int8_gradients(
         grad_weight = ops.int8_matmul_rowwise_dequantize(
             codes_t, x_codes_t.t(), absmax_t, x_absmax_t, None, weight_dtype
         )
-    return grad_input, grad_weight
+    return grad_input, grad_weight, None if bias_dtype is None else _bias_gradient(grad, bias_dtype)
 
 
 def _codes_to_keep(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -437,10 +435,6 @@ def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.d
     return (a @ b).to(out_dtype)
 
 
-def column_sums(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """The sums [cols] of the columns of x [rows, cols], accumulated in float32 and rounded once to out_dtype."""
-    if x.is_cuda and x.numel() > 0 and x.dtype != torch.float32 and not torch.compiler.is_compiling():
-        # cuBLAS reads x at the speed of memory, which x.sum(0) does not (docs/performance.md).
-        return torch.mm(x.new_ones(1, x.shape[0]), x, out_dtype=torch.float32)[0].to(out_dtype)
-    # PyTorch accumulates a 16-bit sum in float32 and rounds once: no need to cast if the dtype stays.
-    return x.sum(0, dtype=x.dtype if x.dtype == out_dtype else torch.float32).to(out_dtype)
+def _bias_gradient(grad: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """The sums of the columns of G; to torch.compile PyTorch's, which it fuses with what computes G."""
+    return (sum_columns if torch.compiler.is_compiling() else ops.column_sums)(grad, out_dtype)

@@ -12,6 +12,7 @@ from torch_switchback.kernels import (
     _absmax,
     _launch,
     _transpose,
+    column_sums,
     int8_matmul,
     int8_matmul_pointer,
     int8_matmul_tma,
@@ -90,6 +91,18 @@ def test_rotation_is_a_product_of_tensor_cores(block):
         assert "wgmma.mma_async" in kernel.asm["ptx"]
         assert "cp.async.cg" in kernel.asm["ptx"]
     assert {store[-7:] for store in re.findall(r"st\.global\.\S+", compiled[1].asm["ptx"])} == {".v4.b32"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_column_sums(architecture, dtype):
+    """Of parts, and of those; of few rows PyTorch's."""
+    assert record(column_sums.column_sums, torch.empty(512, 256), torch.float32, torch.empty(256)) == []
+    for cols in (256, 257):
+        x, out = torch.empty(1024, cols, dtype=DTYPES[dtype]), torch.empty(cols, dtype=DTYPES[dtype])
+        launches = record(column_sums.column_sums, x, x.dtype, out)
+        assert len(launches) == 2
+        compile_all(launches, architecture)
 
 
 def quantiser_launches(dtype, rows, cols):

@@ -28,6 +28,7 @@ def test_quantisers_between_bands(shape, name, dtype, shift):
 def test_given_absmax_between_bands(shape, dtype, shift):
     guard_bands.check_by_absmax(shape, dtype, guard_bands.Band("cuda", shift))
     guard_bands.check_dequantizer(shape, dtype, guard_bands.Band("cuda", shift))
+    guard_bands.check_column_sums(shape, dtype, guard_bands.Band("cuda", shift))
 
 
 @shifts

@@ -29,6 +29,7 @@ from torch_switchback.kernels import (
     int8_matmul_tma,
     int8_matmul_warp_specialized,
 )
+from torch_switchback.ops import direct
 from torch_switchback.tuning import MatmulConfig, matmul_table
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -136,6 +137,14 @@ def test_dequantize_rowwise(dtype):
     x, absmax = codes(1000, 777), torch.rand(1000)
     absmax[3] = float("nan")
     assert_same(ts.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.dequantize_rowwise(x, absmax, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(65536, 1280), (16384, 4095), (8192, 64), (600, 131)], ids=str)
+def test_column_sums(shape, dtype):
+    """Of integers, which float32 adds up exactly in any order."""
+    x = torch.randint(-8, 9, shape).to(dtype)
+    assert_same(direct.column_sums(x.cuda(), torch.float32), x.float().sum(0))
 
 
 def product_of(m, n, k, scales, bias):

@@ -10,6 +10,7 @@ from torch_switchback import ops
 from torch_switchback.kernels import (
     _absmax,
     _launch,
+    column_sums,
     int8_matmul,
     quantize_by_absmax,
     quantize_columnwise,
@@ -187,6 +188,19 @@ def test_quantize_by_absmax_of_rows_longer_than_a_block():
     out, absmax = poisoned(7, 2500), (torch.rand(14) + 5)[::2]
     quantize_by_absmax.quantize_by_absmax(x, absmax, out)
     assert_same(out, ops.quantize_by_absmax(x, absmax))
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(513, 70), (1300, 3), (600, 130), (17, 83), (0, 4), (4, 0)], ids=str)
+def test_column_sums(shape, dtype, layout):
+    """The same from run to run, though not PyTorch's bits."""
+    x = layout(*shape, dtype)
+    first, again = poisoned(shape[1], dtype=torch.float32), poisoned(shape[1], dtype=torch.float32)
+    for out in (first, again):
+        column_sums.column_sums(x, torch.float32, out)
+    assert_same(first, again)
+    torch.testing.assert_close(first, x.double().sum(0).float(), rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.promise("a NaN beside transposed codes")

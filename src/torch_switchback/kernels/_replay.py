@@ -46,6 +46,10 @@ def _recorded() -> Iterator[tuple[list[Call], list[torch.Tensor]]]:
         _recording.calls, _recording.memory = None, []  # what is done with must not be kept
 
 
+def is_recording() -> bool:
+    return _recording.calls is not None
+
+
 def note(function: Callable[..., object], *args: Any, takes_addresses: bool = False) -> None:
     """``function(*args)`` has been called: to be called again, with other tensors."""
     if _recording.calls is not None:
@@ -95,7 +99,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     it copied one in another way, if two began at one place, or if it returned anything but Nones and tensors that it
     was given or had allocated.
     """
-    if _recording.calls is not None:
+    if is_recording():
         return function(*args)
     kind = (
         function,

@@ -1,6 +1,7 @@
 """The operations for callers that have checked their arguments: no checks and, where it makes no difference, no
 dispatcher, which takes longer than a kernel's launch."""
 
+from .column_sums import column_sums_op
 from .int8_matmul import int8_matmul_mixed_dequantize_op, int8_matmul_rowwise_dequantize_op
 from .quantize_by_absmax import quantize_by_absmax_op
 from .quantize_columnwise import (
@@ -15,6 +16,7 @@ from .quantize_global import (
 )
 from .quantize_rowwise import dequantize_rowwise_op, quantize_rotated_rowwise_op, quantize_rowwise_op
 
+column_sums = column_sums_op.direct
 dequantize_rowwise = dequantize_rowwise_op.direct
 int8_matmul_mixed_dequantize = int8_matmul_mixed_dequantize_op.direct
 int8_matmul_rowwise_dequantize = int8_matmul_rowwise_dequantize_op.direct
