@@ -201,7 +201,7 @@ def measure_steps(bench: Bench, shape: Shape) -> None:
     inputs = random_inputs(shape, copies(set_bytes, bench.device), bench.device)
     entries: list[tuple[str, Mode]] = [
         (name, mode)
-        for mode in ("eager", "graphed", "graph")
+        for mode in ("eager", "one thread", "graphed", "graph")
         for name in ("linear", "switchback", "switchback-mem-efficient")
     ]
     records = bench.compare(

@@ -28,7 +28,7 @@ from rich.table import Table
 from demo import environment
 
 Cycle = Sequence[Callable[[], object]]  # calls of one competitor, each on its own inputs, to be made in turn
-Mode = Literal["eager", "compiled", "reduce-overhead", "graphed", "graph", "host"]
+Mode = Literal["eager", "one thread", "compiled", "reduce-overhead", "graphed", "graph", "host"]
 Record = dict[str, Any]  # a Measured as the JSON has it, with labels
 
 SAMPLE_MS = 10.0  # long enough that launching and clock ticks vanish
@@ -61,9 +61,10 @@ class Contestant:
     name: str
     build: Callable[[], Cycle]  # may raise: then that is the competitor's result
     mode: Mode = "eager"
-    """"graph" captures the whole cycle in one CUDA graph; "compiled", "reduce-overhead" and "graphed" (PyTorch's
-    graphed callables, a CUDA graph each for the forward and the backward of an eager step) are up to build; of "host"
-    calls the time counts that the host takes to issue them."""
+    """"graph" captures the whole cycle in one CUDA graph; "compiled", "reduce-overhead", "one thread" (eager, but the
+    backward in the forward's thread) and "graphed" (PyTorch's graphed callables, a CUDA graph each for the forward and
+    the backward of an eager step) are up to build; of "host" calls the time counts that the host takes to issue them.
+    """
     sample_ms: float = SAMPLE_MS
     """A turn repeats the call until it takes this long. Clocks settle under a call within SUSTAINED_MS or so."""
 

@@ -75,7 +75,12 @@ def models(*names: str) -> Callable[[Record], str]:
 def small_layer(document: Record) -> str:
     rows = []
     steps = [record for record in document["results"] if record["what"] == "step" and record["median_ms"] is not None]
-    for mode, meaning in (("eager", "eager"), ("graphed", "eager, graphed callable"), ("graph", "CUDA graph")):
+    for mode, meaning in (
+        ("eager", "eager"),
+        ("one thread", "eager, in one thread"),
+        ("graphed", "eager, graphed callable"),
+        ("graph", "CUDA graph"),
+    ):
         for record in steps:
             if record["mode"] == mode and record["name"] in ("linear", "switchback"):
                 rows.append((meaning, record["name"], f"{record['median_ms']:.3f}", times(record)))

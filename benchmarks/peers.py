@@ -82,6 +82,12 @@ def gradients(module: nn.Module, x: Tensor, grad_output: Tensor) -> tuple[Tensor
     return torch.autograd.grad(module(x), (x, *module.parameters()), grad_output)
 
 
+def gradients_in_one_thread(module: nn.Module, x: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
+    """The backward in the forward's thread."""
+    with torch.autograd.set_multithreading_enabled(False):
+        return gradients(module, x, grad_output)
+
+
 def new_layer(name: str, shape: Shape, device: torch.device) -> nn.Module:
     linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=torch.bfloat16)
     return convert(nn.Sequential(linear), name)[0]  # torchao swaps children only
@@ -119,6 +125,7 @@ def training_step(
         gradients(layer, *inputs[0])  # compiles
         if kept is not None:
             kept[name, mode] = saved_bytes(layer, partial(layer, inputs[0][0]))
-        return [partial(gradients, layer, x, grad) for x, grad in inputs]
+        step = gradients_in_one_thread if mode == "one thread" else gradients
+        return [partial(step, layer, x, grad) for x, grad in inputs]
 
     return Contestant(name, build, mode, SUSTAINED_MS)

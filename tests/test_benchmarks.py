@@ -132,6 +132,7 @@ def test_host_is_measured_from_layer_to_operation_with_first_calls(results):
     assert groups >= {"nn.Linear", "SwitchBackLinear", *bench_host.LAUNCHERS}
     assert {(r["name"], r["mode"]) for r in document["results"] if r["what"] == "step"} >= {
         ("linear", "eager"),
+        ("switchback", "one thread"),
         ("switchback", "graphed"),
         ("switchback", "graph"),
     }

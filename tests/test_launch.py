@@ -1,6 +1,7 @@
 """What a launch makes of what Triton raises, and an operation of a launch that cannot be. No GPU is needed."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,36 @@ def test_a_kernel_that_is_wrong_is_not_tried_again():
 def test_what_fails_without_the_cache_too_is_no_fault_of_the_cache():
     with pytest.raises(_launch.CannotCompile, match="no C compiler"):
         _launch.launch(Kernel(RuntimeError("no C compiler"), RuntimeError("again")), (1,))
+
+
+class Compiled(list):
+    """A compiled kernel, which is told what it is launched with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, *args):
+        self.append(args)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.append(("with hooks", grid, *args))
+
+
+def test_a_launch_that_is_made_again_runs_hooks_if_there_are_any(monkeypatch):
+    """Such as a profiler's; without, it gives Triton's launcher what Triton does."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream={3: 1234}.get)))
+    compiled = Compiled()
+    launch_again = _launch._launched_again(compiled, (7, 2, 1))
+    launch_again(11, 12)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.launch_exit_hook.add(print)
+        try:
+            launch_again(13)
+        finally:
+            triton.knobs.runtime.launch_exit_hook.remove(print)
+    launch_again(14)
+    plain = 7, 2, 1, 1234, "function", "metadata", None, None, None
+    assert compiled == [(*plain, 11, 12), ("with hooks", (7, 2, 1), 13), (*plain, 14)]
 
 
 @pytest.mark.promise("out of memory in the middle of a forward")

@@ -31,7 +31,7 @@ class _Recording(threading.local):
 
 
 _recording = _Recording()
-_replays: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]] = {}
+_replays: dict[tuple[Any, ...], Callable[[tuple[Any, ...], list[int | None]], Any]] = {}
 
 
 @contextmanager
@@ -101,18 +101,17 @@ def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """
     if is_recording():
         return function(*args)
+    addresses = [arg.data_ptr() if isinstance(arg, torch.Tensor) else None for arg in args]
     kind = (
         function,
         *[
-            (arg.dtype, arg.get_device(), arg.shape, arg.stride(), arg.data_ptr() % 16)
-            if isinstance(arg, torch.Tensor)
-            else arg
-            for arg in args
+            arg if place is None else (arg.dtype, arg.get_device(), arg.shape, arg.stride(), place % 16)
+            for arg, place in zip(args, addresses, strict=True)
         ],
     )
     replay = _replays.get(kind)
     if replay is not None:
-        return replay(args)
+        return replay(args, addresses)
     with _recorded() as (calls, memory):
         results = function(*args)
     try:
@@ -125,7 +124,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return results
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _call(function: Callable[..., Any], args: tuple[Any, ...], addresses: list[int | None]) -> Any:
     return function(*args)
 
 
@@ -151,10 +150,13 @@ class _Replay:
         self._steps = [_step(call, known) for call in calls]
         self._results = [None if result is None else _index(result, known) for result in results]
 
-    def __call__(self, args: tuple[Any, ...]) -> Any:
+    def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
         like = args[0]
-        tensors = [*args, *[like.new_empty(shape, dtype=dtype) for shape, dtype in self._tensors]]
-        addresses = [tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0 for tensor in tensors]
+        tensors = list(args)
+        for shape, dtype in self._tensors:
+            tensor = like.new_empty(shape, dtype=dtype)
+            tensors.append(tensor)
+            addresses.append(tensor.data_ptr())
         if self._bytes:
             block = like.new_empty((self._bytes,), dtype=torch.uint8)
             start = block.data_ptr()
@@ -186,7 +188,7 @@ class _Address(int):
         return self
 
 
-def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence[int]], None]:
+def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence[Any]], None]:
     """A call as one of tensors, or of addresses, by their number. It keeps none of those it is made from."""
     function, takes_addresses = call.function, call.takes_addresses
     template = list(call.args)
@@ -205,7 +207,7 @@ def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence
         if arg.dtype != known[number].dtype and not takes_addresses:
             views.append((place, arg.dtype))
 
-    def step(tensors: Sequence[Any], addresses: Sequence[int]) -> None:
+    def step(tensors: Sequence[Any], addresses: Sequence[Any]) -> None:
         args = template.copy()
         values = addresses if takes_addresses else tensors
         for place, number in places:
