@@ -282,17 +282,17 @@ class SwitchBackFunction(torch.autograd.Function):
         if weight_cache is not None:
             (operand, absmax), quantized_t = weight_cache.get(weight, config, needs_input, weight_absmax)
         keeps_codes = needs_weight and config.mem_efficient and not int8_grad_weight
-        y, absmax, *saved_x = scaling.run(
+        y, absmax, saved_x, x_absmax = scaling.run(
             _output, x_2d, operand, absmax, bias, config, scaling, int8_grad_weight, keeps_codes
         )
         if keeps_codes:
-            saved_x[0] = _codes_to_keep(x_2d, *saved_x)
+            saved_x = _codes_to_keep(x_2d, saved_x, x_absmax)
         elif needs_weight and not int8_grad_weight:
-            saved_x[0] = x_2d
+            saved_x = x_2d
         # Beside its transposed codes the weight is kept for its version: a change before the backward is an error.
         codes_t, absmax_t = (None, absmax) if quantized_t is None else quantized_t
         saved_weight = (weight, absmax_t, codes_t) if needs_input else (None, None, None)
-        ctx.save_for_backward(*saved_x, *saved_weight)
+        ctx.save_for_backward(saved_x, x_absmax, *saved_weight)
         ctx.config, ctx.scaling, ctx.int8_grad_weight = config, scaling, int8_grad_weight
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
