@@ -98,8 +98,13 @@ def test_a_launch_that_is_made_again_runs_hooks_if_there_are_any(monkeypatch):
         finally:
             triton.knobs.runtime.launch_exit_hook.remove(print)
     launch_again(14)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", None)
+    launch_again(15)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
+    launch_again(16)
     plain = 7, 2, 1, 1234, "function", "metadata", None, None, None
-    assert compiled == [(*plain, 11, 12), ("with hooks", (7, 2, 1), 13), (*plain, 14)]
+    hooked = "with hooks", (7, 2, 1)
+    assert compiled == [(*plain, 11, 12), (*hooked, 13), (*plain, 14), (*plain, 15), (*hooked, 16)]
 
 
 @pytest.mark.promise("out of memory in the middle of a forward")
@@ -112,6 +117,25 @@ def test_a_pending_negation_takes_the_dispatcher_which_carries_it_out():
     x = torch.randn(5, 7, dtype=torch.complex64).conj().imag
     assert _library._is_watched((x,))
     assert not _library._is_watched((x.resolve_neg(), None, torch.nn.Parameter(x.resolve_neg()), torch.float16))
+
+
+def test_gradients_of_several_backwards_at_once_take_the_dispatcher_too():
+    """They have no memory of their own, though nothing else tells them from tensors that have."""
+    watched = []
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            watched.append(_library._is_watched((grad,)))
+            return grad
+
+    x = torch.randn(3, requires_grad=True)
+    torch.autograd.grad(Identity.apply(x), x, torch.eye(3), is_grads_batched=True)
+    assert watched == [True]
 
 
 @pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")

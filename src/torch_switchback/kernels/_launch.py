@@ -79,7 +79,8 @@ def _launched_again(compiled: Any, grid: Sequence[int]) -> Callable[..., None]:
     runtime, current_stream, with_hooks = triton.knobs.runtime, driver.active.get_current_stream, compiled[grid]
 
     def launch_again(*args: Any) -> None:
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook  # a chain each, or a function, or None
+        if any(getattr(hook, "calls", hook) for hook in hooks):
             with_hooks(*args)
         else:
             run(*grid, current_stream(device), *kernel, None, None, None, *args)

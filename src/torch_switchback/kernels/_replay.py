@@ -93,11 +93,11 @@ def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], cop
 def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """``function(*args)``, or the launches that it made for arguments of the same kind, and what it returns.
 
-    Whatever it does to tensors it must do through ``launch``, :func:`zero` (of whole tensors) and :func:`widened`, by
-    its arguments alone, and say what it allocates (:func:`note_memory`, :func:`scratch`). The first argument is a
-    tensor. Within another such function it is a part of that. It is called every time, for arguments of this kind, if
-    it copied one in another way, if two began at one place, or if it returned anything but Nones and tensors that it
-    was given or had allocated.
+    Whatever it does to tensors it must do through ``launch``, :func:`zero` and :func:`widened`, by its arguments alone,
+    or :func:`note`, of whole tensors; and say what it allocates (:func:`note_memory`, :func:`scratch`), which a replay
+    allocates before it begins and frees when it ends. The first argument is a tensor. Within another such function it
+    is a part of that. It is called every time, for arguments of this kind, if it copied one in another way, if two
+    began at one place, or if it returned anything but Nones and tensors that it was given or had allocated.
     """
     if is_recording():
         return function(*args)
@@ -151,6 +151,7 @@ class _Replay:
         self._results = [None if result is None else _index(result, known) for result in results]
 
     def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
+        """addresses: the arguments', to which those of the memory are added."""
         like = args[0]
         tensors = list(args)
         for shape, dtype in self._tensors:

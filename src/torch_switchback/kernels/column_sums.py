@@ -43,7 +43,7 @@ def column_sums_kernel(
 
 def column_sums(x: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
     rows, cols = x.shape
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS or cols == 0:
         _sum_few_rows(x, out)
         note(_sum_few_rows, x, out)
         return
@@ -54,6 +54,7 @@ def column_sums(x: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> N
     _add_up(sums, out, sums.shape[0])
 
 
+@torch.no_grad()
 def _sum_few_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(x.sum(0, dtype=torch.float32))
 

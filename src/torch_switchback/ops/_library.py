@@ -11,6 +11,7 @@ from torch import nn
 from ..kernels import _replay  # which does not import Triton
 
 LIBRARY = torch.library.Library("torch_switchback", "DEF")
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 not_compiled: dict[str, str] = {}
 """Why an operation's kernel cannot run in this process, by the operation's name: plain torch computes it instead."""
@@ -91,11 +92,14 @@ def _reaches_kernels(args: tuple[Any, ...]) -> bool:
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether something stands between a call and its kernel: a subclass, a pending negation, a mode or a tracer."""
+    """Whether something stands between a call and its kernel: a subclass, a pending negation, a mode or a tracer.
+
+    Or gradients of several backwards at once (``is_grads_batched``), which have no memory of their own.
+    """
     for arg in args:
         if not isinstance(arg, torch.Tensor):
             continue
-        if (type(arg) is not torch.Tensor and type(arg) is not nn.Parameter) or arg.is_neg():
+        if (type(arg) is not torch.Tensor and type(arg) is not nn.Parameter) or arg.is_neg() or is_batched(arg):
             return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
