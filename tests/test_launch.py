@@ -1,7 +1,6 @@
 """What a launch makes of what Triton raises, and an operation of a launch that cannot be. No GPU is needed."""
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,41 +69,6 @@ def test_a_kernel_that_is_wrong_is_not_tried_again():
 def test_what_fails_without_the_cache_too_is_no_fault_of_the_cache():
     with pytest.raises(_launch.CannotCompile, match="no C compiler"):
         _launch.launch(Kernel(RuntimeError("no C compiler"), RuntimeError("again")), (1,))
-
-
-class Compiled(list):
-    """A compiled kernel, which is told what it is launched with."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def run(self, *args):
-        self.append(args)
-
-    def __getitem__(self, grid):
-        return lambda *args: self.append(("with hooks", grid, *args))
-
-
-def test_a_launch_that_is_made_again_runs_hooks_if_there_are_any(monkeypatch):
-    """Such as a profiler's; without, it gives Triton's launcher what Triton does."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream={3: 1234}.get)))
-    compiled = Compiled()
-    launch_again = _launch._launched_again(compiled, (7, 2, 1))
-    launch_again(11, 12)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.launch_exit_hook.add(print)
-        try:
-            launch_again(13)
-        finally:
-            triton.knobs.runtime.launch_exit_hook.remove(print)
-    launch_again(14)
-    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", None)
-    launch_again(15)
-    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
-    launch_again(16)
-    plain = 7, 2, 1, 1234, "function", "metadata", None, None, None
-    hooked = "with hooks", (7, 2, 1)
-    assert compiled == [(*plain, 11, 12), (*hooked, 13), (*plain, 14), (*plain, 15), (*hooked, 16)]
 
 
 @pytest.mark.promise("out of memory in the middle of a forward")
@@ -181,11 +145,3 @@ def test_kernels_overlap_where_it_is_known_to_work(capability, driver, expected,
     overlaps = _launch.overlaps.__wrapped__  # past its cache
     assert overlaps(torch.device("cuda", 0)) is expected
     assert not overlaps(torch.device("cpu"))
-
-
-def test_a_driver_that_is_not_there_knows_no_cuda(monkeypatch):
-    def missing(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(_launch.ctypes, "CDLL", missing)
-    assert _launch.cuda_of_the_driver() == 0

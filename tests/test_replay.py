@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from torch_switchback.kernels import _replay
+from torch_switchback.kernels._driver import Kernel
 
 
 def kernel(x, y, factor, out):
@@ -29,7 +30,7 @@ def kernel_at(shape, *args):
 def launch(*args, by_address=False):
     kernel(*args)
     if by_address:
-        _replay.note(kernel_at, args[0].shape, *args, takes_addresses=True)
+        _replay.note(Kernel(kernel_at, overlaps=False), args[0].shape, *args)
     else:
         _replay.note(kernel, *args)
 
@@ -181,8 +182,8 @@ def test_no_tensor_is_kept(function):
     assert _replay._recording.memory == []
 
 
-@pytest.mark.parametrize("takes_addresses", [False, True])
-def test_descriptors_get_the_new_tensor_and_keep_the_rest(takes_addresses, monkeypatch):
+@pytest.mark.parametrize("is_kernel", [False, True])
+def test_descriptors_get_the_new_tensor_and_keep_the_rest(is_kernel, monkeypatch):
     monkeypatch.setattr(_replay, "_replays", {})
 
     @dataclass
@@ -198,7 +199,7 @@ def test_descriptors_get_the_new_tensor_and_keep_the_rest(takes_addresses, monke
     def described(x):
         descriptor = Descriptor(x, [64, 128])
         see(descriptor)
-        _replay.note(see, descriptor, takes_addresses=takes_addresses)
+        _replay.note(Kernel(see, overlaps=False) if is_kernel else see, descriptor)
         return x
 
     tensors = two(4, 5)

@@ -1,18 +1,17 @@
 """The one place that launches kernels, and what it must know of a device."""
 
-import ctypes
 import functools
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from triton.compiler.errors import CompilationError
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
+from ._driver import Kernel, cuda_of_the_driver
 from ._replay import is_recording, note
 
 
@@ -38,8 +37,14 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     if compiled is None:  # the interpreter compiles nothing
         note(functools.partial(kernel[grid], **options), *args)
     elif is_recording():
-        constants = (options[name] for name in kernel.arg_names[len(args) :])
-        note(_launched_again(compiled, grid), *args, *constants, takes_addresses=True)
+        constants = [options[name] for name in kernel.arg_names[len(args) :]]
+        again = compiled[grid]
+        note(again if _uses_scratch(compiled) else Kernel(again, options.get("launch_pdl", False)), *args, *constants)
+
+
+def _uses_scratch(compiled: Any) -> bool:
+    """Whether Triton allocates memory for each of its launches, which therefore only Triton can make."""
+    return any(getattr(compiled.metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
 
 
 def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -68,24 +73,6 @@ def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[st
         raise CannotCompile(f"{kernel.__name__} with {options}: {why}") from first_error
     _warn_of_the_cache()
     return compiled
-
-
-def _launched_again(compiled: Any, grid: Sequence[int]) -> Callable[..., None]:
-    """What launches a compiled kernel with all of its parameters, of tensors the addresses.
-
-    It does what Triton's own launches come to; ``compiled[grid]``, half of whose time is for hooks, only if there are.
-    """
-    run, kernel, device = compiled.run, (compiled.function, compiled.packed_metadata), torch.cuda.current_device()
-    runtime, current_stream, with_hooks = triton.knobs.runtime, driver.active.get_current_stream, compiled[grid]
-
-    def launch_again(*args: Any) -> None:
-        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook  # a chain each, or a function, or None
-        if any(getattr(hook, "calls", hook) for hook in hooks):
-            with_hooks(*args)
-        else:
-            run(*grid, current_stream(device), *kernel, None, None, None, *args)
-
-    return launch_again
 
 
 @functools.cache
@@ -128,16 +115,6 @@ def overlaps(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) == (9, 0)
         and cuda_of_the_driver() >= CAPTURES_OVERLAPPING
     )
-
-
-def cuda_of_the_driver() -> int:
-    """The newest CUDA that the driver knows, 1000 × its major + 10 × its minor version; 0 if it does not say."""
-    version = ctypes.c_int(0)
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return version.value
 
 
 def waits(device: torch.device) -> dict[str, bool]:

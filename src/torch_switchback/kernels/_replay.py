@@ -5,6 +5,7 @@ out once, and then only addresses are put in their places. The rest would take l
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._driver import Kernel, Launches
+
 MOST_REPLAYS = 10_000  # a few a layer shape and batch size; forgotten all at once before they could grow without bound
 ALIGNMENT = 512  # bytes, what PyTorch's allocator aligns memory to
 
 
 class Call(NamedTuple):
-    function: Callable[..., object]
+    function: Any
+    """It takes tensors or, a Kernel, their addresses."""
     args: tuple[Any, ...]
-    takes_addresses: bool
-    """In place of tensors, as a compiled kernel does."""
+
+    @property
+    def is_kernel(self) -> bool:
+        return isinstance(self.function, Kernel)
 
 
 class _Recording(threading.local):
@@ -50,10 +56,10 @@ def is_recording() -> bool:
     return _recording.calls is not None
 
 
-def note(function: Callable[..., object], *args: Any, takes_addresses: bool = False) -> None:
-    """``function(*args)`` has been called: to be called again, with other tensors."""
+def note(function: Callable[..., object], *args: Any) -> None:
+    """``function(*args)`` has been called: to be called again, with other tensors or, a kernel, their addresses."""
     if _recording.calls is not None:
-        _recording.calls.append(Call(function, args, takes_addresses))
+        _recording.calls.append(Call(function, args))
 
 
 def note_memory(*tensors: torch.Tensor) -> None:
@@ -140,14 +146,21 @@ class _Replay:
     def __init__(self, args: tuple[Any, ...], calls: list[Call], memory: list[torch.Tensor], results: Any) -> None:
         self._is_single = isinstance(results, torch.Tensor)
         results = (results,) if self._is_single else results
-        used = [*results, *[_base(arg) for call in calls if not call.takes_addresses for arg in call.args]]
+        used = [*results, *[_base(arg) for call in calls if not call.is_kernel for arg in call.args]]
         places = {tensor.data_ptr() for tensor in used if isinstance(tensor, torch.Tensor)}
         tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
         block = [tensor for tensor in memory if tensor.data_ptr() not in places]
         self._tensors = [(tensor.shape, tensor.dtype) for tensor in tensors]
         self._offsets, self._bytes = _laid_out(block)
         known = [*args, *tensors, *block]
-        self._steps = [_step(call, known) for call in calls]
+        self._steps: list[tuple[bool, Callable[[Sequence[Any]], None]]] = []
+        """Each takes addresses, of all that is known, or tensors; kernels that follow one another are one."""
+        for are_kernels, group in itertools.groupby(calls, lambda call: call.is_kernel):
+            if are_kernels:
+                kernels = [Kernel(_step(call, known), call.function.overlaps) for call in group]
+                self._steps.append((True, Launches(kernels)))
+            else:
+                self._steps += [(False, _step(call, known)) for call in group]
         self._results = [None if result is None else _index(result, known) for result in results]
 
     def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
@@ -162,8 +175,8 @@ class _Replay:
             block = like.new_empty((self._bytes,), dtype=torch.uint8)
             start = block.data_ptr()
             addresses += [start + offset for offset in self._offsets]
-        for step in self._steps:
-            step(tensors, addresses)
+        for takes_addresses, step in self._steps:
+            step(addresses if takes_addresses else tensors)
         results = [None if number is None else tensors[number] for number in self._results]
         return results[0] if self._is_single else tuple(results)
 
@@ -189,9 +202,9 @@ class _Address(int):
         return self
 
 
-def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence[Any]], None]:
+def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
     """A call as one of tensors, or of addresses, by their number. It keeps none of those it is made from."""
-    function, takes_addresses = call.function, call.takes_addresses
+    function, is_kernel = call.function, call.is_kernel
     template = list(call.args)
     places: list[tuple[int, int]] = []  # which argument is which tensor,
     views: list[tuple[int, torch.dtype]] = []  # of which dtype instead of its own,
@@ -205,12 +218,11 @@ def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence
             descriptors.append((place, number, type(arg), {**vars(arg), "base": None}))
             continue
         places.append((place, number))
-        if arg.dtype != known[number].dtype and not takes_addresses:
+        if arg.dtype != known[number].dtype and not is_kernel:
             views.append((place, arg.dtype))
 
-    def step(tensors: Sequence[Any], addresses: Sequence[Any]) -> None:
+    def step(values: Sequence[Any]) -> None:
         args = template.copy()
-        values = addresses if takes_addresses else tensors
         for place, number in places:
             args[place] = values[number]
         for place, dtype in views:
@@ -218,7 +230,7 @@ def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any], Sequence
         for place, number, kind, fields in descriptors:
             args[place] = descriptor = object.__new__(kind)
             descriptor.__dict__.update(fields)
-            descriptor.base = _Address(addresses[number]) if takes_addresses else tensors[number]
+            descriptor.base = _Address(values[number]) if is_kernel else values[number]
         function(*args)
 
     return step
