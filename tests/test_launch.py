@@ -77,31 +77,6 @@ def test_the_drivers_out_of_memory_is_pytorchs():
         _launch.launch(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (1,))
 
 
-def test_a_pending_negation_takes_the_dispatcher_which_carries_it_out():
-    x = torch.randn(5, 7, dtype=torch.complex64).conj().imag
-    assert _library._is_watched((x,))
-    assert not _library._is_watched((x.resolve_neg(), None, torch.nn.Parameter(x.resolve_neg()), torch.float16))
-
-
-def test_gradients_of_several_backwards_at_once_take_the_dispatcher_too():
-    """They have no memory of their own, though nothing else tells them from tensors that have."""
-    watched = []
-
-    class Identity(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            watched.append(_library._is_watched((grad,)))
-            return grad
-
-    x = torch.randn(3, requires_grad=True)
-    torch.autograd.grad(Identity.apply(x), x, torch.eye(3), is_grads_batched=True)
-    assert watched == [True]
-
-
 @pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
 @pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
 def test_an_operation_gives_way_to_its_meaning(kernels, monkeypatch):

@@ -35,6 +35,10 @@ def launch(*args, by_address=False):
         _replay.note(kernel, *args)
 
 
+def run(function, args):
+    return _replay.run(function, args, _replay.kind_of(function, args))
+
+
 @pytest.fixture
 def function(monkeypatch):
     """Returns x * x * y * factor, None, zeros and y; counts how often it is asked to."""
@@ -57,7 +61,7 @@ def function(monkeypatch):
 
 
 def check(function, x, y, factor=2.0):
-    out, nothing, sums, same = _replay.run(function, (x, y, factor))
+    out, nothing, sums, same = run(function, (x, y, factor))
     assert torch.equal(out, x * x * y * factor)
     assert nothing is None and same is y
     assert sums.shape == (3,) and not sums.any()
@@ -75,13 +79,13 @@ def test_a_function_runs_once_for_arguments_of_a_kind(function):
 
 def test_one_that_runs_within_another_is_a_part_of_it(function):
     def twice(x, y, factor):
-        y, *_ = _replay.run(function, (x, y, 1.0))
-        out, *_ = _replay.run(function, (x, y, factor))
+        y, *_ = run(function, (x, y, 1.0))
+        out, *_ = run(function, (x, y, factor))
         return out
 
     for _ in range(3):
         x, y = two(4, 5)
-        assert torch.equal(_replay.run(twice, (x, y, 2.0)), x * x * (x * x * y) * 2.0)
+        assert torch.equal(run(twice, (x, y, 2.0)), x * x * (x * x * y) * 2.0)
     assert function.calls == 2
     assert len(_replay._replays) == 1
 
@@ -129,7 +133,7 @@ def test_a_function_that_returns_something_else_runs_every_time(result, function
 
     for _ in range(2):
         x, y = two(4, 5)
-        assert torch.equal(_replay.run(other, (x, y)), result(x * x * y * 2.0))
+        assert torch.equal(run(other, (x, y)), result(x * x * y * 2.0))
     assert function.calls == 2
 
 
@@ -153,7 +157,7 @@ def test_widened_copies_are_made_again(layout, shape, monkeypatch):
     kept = []
     for _ in range(3):
         x = operands()
-        out = _replay.run(widened, (x.t(),))
+        out = run(widened, (x.t(),))
         assert torch.equal(out[:, :cols], x) and not out[:, cols:].any()
         kept.append((x, out))  # so that the next ones lie elsewhere
     assert len(calls) == 1
@@ -204,7 +208,7 @@ def test_descriptors_get_the_new_tensor_and_keep_the_rest(is_kernel, monkeypatch
 
     tensors = two(4, 5)
     for x in tensors:
-        _replay.run(described, (x,))
+        run(described, (x,))
     assert seen == [(x.data_ptr(), [64, 128]) for x in tensors]
 
 
@@ -233,3 +237,41 @@ def test_threads_record_apart(function):
     for each in (slow, function):
         check(each, *two(4, 5))
     assert function.calls == 2
+
+
+def test_a_pending_negation_is_of_no_kind():
+    x = torch.randn(5, 7, dtype=torch.complex64).conj().imag
+    assert _replay.kind_of(print, (x,)) is None
+    plain = x.resolve_neg()
+    assert _replay.kind_of(print, (plain, None, torch.nn.Parameter(plain), torch.float16)) is not None
+
+
+def test_gradients_of_several_backwards_at_once_are_of_no_kind():
+    """They have no memory of their own, though nothing else tells them from tensors that have."""
+    of_no_kind = []
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            of_no_kind.append(_replay.kind_of(print, (grad,)) is None)
+            return grad
+
+    x = torch.randn(3, requires_grad=True)
+    torch.autograd.grad(Identity.apply(x), x, torch.eye(3), is_grads_batched=True)
+    assert of_no_kind == [True]
+
+
+def test_what_is_of_no_kind_is_called_and_not_kept(function):
+    class Other(torch.Tensor):
+        pass
+
+    x, y = two(4, 5)
+    assert _replay.kind_of(function, (x.as_subclass(Other), y, 2.0)) is None
+    for _ in range(2):
+        _replay.run(function, (x, y, 2.0), None)
+    assert function.calls == 2
+    assert not _replay._replays

@@ -303,15 +303,16 @@ class SwitchBackFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
-        with torch.no_grad():
-            grads = _gradients(ctx, grad_output, saved)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            grad_input, grad_weight, grad_bias = _gradients(ctx, grad_output, saved)
+        else:  # create_graph=True
+            with torch.no_grad():
+                grads = _gradients(ctx, grad_output, saved)
             needs_input, needs_weight, *_ = ctx.needs_input_grad
             # Stands for x, on which grad_weight depends, and of which there may be codes alone.
             x = torch.empty(0, requires_grad=needs_input and needs_weight)
             weight = saved[2]
-            grads = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
-        grad_input, grad_weight, grad_bias = grads
+            grad_input, grad_weight, grad_bias = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
         return grad_input, grad_weight, None, grad_bias, None, None, None, None
 
 
@@ -432,7 +433,7 @@ def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.d
     """a @ b in the operands' own dtype, accumulated in float32 and rounded once to out_dtype where PyTorch can."""
     if a.is_cuda and out_dtype != a.dtype and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32).to(out_dtype)
-    return (a @ b).to(out_dtype)
+    return torch.mm(a, b).to(out_dtype)
 
 
 def _bias_gradient(grad: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -76,7 +76,9 @@ class SwitchBackLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
-        weight, absmax = (self.weight_int8, self.weight_absmax) if self.is_prepared else (self.weight, None)
+        weight, absmax = self.weight, None
+        if weight is None:
+            weight, absmax = self.weight_int8, self.weight_absmax
         cache = None
         is_traced = not isinstance(input, torch.Tensor)  # but torch.fx's Proxy
         if self.config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):

@@ -12,8 +12,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from ._driver import Kernel, Launches
+
+Kind = tuple[tuple[Any, ...], list[int | None]]
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+guards = torch._C._dynamo.guards
 
 MOST_REPLAYS = 10_000  # a few a layer shape and batch size; forgotten all at once before they could grow without bound
 ALIGNMENT = 512  # bytes, what PyTorch's allocator aligns memory to
@@ -96,26 +103,41 @@ def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], cop
     copy[:, :inner].copy_(x.as_strided(shape, stride))
 
 
-def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def kind_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Kind | None:
+    """All that decides what a function launches, and where its tensors lie.
+
+    None if one of these is not the memory it stands for: a subclass, a pending negation, or gradients of several
+    backwards at once (``is_grads_batched``).
+    """
+    kind: list[Any] = [function]
+    addresses: list[int | None] = []
+    for arg in args:
+        if not isinstance(arg, Tensor):
+            kind.append(arg)
+            addresses.append(None)
+            continue
+        if (type(arg) is not Tensor and type(arg) is not Parameter) or arg.is_neg() or is_batched(arg):
+            return None
+        address = arg.data_ptr()
+        kind.append((arg.dtype, arg.get_device(), arg.shape, arg.stride(), address % 16))
+        addresses.append(address)
+    return tuple(kind), addresses
+
+
+def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) -> Any:
     """``function(*args)``, or the launches that it made for arguments of the same kind, and what it returns.
 
     Whatever it does to tensors it must do through ``launch``, :func:`zero` and :func:`widened`, by its arguments alone,
     or :func:`note`, of whole tensors; and say what it allocates (:func:`note_memory`, :func:`scratch`), which a replay
-    allocates before it begins and frees when it ends. The first argument is a tensor. Within another such function it
-    is a part of that. It is called every time, for arguments of this kind, if it copied one in another way, if two
-    began at one place, or if it returned anything but Nones and tensors that it was given or had allocated.
+    allocates before it begins and frees when it ends. The first argument is a tensor, on the current device. Within
+    another such function it is a part of that. It is called every time, for arguments of this kind, if it copied one in
+    another way, if two began at one place, or if it returned anything but Nones and tensors that it was given or had
+    allocated.
     """
-    if is_recording():
+    if kind is None or is_recording():
         return function(*args)
-    addresses = [arg.data_ptr() if isinstance(arg, torch.Tensor) else None for arg in args]
-    kind = (
-        function,
-        *[
-            arg if place is None else (arg.dtype, arg.get_device(), arg.shape, arg.stride(), place % 16)
-            for arg, place in zip(args, addresses, strict=True)
-        ],
-    )
-    replay = _replays.get(kind)
+    what, addresses = kind
+    replay = _replays.get(what)
     if replay is not None:
         return replay(args, addresses)
     with _recorded() as (calls, memory):
@@ -126,7 +148,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         replay = functools.partial(_call, function)
     if len(_replays) >= MOST_REPLAYS:
         _replays.clear()
-    _replays[kind] = replay
+    _replays[what] = replay
     return results
 
 
@@ -150,8 +172,9 @@ class _Replay:
         places = {tensor.data_ptr() for tensor in used if isinstance(tensor, torch.Tensor)}
         tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
         block = [tensor for tensor in memory if tensor.data_ptr() not in places]
-        self._tensors = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        self._offsets, self._bytes = _laid_out(block)
+        self._tensors = [_allocator(args[0].device, tensor.shape, tensor.dtype) for tensor in tensors]
+        self._offsets, size = _laid_out(block)
+        self._block = _allocator(args[0].device, (size,), torch.uint8) if size else None
         known = [*args, *tensors, *block]
         self._steps: list[tuple[bool, Callable[[Sequence[Any]], None]]] = []
         """Each takes addresses, of all that is known, or tensors; kernels that follow one another are one."""
@@ -165,20 +188,30 @@ class _Replay:
 
     def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
         """addresses: the arguments', to which those of the memory are added."""
-        like = args[0]
         tensors = list(args)
-        for shape, dtype in self._tensors:
-            tensor = like.new_empty(shape, dtype=dtype)
+        for allocate in self._tensors:
+            tensor = allocate()
             tensors.append(tensor)
             addresses.append(tensor.data_ptr())
-        if self._bytes:
-            block = like.new_empty((self._bytes,), dtype=torch.uint8)
+        if self._block is not None:
+            block = self._block()
             start = block.data_ptr()
             addresses += [start + offset for offset in self._offsets]
         for takes_addresses, step in self._steps:
             step(addresses if takes_addresses else tensors)
         results = [None if number is None else tensors[number] for number in self._results]
         return results[0] if self._is_single else tuple(results)
+
+
+def _allocator(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What allocates such a contiguous tensor on a device, which is the current one."""
+    if device.type == "cuda" and hasattr(
+        guards, "_empty_strided_cuda"
+    ):  # as torch.compile's code does: past the dispatcher
+        return functools.partial(
+            guards._empty_strided_cuda, tuple(shape), torch.empty(shape, device="meta").stride(), dtype
+        )
+    return functools.partial(torch.empty, shape, dtype=dtype, device=device)
 
 
 def _laid_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:

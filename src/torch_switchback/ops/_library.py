@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..kernels import _replay  # which does not import Triton
 
 LIBRARY = torch.library.Library("torch_switchback", "DEF")
-is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 not_compiled: dict[str, str] = {}
 """Why an operation's kernel cannot run in this process, by the operation's name: plain torch computes it instead."""
@@ -62,7 +60,8 @@ def define(
     dispatched = getattr(torch.ops.torch_switchback, name).default
 
     def direct(*args: Any) -> Any:
-        return cuda(*args) if _reaches_kernels(args) else dispatched(*args)
+        reaches_kernel = _may_reach_kernels(args[0]) and _replay.kind_of(dispatched, args) is not None
+        return cuda(*args) if reaches_kernel else dispatched(*args)
 
     return Operation(dispatched, direct)
 
@@ -72,9 +71,9 @@ def as_one(function: Callable[..., Any], *args: Any) -> Any:
 
     What it may do is what :func:`.kernels._replay.run` says. Operations one by one take the host twice as long.
     """
-    if not _reaches_kernels(args):
-        return function(*args)
-    return _on_its_device(args[0], _replay.run, function, args)
+    if _may_reach_kernels(args[0]) and (kind := _replay.kind_of(function, args)) is not None:
+        return _on_its_device(args[0], _replay.run, function, args, kind)
+    return function(*args)
 
 
 def _on_its_device(x: torch.Tensor, run: Callable[..., Any], *args: Any) -> Any:
@@ -86,22 +85,13 @@ def _on_its_device(x: torch.Tensor, run: Callable[..., Any], *args: Any) -> Any:
     return run(*args)
 
 
-def _reaches_kernels(args: tuple[Any, ...]) -> bool:
-    """Whether nothing stands between operations on these, the first a tensor, and their kernels."""
-    return not torch.compiler.is_compiling() and args[0].is_cuda and not _is_watched(args)
-
-
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether something stands between a call and its kernel: a subclass, a pending negation, a mode or a tracer.
-
-    Or gradients of several backwards at once (``is_grads_batched``), which have no memory of their own.
-    """
-    for arg in args:
-        if not isinstance(arg, torch.Tensor):
-            continue
-        if (type(arg) is not torch.Tensor and type(arg) is not nn.Parameter) or arg.is_neg() or is_batched(arg):
-            return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+def _may_reach_kernels(x: torch.Tensor) -> bool:
+    """Whether nothing but what x and its like are stands between an operation on them and its kernel."""
+    return x.is_cuda and not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +124,7 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
         if name in not_compiled:  # trying again would take seconds, at every call
             return meaning(*args)
         try:
-            return _replay.run(launch, args)
+            return _replay.run(launch, args, _replay.kind_of(launch, args))
         except CannotCompile as error:
             give_way(error)
             return meaning(*args)

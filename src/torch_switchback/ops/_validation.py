@@ -29,7 +29,7 @@ def check_2d(op: str, name: str, x: torch.Tensor) -> None:
 
 
 def check_shape(op: str, name: str, x: torch.Tensor, *shape: int) -> None:
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
 
 
@@ -44,6 +44,7 @@ def check_device(op: str, name: str, x: torch.Tensor) -> None:
 
 
 def check_same_device(op: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:
+    device = reference.device
     for name, other in others.items():
-        if other is not None and other.device != reference.device:
-            raise ValueError(f"{op}: {name} is on {other.device}, the input on {reference.device}")
+        if other is not None and other.device != device:
+            raise ValueError(f"{op}: {name} is on {other.device}, the input on {device}")
