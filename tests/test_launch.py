@@ -10,7 +10,7 @@ import triton
 from triton.compiler.errors import CompilationError
 
 from cases import assert_same
-from torch_switchback.kernels import _launch
+from torch_switchback.kernels import _launch, _replay
 from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _allocate_quantize, _quantize_rowwise_in_torch
 
@@ -91,10 +91,10 @@ def test_an_operation_gives_way_to_its_meaning(kernels, monkeypatch):
     x = torch.randn(5, 7)
     with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly"):
         run = _library._on_cuda("quantize_rowwise", kernels, _allocate_quantize, _quantize_rowwise_in_torch)
-        first = run(x)
+        first = run((x,), _replay.kind_of((x,)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = run(x)
+        second = run((x,), _replay.kind_of((x,)))
     for result in (first, second):
         for actual, expected in zip(result, quantize_rowwise(x), strict=True):
             assert_same(actual, expected)

@@ -51,7 +51,7 @@ def test_launches_are_made_again(name, monkeypatch):
 
     for _ in range(3):
         args, expected = new_arguments(), new_outputs()
-        outputs = _replay.run(counted, args, _replay.kind_of(counted, args))
+        outputs = _replay.run(counted, args, _replay.kind_of(args))
         launcher(*args, *expected)
         for actual, wanted in zip(outputs, expected, strict=True):
             assert_same(actual, wanted)

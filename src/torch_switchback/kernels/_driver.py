@@ -45,8 +45,8 @@ class Kernel:
 class Launches:
     """Kernels that are launched one after another, by a list of addresses.
 
-    By Triton while a hook watches launches, such as a profiler's, where the driver does not do it, and while another
-    thread has these launches in hand.
+    By Triton where the driver does not do it, while a hook watches launches, such as a profiler's, and while another
+    thread has these in hand.
     """
 
     def __init__(self, kernels: Sequence[Kernel]) -> None:
@@ -86,8 +86,8 @@ class Launches:
         given = [*addresses, torch._C._cuda_getCurrentRawStream(self._device)]
         if given != self._given:
             self._given = None
-            for launch in self._captured:
-                launch.give(given)
+            if any(launch.give(given) for launch in self._captured):
+                return 0
             self._given = given
         for launched, launch in enumerate(self._captured):
             if launch.enqueue(*launch.arguments):
@@ -122,10 +122,10 @@ class _Captured:
         seen = _Seen(marks)
         config, function, parameters = _read_launch(lambda: kernel(seen))
         numbers = {mark: number for number, mark in enumerate(marks)}
-        # The first word of each parameter, for a descriptor, too, begins with its address.
+        # A descriptor, too, begins with its address.
         found = [numbers.get(int.from_bytes(value[:8], "little")) for value in parameters]
         if set(found) - {None} != seen.numbers:
-            raise LookupError(f"of the addresses {sorted(seen.numbers)} {found} are in a launch's parameters")
+            raise LookupError(f"of the addresses {sorted(seen.numbers)} a launch's parameters have {found}")
         size = sum(_aligned(len(value)) for value in parameters)
         self._memory = ctypes.create_string_buffer(size + ALIGNMENT)
         pointers = (c_void_p * len(parameters))()
@@ -143,17 +143,17 @@ class _Captured:
         if kernel.overlaps:
             self._attribute = _Attribute(_Attribute.PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
             config.attributes, config.num_attributes = ctypes.addressof(self._attribute), 1
-        self._config, self._kernel = config, kernel
+        self._config = config
+        self._readdress = _cuda().cuTensorMapReplaceAddress
         self.enqueue = _cuda().cuLaunchKernelEx
         self.arguments = byref(config), function, pointers, None
 
-    def give(self, given: Sequence[int]) -> None:
-        """The addresses and, at the end, the stream of the next launches."""
+    def give(self, given: Sequence[int]) -> bool:
+        """The addresses and, at the end, the stream of the next launches. Returns whether it fails."""
         for place, number in self._addresses:
             place.value = given[number]
-        for place, number in self._descriptors:
-            _check("cuTensorMapReplaceAddress", place, c_void_p(given[number]))
         self._config.stream = given[-1]
+        return any(self._readdress(place, c_void_p(given[number])) for place, number in self._descriptors)
 
 
 def _aligned(size: int) -> int:

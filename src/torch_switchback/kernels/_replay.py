@@ -20,7 +20,8 @@ from ._driver import Kernel, Launches
 Kind = tuple[tuple[Any, ...], list[int | None]]
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor
-guards = torch._C._dynamo.guards
+# What torch.compile's code allocates by: past the dispatcher.
+empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 MOST_REPLAYS = 10_000  # a few a layer shape and batch size; forgotten all at once before they could grow without bound
 ALIGNMENT = 512  # bytes, what PyTorch's allocator aligns memory to
@@ -103,13 +104,13 @@ def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], cop
     copy[:, :inner].copy_(x.as_strided(shape, stride))
 
 
-def kind_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Kind | None:
-    """All that decides what a function launches, and where its tensors lie.
+def kind_of(args: tuple[Any, ...]) -> Kind | None:
+    """All of a function's arguments that decides what it launches, and where their tensors lie.
 
     None if one of these is not the memory it stands for: a subclass, a pending negation, or gradients of several
     backwards at once (``is_grads_batched``).
     """
-    kind: list[Any] = [function]
+    kind: list[Any] = []
     addresses: list[int | None] = []
     for arg in args:
         if not isinstance(arg, Tensor):
@@ -136,8 +137,8 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
     """
     if kind is None or is_recording():
         return function(*args)
-    what, addresses = kind
-    replay = _replays.get(what)
+    key, addresses = (function, kind[0]), kind[1]
+    replay = _replays.get(key)
     if replay is not None:
         return replay(args, addresses)
     with _recorded() as (calls, memory):
@@ -148,7 +149,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
         replay = functools.partial(_call, function)
     if len(_replays) >= MOST_REPLAYS:
         _replays.clear()
-    _replays[what] = replay
+    _replays[key] = replay
     return results
 
 
@@ -205,12 +206,9 @@ class _Replay:
 
 def _allocator(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
     """What allocates such a contiguous tensor on a device, which is the current one."""
-    if device.type == "cuda" and hasattr(
-        guards, "_empty_strided_cuda"
-    ):  # as torch.compile's code does: past the dispatcher
-        return functools.partial(
-            guards._empty_strided_cuda, tuple(shape), torch.empty(shape, device="meta").stride(), dtype
-        )
+    if device.type == "cuda" and empty_strided_cuda is not None:
+        strides = torch.empty(shape, device="meta").stride()
+        return functools.partial(empty_strided_cuda, tuple(shape), strides, dtype)
     return functools.partial(torch.empty, shape, dtype=dtype, device=device)
 
 

@@ -46,11 +46,14 @@ def define(
     meaning = torch.no_grad()(meaning)  # else autograd tracks, of a parameter, what plain torch does in place
     run: Callable[..., Any] | None = None
 
-    def cuda(*args: Any) -> Any:
+    def launched(args: tuple[Any, ...], kind: _replay.Kind | None) -> Any:
         nonlocal run
         if run is None:
             run = _on_cuda(name, kernels, allocate, meaning)
-        return _on_its_device(args[0], run, *args)
+        return _on_its_device(args[0], run, args, kind)
+
+    def cuda(*args: Any) -> Any:
+        return launched(args, _replay.kind_of(args))
 
     # needs_fixed_stride_order: the compiler must hand over the very strides that the program had.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -60,8 +63,9 @@ def define(
     dispatched = getattr(torch.ops.torch_switchback, name).default
 
     def direct(*args: Any) -> Any:
-        reaches_kernel = _may_reach_kernels(args[0]) and _replay.kind_of(dispatched, args) is not None
-        return cuda(*args) if reaches_kernel else dispatched(*args)
+        if _may_reach_kernels(args[0]) and (kind := _replay.kind_of(args)) is not None:
+            return launched(args, kind)
+        return dispatched(*args)
 
     return Operation(dispatched, direct)
 
@@ -71,7 +75,7 @@ def as_one(function: Callable[..., Any], *args: Any) -> Any:
 
     What it may do is what :func:`.kernels._replay.run` says. Operations one by one take the host twice as long.
     """
-    if _may_reach_kernels(args[0]) and (kind := _replay.kind_of(function, args)) is not None:
+    if _may_reach_kernels(args[0]) and (kind := _replay.kind_of(args)) is not None:
         return _on_its_device(args[0], _replay.run, function, args, kind)
     return function(*args)
 
@@ -111,7 +115,7 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
         from ..kernels._launch import CannotCompile
     except ImportError as error:
         give_way(error)
-        return meaning
+        return lambda args, kind: meaning(*args)
 
     def launch(*args: Any) -> Any:
         results = allocate(*args)
@@ -120,11 +124,11 @@ def _on_cuda(name: str, kernels: str, allocate: Callable[..., Any], meaning: Cal
         launcher(*args, *outputs)
         return results
 
-    def run(*args: Any) -> Any:
+    def run(args: tuple[Any, ...], kind: _replay.Kind | None) -> Any:
         if name in not_compiled:  # trying again would take seconds, at every call
             return meaning(*args)
         try:
-            return _replay.run(launch, args, _replay.kind_of(launch, args))
+            return _replay.run(launch, args, kind)
         except CannotCompile as error:
             give_way(error)
             return meaning(*args)
