@@ -1,6 +1,7 @@
 """Memory, size limits, CUDA graphs and devices: what only a GPU can show."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_cuda_graph_after_warm_up(config, monkeypatch):
         y = layer(x)
         return y, *torch.autograd.grad(y, (x, *layer.parameters()), grad)
 
+    gc.collect()  # a graph of an earlier test, freed within a capture, would end it
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -89,6 +91,7 @@ def test_graphed_callable(config):
     """PyTorch's remedy for layers that are too small for the host: a graph for the forward, one for the backward."""
     layer = make_layer(config, 256, 128, "cuda", torch.bfloat16)
     example = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gc.collect()  # as above
     graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (example,))
     for _ in range(2):
         x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)

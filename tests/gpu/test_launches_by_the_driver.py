@@ -1,5 +1,6 @@
 """Kernels that the CUDA driver launches again: as Triton's launches, in any thread and stream."""
 
+import gc
 import threading
 
 import pytest
@@ -83,6 +84,7 @@ def test_launched_for_the_second_time_within_a_capture():
     torch.mm(grad.t(), x)  # what cuBLAS sets up
     expected = step(layer, x, grad)
     assert [each._captured for each in launches()] == len(launches()) * [None]
+    gc.collect()  # a graph of an earlier test, freed within a capture, would end it
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

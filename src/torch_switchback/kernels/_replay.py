@@ -19,7 +19,6 @@ from ._driver import Kernel, Launches
 
 Kind = tuple[tuple[Any, ...], list[int | None]]
 
-is_batched = torch._C._functorch.is_legacy_batchedtensor
 # What torch.compile's code allocates by: past the dispatcher.
 empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
@@ -107,8 +106,8 @@ def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], cop
 def kind_of(args: tuple[Any, ...]) -> Kind | None:
     """All of a function's arguments that decides what it launches, and where their tensors lie.
 
-    None if one of these is not the memory it stands for: a subclass, a pending negation, or gradients of several
-    backwards at once (``is_grads_batched``).
+    None if one of these is not the memory it stands for, a subclass or a pending negation, or has none, as gradients of
+    several backwards at once (``is_grads_batched``).
     """
     kind: list[Any] = []
     addresses: list[int | None] = []
@@ -117,9 +116,12 @@ def kind_of(args: tuple[Any, ...]) -> Kind | None:
             kind.append(arg)
             addresses.append(None)
             continue
-        if (type(arg) is not Tensor and type(arg) is not Parameter) or arg.is_neg() or is_batched(arg):
+        if (type(arg) is not Tensor and type(arg) is not Parameter) or arg.is_neg():
             return None
-        address = arg.data_ptr()
+        try:
+            address = arg.data_ptr()
+        except RuntimeError:
+            return None
         kind.append((arg.dtype, arg.get_device(), arg.shape, arg.stride(), address % 16))
         addresses.append(address)
     return tuple(kind), addresses
