@@ -122,12 +122,23 @@ def levels(name: str, args: tuple[Any, ...], device: torch.device) -> Calls:
     }
     if device.type == "cpu":
         return calls
-    launcher = partial(
-        getattr(importlib.import_module(f"torch_switchback.kernels.{LAUNCHERS[name]}"), name), *args, *outputs
-    )
+    launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{LAUNCHERS[name]}"), name)
     with recorded_launches() as launches:
-        launcher()
-    return calls | {"its launcher, as at first": launcher} | launch_calls(launches)
+        launcher(*args, *outputs)
+    calls["its launcher, as at first"] = partial(launcher, *args, *outputs)
+    calls["its launches, made again"] = made_again(launcher, (*args, *outputs))
+    return calls | launch_calls(launches)
+
+
+def made_again(launcher: Callable[..., None], args: tuple[Any, ...]) -> Callable[[], object]:
+    """What a launcher launches, looked up by its arguments."""
+    from torch_switchback.kernels import _replay
+
+    def launched(*args: Any) -> tuple[()]:
+        launcher(*args)
+        return ()
+
+    return lambda: _replay.run(launched, args, _replay.kind_of(args))
 
 
 @contextmanager
