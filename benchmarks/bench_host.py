@@ -83,7 +83,8 @@ def layer_calls(name: str, shape: Shape, device: torch.device) -> Calls:
     }
     if name != "linear":
         y = layer(x)  # alive as long as the call: what the forward saved goes with it
-        calls["backward, without autograd's engine"] = lambda: y.grad_fn.apply(grad)
+        # As the engine calls it: with gradients enabled it would be a backward that may be differentiated again.
+        calls["backward, without autograd's engine"] = torch.no_grad()(lambda: y.grad_fn.apply(grad))
     return calls
 
 
