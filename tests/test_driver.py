@@ -1,6 +1,11 @@
 """When the CUDA driver launches kernels again by itself, and when Triton does. No GPU is needed."""
 
+import ctypes
+import shutil
+import subprocess
 import threading
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -178,34 +183,93 @@ def test_a_launch_whose_addresses_are_not_found_again_is_not_made(parameters, mo
         _driver._Captured(of_first, [_driver.FIRST_MARK, _driver.FIRST_MARK + 4096])
 
 
-def test_a_launch_is_given_addresses_where_the_first_had_marks(monkeypatch):
-    marks = [_driver.FIRST_MARK + number * _driver.MARKS_APART for number in range(3)]
-    replaced, error = [], 0
+class Launched(ctypes.Structure):
+    """``Launch`` in fake_cuda.c."""
 
-    def read(launch):
-        launch()
-        values = [marks[2].to_bytes(128, "little"), b"\x11" * 4, marks[0].to_bytes(8, "little")]
-        return _driver._LaunchConfig(5, 1, 1, 128), "function", values
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attribute", ctypes.c_uint),
+        ("value", ctypes.c_uint),
+        ("parameters", (ctypes.c_ubyte * 128) * 3),
+    ]
 
-    driver = SimpleNamespace(
-        cuLaunchKernelEx=print,
-        cuTensorMapReplaceAddress=lambda place, address: replaced.append((place.value, address.value)) or error,
-    )
-    monkeypatch.setattr(_driver, "_read_launch", read)
-    monkeypatch.setattr(_driver, "_cuda", lambda: driver)
-    of_two = _driver.Kernel(lambda addresses: (addresses[0], addresses[2]), overlaps=True)
-    captured = _driver._Captured(of_two, marks)
-    assert not captured.give([111, None, 222, 333])
-    config, function, pointers, extra = captured.arguments
-    config = config._obj
-    assert (config.grid_x, config.block_x, config.stream, config.num_attributes) == (5, 128, 333, 1)
-    assert (function, extra) == ("function", None)
-    assert replaced == [(pointers[0], 222)] and pointers[0] % 64 == 0
-    error = 201
-    assert captured.give([111, None, 222, 333])
-    value = _driver.ctypes.string_at
-    assert value(pointers[1], 4) == b"\x11" * 4
-    assert int.from_bytes(value(pointers[2], 8), "little") == 111
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """fake_cuda.c, as a C compiler reads the declarations of cuda.h."""
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not (include / "cuda.h").exists():
+        pytest.skip("needs a C compiler and Triton's cuda.h")
+    source, built = Path(__file__).with_name("fake_cuda.c"), tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
+    subprocess.run([compiler, "-shared", "-fPIC", f"-I{include}", source, "-o", built], check=True)
+    return built
+
+
+@pytest.fixture
+def cuda(library, tmp_path, monkeypatch):
+    """It, loaded anew."""
+    copy = shutil.copy(library, tmp_path)
+    cuda = ctypes.CDLL(str(copy))
+    monkeypatch.setattr(_driver, "_cuda", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "ExternalStream", int)
+    return cuda
+
+
+def number(cuda, name):
+    return ctypes.c_int.in_dll(cuda, name)
+
+
+MARKS = [_driver.FIRST_MARK + count * _driver.MARKS_APART for count in range(4)]
+
+
+def kernel_of(cuda, overlaps=False):
+    """It describes the third of its addresses and takes the first."""
+
+    def launch(addresses):
+        cuda.launch_as_triton(ctypes.c_void_p(addresses[2]), ctypes.c_ulonglong(addresses[0]), -9)
+
+    return _driver.Kernel(launch, overlaps)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_driver_gets_what_triton_gave_it_but_for_addresses_and_stream(overlaps, cuda):
+    captured = _driver._Captured(kernel_of(cuda, overlaps), MARKS)
+    assert number(cuda, "launches").value == 0
+    launched = Launched.in_dll(cuda, "launched")
+    for given in ([0x111, None, 0x222, None, 0x333], [0x444, None, 0x555, None, 0]):
+        assert not captured.give(given)
+        assert captured.enqueue(*captured.arguments) == 0
+        assert launched.function == 0xF0000
+        assert [*launched.grid, *launched.block, launched.shared_bytes] == [7, 5, 3, 128, 2, 1, 4096]
+        assert (launched.stream or 0) == given[-1]
+        assert (launched.attribute, launched.value) == ((6, 1) if overlaps else (0, 0))
+        descriptor, address, constant = (bytes(each) for each in launched.parameters)
+        assert descriptor == given[2].to_bytes(8, "little") + b"\x11" * 120
+        assert address[:8] == given[0].to_bytes(8, "little")
+        assert int.from_bytes(constant[:4], "little", signed=True) == -9
+    assert captured.arguments[2][0] % 64 == 0
+    assert number(cuda, "launches").value == 2
+
+
+def test_nothing_is_left_of_a_capture(cuda):
+    """Nor has it forbidden this thread anything."""
+    for operations, error in ((1, None), (2, "2 operations where one launch"), (0, "0 operations where one launch")):
+        number(cuda, "operations_a_launch").value = operations
+        with pytest.raises(RuntimeError, match=error) if error else nullcontext():
+            _driver._read_launch(lambda: kernel_of(cuda)(MARKS))
+        assert [number(cuda, name).value for name in ("streams", "graphs", "mode")] == [0, 0, 0]
+
+
+def test_a_descriptor_that_gets_no_address(cuda):
+    captured = _driver._Captured(kernel_of(cuda), MARKS)
+    number(cuda, "failing_readdress").value = 1
+    assert captured.give([1, 2, 3, 4, 5])
 
 
 def test_a_driver_that_is_not_there_knows_no_cuda(monkeypatch):

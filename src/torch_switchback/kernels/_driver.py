@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 SHOWS_PARAMETERS = 12_040  # the driver's CUDA from which on it says which parameters a kernel has
-RELAXED = 2  # a capture that forbids this thread nothing else (CU_STREAM_CAPTURE_MODE_RELAXED)
+RELAXED = 2  # a capture that forbids nothing, and a thread that none forbids anything (CU_STREAM_CAPTURE_MODE_RELAXED)
 NON_BLOCKING = 1  # a stream that waits for no other (CU_STREAM_NON_BLOCKING)
 DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap); its alignment is 64
 ALIGNMENT = 64
@@ -212,9 +212,10 @@ def _read_launch(launch: Callable[[], None]) -> tuple[_LaunchConfig, c_void_p, l
     Raises:
         RuntimeError: the driver refuses something, or it is not one launch.
     """
-    stream, graph = c_void_p(), c_void_p()
-    _check("cuStreamCreate", byref(stream), NON_BLOCKING)
+    stream, graph, mode = c_void_p(), c_void_p(), c_int(RELAXED)
+    _check("cuThreadExchangeStreamCaptureMode", byref(mode))  # or it would break captures of other threads
     try:
+        _check("cuStreamCreate", byref(stream), NON_BLOCKING)
         _check("cuStreamBeginCapture_v2", stream, RELAXED)
         try:
             with torch.cuda.stream(torch.cuda.ExternalStream(stream.value)):
@@ -233,7 +234,9 @@ def _read_launch(launch: Callable[[], None]) -> tuple[_LaunchConfig, c_void_p, l
     finally:
         if graph:
             _check("cuGraphDestroy", graph)
-        _check("cuStreamDestroy_v2", stream)
+        if stream:
+            _check("cuStreamDestroy_v2", stream)
+        _check("cuThreadExchangeStreamCaptureMode", byref(mode))
     config = _LaunchConfig(*(getattr(params, name) for name, *_ in _LaunchConfig._fields_[:7]))
     return config, function, parameters
 
