@@ -1,6 +1,7 @@
 """What a launch makes of what Triton raises, and an operation of a launch that cannot be. No GPU is needed."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import triton
 from triton.compiler.errors import CompilationError
 
 from cases import assert_same
-from torch_switchback.kernels import _launch, _replay
+from torch_switchback.kernels import _driver, _launch, _replay
 from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _allocate_quantize, _quantize_rowwise_in_torch
 
@@ -69,6 +70,43 @@ def test_a_kernel_that_is_wrong_is_not_tried_again():
 def test_what_fails_without_the_cache_too_is_no_fault_of_the_cache():
     with pytest.raises(_launch.CannotCompile, match="no C compiler"):
         _launch.launch(Kernel(RuntimeError("no C compiler"), RuntimeError("again")), (1,))
+
+
+METADATA = {"num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (METADATA, True),
+        ({}, True),  # ROCm's has less
+        (METADATA | {"num_ctas": 2}, False),
+        (METADATA | {"launch_cooperative_grid": True}, False),
+        (METADATA | {"global_scratch_size": 128}, False),
+        (METADATA | {"global_scratch_size": None}, True),
+        (METADATA | {"profile_scratch_size": 64}, False),
+    ],
+)
+def test_launches_that_are_more_than_parameters_and_a_grid_are_left_to_triton(metadata, expected, monkeypatch):
+    class Compiled:
+        def __init__(self):
+            self.metadata = SimpleNamespace(**metadata)
+
+        def __getitem__(self, grid):
+            return lambda *args: None
+
+    compiled, notes = Compiled(), []
+    monkeypatch.setattr(_launch, "_run", lambda *args: compiled)
+    monkeypatch.setattr(_launch, "is_recording", lambda: True)
+    monkeypatch.setattr(_launch, "note", lambda function, *args: notes.append((function, args)))
+    kernel = SimpleNamespace(arg_names=["x", "BLOCK"])
+    for options in ({}, {"launch_pdl": True}):
+        _launch.launch(kernel, (7,), 1, BLOCK=64, num_warps=4, **options)
+    for (function, args), overlaps in zip(notes, (False, True), strict=True):
+        assert args == (1, 64)
+        assert isinstance(function, _driver.Kernel) is expected
+        if expected:
+            assert function.overlaps is overlaps
 
 
 @pytest.mark.promise("out of memory in the middle of a forward")

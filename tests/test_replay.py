@@ -275,3 +275,23 @@ def test_what_is_of_no_kind_is_called_and_not_kept(function):
         _replay.run(function, (x, y, 2.0), None)
     assert function.calls == 2
     assert not _replay._replays
+
+
+def test_zeros_without_memory_are_of_no_kind():
+    """But a tensor without elements is of one."""
+    assert _replay.kind_of((torch._efficientzerotensor((3,)),)) is None
+    assert _replay.kind_of((torch.empty(0, 3),)) is not None
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_kernel_stays_one_that_overlaps(overlaps, monkeypatch):
+    monkeypatch.setattr(_replay, "_replays", {})
+
+    def launching(x):
+        _replay.note(Kernel(print, overlaps), x)
+        return x
+
+    run(launching, two(4, 5)[:1])
+    (replay,) = _replay._replays.values()
+    ((_, launches),) = replay._steps
+    assert [kernel.overlaps for kernel in launches._kernels] == [overlaps]

@@ -36,6 +36,7 @@ def compile_all(launches, architecture):
     assert compiled
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY[architecture]
+        assert _launch.can_be_read(kernel)
     return compiled
 
 

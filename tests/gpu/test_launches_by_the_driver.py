@@ -62,6 +62,19 @@ def test_they_compute_what_tritons_do(in_features, out_features, config):
         assert len(each._captured) == len(each._kernels)
 
 
+def test_triton_is_not_asked_again(monkeypatch):
+    """As it would be by a driver that refuses to launch, with the same results."""
+    layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        step(layer, *new_arguments(layer))
+
+    def ask(kernel, *args):
+        raise AssertionError("launched by Triton")
+
+    monkeypatch.setattr(_driver.Kernel, "__call__", ask)
+    step(layer, *new_arguments(layer))
+
+
 def test_they_go_to_the_current_stream():
     layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     x, grad = new_arguments(layer)

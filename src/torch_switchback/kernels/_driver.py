@@ -9,6 +9,7 @@ Structures and functions are those of the CUDA driver API (cuda.h); their fields
 """
 
 import ctypes
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ import torch
 SHOWS_PARAMETERS = 12_040  # the driver's CUDA from which on it says which parameters a kernel has
 RELAXED = 2  # a capture that forbids nothing, and a thread that none forbids anything (CU_STREAM_CAPTURE_MODE_RELAXED)
 NON_BLOCKING = 1  # a stream that waits for no other (CU_STREAM_NON_BLOCKING)
-DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap); its alignment is 64
-ALIGNMENT = 64
+DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap)
+ALIGNMENT = 128  # its
+ATTEMPTS = 3  # to read launches, as another thread may be in the way
 
 # Addresses that are none: multiples of what any kernel may ask an address to be one of, and nothing else's value.
 FIRST_MARK, MARKS_APART = 0x5B1D_0000_0000, 4096
@@ -58,6 +60,7 @@ class Launches:
         self._is_free = threading.Lock()
         self._device = -1
         self._captured: list[_Captured] | None = None
+        self._failures = 0
         self._given: list[Any] | None = None  # the addresses and the stream that the captured launches now have
 
     def __call__(self, addresses: Sequence[Any]) -> None:
@@ -80,7 +83,7 @@ class Launches:
             if _cuda() is None or torch.cuda.is_current_stream_capturing():  # no time for another capture
                 return 0
             self._device = torch.cuda.current_device()
-            self._captured = _capture(self._kernels, len(addresses))
+            self._read(len(addresses))
         if not self._captured:
             return 0
         given = [*addresses, torch._C._cuda_getCurrentRawStream(self._device)]
@@ -94,15 +97,16 @@ class Launches:
                 return launched
         return len(self._captured)
 
-
-def _capture(kernels: Sequence[Kernel], count: int) -> list["_Captured"]:
-    """Launches of kernels that take so many addresses; none if they cannot be read."""
-    marks = [FIRST_MARK + number * MARKS_APART for number in range(count)]
-    try:
-        return [_Captured(kernel, marks) for kernel in kernels]
-    except Exception as error:  # whatever a Triton or a driver to come does in another way: it is slower, and no worse
-        _warn_of_slow_launches(str(error))
-        return []
+    def _read(self, count: int) -> None:
+        """Capture the launches, which take so many addresses; give up, and say so, if that fails again and again."""
+        marks = [FIRST_MARK + number * MARKS_APART for number in range(count)]
+        try:
+            self._captured = [_Captured(kernel, marks) for kernel in self._kernels]
+        except Exception as error:  # whatever another thread does, or a Triton or a driver to come in another way
+            self._failures += 1
+            if self._failures == ATTEMPTS:
+                _warn_of_slow_launches(str(error))
+                self._captured = []
 
 
 @cache
@@ -111,7 +115,7 @@ def _warn_of_slow_launches(why: str) -> None:
 
 
 class _Captured:
-    """One kernel's launch."""
+    """One kernel's launch. What keeps the kernel loaded is who holds the Kernel."""
 
     def __init__(self, kernel: Kernel, marks: Sequence[int]) -> None:
         """
@@ -130,13 +134,13 @@ class _Captured:
         self._memory = ctypes.create_string_buffer(size + ALIGNMENT)
         pointers = (c_void_p * len(parameters))()
         self._addresses: list[tuple[ctypes.c_uint64, int]] = []
-        self._descriptors: list[tuple[c_void_p, int]] = []
+        self._descriptors: list[tuple[int, int]] = []
         place = _aligned(ctypes.addressof(self._memory))
         for parameter, (value, number) in enumerate(zip(parameters, found, strict=True)):
             ctypes.memmove(place, value, len(value))
             pointers[parameter] = place
             if number is not None and len(value) == DESCRIPTOR_BYTES:
-                self._descriptors.append((c_void_p(place), number))
+                self._descriptors.append((place, number))
             elif number is not None:
                 self._addresses.append((ctypes.c_uint64.from_address(place), number))
             place += _aligned(len(value))
@@ -144,7 +148,7 @@ class _Captured:
             self._attribute = _Attribute(_Attribute.PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
             config.attributes, config.num_attributes = ctypes.addressof(self._attribute), 1
         self._config = config
-        self._readdress = _cuda().cuTensorMapReplaceAddress
+        self._readdress = _WithoutPause(("cuTensorMapReplaceAddress", _cuda()))
         self.enqueue = _cuda().cuLaunchKernelEx
         self.arguments = byref(config), function, pointers, None
 
@@ -153,7 +157,7 @@ class _Captured:
         for place, number in self._addresses:
             place.value = given[number]
         self._config.stream = given[-1]
-        return any(self._readdress(place, c_void_p(given[number])) for place, number in self._descriptors)
+        return any(self._readdress(place, given[number]) for place, number in self._descriptors)
 
 
 def _aligned(size: int) -> int:
@@ -170,6 +174,10 @@ class _Seen(list[int]):
     def __getitem__(self, number: Any) -> Any:
         self.numbers.add(number)
         return super().__getitem__(number)
+
+
+_WithoutPause = ctypes.PYFUNCTYPE(c_int, c_void_p, c_void_p)
+"""A function so short that other Python threads need not run meanwhile: to wait for them would take longer."""
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -262,8 +270,10 @@ def _check(name: str, *args: Any) -> None:
 
 @cache
 def _cuda() -> Any:
-    """The CUDA driver's functions, or None if it is missing, too old, or another maker's."""
-    if torch.version.hip or not torch.cuda.is_available() or cuda_of_the_driver() < SHOWS_PARAMETERS:
+    """The CUDA driver's functions, or None if it is missing, too old, another maker's, or not wanted."""
+    if os.environ.get("TORCH_SWITCHBACK_DRIVER") == "0" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    if cuda_of_the_driver() < SHOWS_PARAMETERS:
         return None
     return ctypes.CDLL("libcuda.so.1")
 

@@ -39,12 +39,13 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     elif is_recording():
         constants = [options[name] for name in kernel.arg_names[len(args) :]]
         again = compiled[grid]
-        note(again if _uses_scratch(compiled) else Kernel(again, options.get("launch_pdl", False)), *args, *constants)
+        note(Kernel(again, options.get("launch_pdl", False)) if can_be_read(compiled) else again, *args, *constants)
 
 
-def _uses_scratch(compiled: Any) -> bool:
-    """Whether Triton allocates memory for each of its launches, which therefore only Triton can make."""
-    return any(getattr(compiled.metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
+def can_be_read(compiled: Any) -> bool:
+    """Whether a launch is its parameters and its grid: no cluster, and no memory that Triton allocates each time."""
+    usual = {"num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+    return all((getattr(compiled.metadata, name, value) or value) == value for name, value in usual.items())
 
 
 def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Any:

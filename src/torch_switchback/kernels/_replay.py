@@ -106,8 +106,8 @@ def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], cop
 def kind_of(args: tuple[Any, ...]) -> Kind | None:
     """All of a function's arguments that decides what it launches, and where their tensors lie.
 
-    None if one of these is not the memory it stands for, a subclass or a pending negation, or has none, as gradients of
-    several backwards at once (``is_grads_batched``).
+    None if one of these is not the memory it stands for, a subclass or a pending negation, or has none, as PyTorch's
+    zeros without memory and the gradients of several backwards at once (``is_grads_batched``).
     """
     kind: list[Any] = []
     addresses: list[int | None] = []
@@ -121,6 +121,8 @@ def kind_of(args: tuple[Any, ...]) -> Kind | None:
         try:
             address = arg.data_ptr()
         except RuntimeError:
+            return None
+        if not address and arg.numel():
             return None
         kind.append((arg.dtype, arg.get_device(), arg.shape, arg.stride(), address % 16))
         addresses.append(address)

@@ -83,7 +83,7 @@ def as_one(function: Callable[..., Any], *args: Any) -> Any:
 def _on_its_device(x: torch.Tensor, run: Callable[..., Any], *args: Any) -> Any:
     """``run(*args)`` with x's device as the current one."""
     device = x.get_device()
-    if device != torch.accelerator.current_device_index():
+    if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(*args)
     return run(*args)
