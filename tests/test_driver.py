@@ -164,15 +164,21 @@ def test_without_a_driver_that_does_it_triton_launches(monkeypatch):
     assert log == [[10], [11]]
 
 
-def test_not_wanted(monkeypatch):
+def test_why_triton_launches(monkeypatch):
+    monkeypatch.setattr(_driver.ctypes, "CDLL", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(_driver, "cuda_of_the_driver", lambda: 13_000)
-    monkeypatch.setattr(_driver.ctypes, "CDLL", lambda name: name)
+    monkeypatch.setattr(_driver, "cuda_of_the_driver", lambda: 12_040)
     driver = _driver._cuda.__wrapped__  # past its cache
-    assert driver() == "libcuda.so.1"
+    assert (_driver.why_triton_launches(), driver()) == ("", "libcuda.so.1")
+    monkeypatch.setattr(_driver, "cuda_of_the_driver", lambda: 12_030)
+    assert (_driver.why_triton_launches(), driver()) == ("a driver before CUDA 12.4", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (_driver.why_triton_launches(), driver()) == ("no GPU", None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert (_driver.why_triton_launches(), driver()) == ("ROCm", None)
     monkeypatch.setenv("TORCH_SWITCHBACK_DRIVER", "0")
-    assert driver() is None
+    assert (_driver.why_triton_launches(), driver()) == ("TORCH_SWITCHBACK_DRIVER=0", None)
 
 
 def test_reading_launches_is_tried_again(gpu, launches):

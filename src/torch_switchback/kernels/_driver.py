@@ -270,12 +270,21 @@ def _check(name: str, *args: Any) -> None:
 
 @cache
 def _cuda() -> Any:
-    """The CUDA driver's functions, or None if it is missing, too old, another maker's, or not wanted."""
-    if os.environ.get("TORCH_SWITCHBACK_DRIVER") == "0" or torch.version.hip or not torch.cuda.is_available():
-        return None
+    """The CUDA driver's functions, or None if Triton makes all launches."""
+    return None if why_triton_launches() else ctypes.CDLL("libcuda.so.1")
+
+
+def why_triton_launches() -> str:
+    """Why Triton makes all launches, or "" if the driver repeats them."""
+    if os.environ.get("TORCH_SWITCHBACK_DRIVER") == "0":
+        return "TORCH_SWITCHBACK_DRIVER=0"
+    if torch.version.hip:
+        return "ROCm"
+    if not torch.cuda.is_available():
+        return "no GPU"
     if cuda_of_the_driver() < SHOWS_PARAMETERS:
-        return None
-    return ctypes.CDLL("libcuda.so.1")
+        return "a driver before CUDA 12.4"
+    return ""
 
 
 def cuda_of_the_driver() -> int:
