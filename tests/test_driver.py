@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 import triton
 
 from torch_switchback.kernels import _driver

@@ -8,7 +8,7 @@ import torch
 from triton import knobs
 
 import torch_switchback as ts
-from test_nn import STRATEGIES, make_layer
+from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback.kernels import _driver, _replay
 
 pytestmark = pytest.mark.skipif(_driver._cuda() is None, reason="the driver does not say what parameters kernels have")
@@ -30,16 +30,11 @@ def new_arguments(layer, tokens=1024):
     return x, torch.randn(tokens, layer.out_features, device="cuda", dtype=layer.weight.dtype)
 
 
-def step(layer, x, grad):
-    y = layer(x)
-    return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad)]
-
-
 def by_triton(layer, x, grad):
     """Launched for the first time, which is never the driver's."""
     replays, _replay._replays = _replay._replays, {}
     try:
-        return step(layer, x, grad)
+        return gradients(layer, x, grad)
     finally:
         _replay._replays = replays
 
@@ -56,7 +51,7 @@ def test_they_compute_what_tritons_do(in_features, out_features, config):
     layer = make_layer(config, in_features, out_features, "cuda", torch.bfloat16)
     kept = [new_arguments(layer) for _ in range(3)]
     for x, grad in [*kept, *kept[-1:], *kept]:
-        assert_equal(step(layer, x, grad), by_triton(layer, x, grad))
+        assert_equal(gradients(layer, x, grad), by_triton(layer, x, grad))
     assert launches()
     for each in launches():
         assert len(each._captured) == len(each._kernels)
@@ -66,13 +61,13 @@ def test_triton_is_not_asked_again(monkeypatch):
     """As it would be by a driver that refuses to launch, with the same results."""
     layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     for _ in range(2):
-        step(layer, *new_arguments(layer))
+        gradients(layer, *new_arguments(layer))
 
     def ask(kernel, *args):
         raise AssertionError("launched by Triton")
 
     monkeypatch.setattr(_driver.Kernel, "__call__", ask)
-    step(layer, *new_arguments(layer))
+    gradients(layer, *new_arguments(layer))
 
 
 def test_they_go_to_the_current_stream():
@@ -83,7 +78,7 @@ def test_they_go_to_the_current_stream():
     torch.cuda.synchronize()
     for stream in [*streams, *streams]:
         with torch.cuda.stream(stream):
-            y = step(layer, x, grad)
+            y = gradients(layer, x, grad)
         assert all(each._given is None or each._given[-1] == stream.cuda_stream for each in launches())
         stream.synchronize()
         assert_equal(y, expected)
@@ -95,25 +90,25 @@ def test_launched_for_the_second_time_within_a_capture():
     layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     x, grad = new_arguments(layer)
     torch.mm(grad.t(), x)  # what cuBLAS sets up
-    expected = step(layer, x, grad)
+    expected = gradients(layer, x, grad)
     assert [each._captured for each in launches()] == len(launches()) * [None]
     gc.collect()  # a graph of an earlier test, freed within a capture, would end it
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(layer, x, grad)
+        captured = gradients(layer, x, grad)
     assert [each._captured for each in launches()] == len(launches()) * [None]
     graph.replay()
     assert_equal(captured, expected)
-    assert_equal(step(layer, x, grad), expected)
+    assert_equal(gradients(layer, x, grad), expected)
     assert all(each._captured for each in launches())
 
 
 def test_hooks_see_them():
     layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     x, grad = new_arguments(layer)
-    step(layer, x, grad)
-    expected, names = step(layer, x, grad), []
+    gradients(layer, x, grad)
+    expected, names = gradients(layer, x, grad), []
 
     def note(metadata):
         names.append(metadata.get()["name"])
@@ -121,7 +116,7 @@ def test_hooks_see_them():
     with knobs.runtime.scope():
         knobs.runtime.launch_enter_hook.add(note)
         try:
-            actual = step(layer, x, grad)
+            actual = gradients(layer, x, grad)
         finally:
             knobs.runtime.launch_enter_hook.remove(note)
     assert_equal(actual, expected)
@@ -133,15 +128,15 @@ def test_many_threads_at_once():
     layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     arguments = [new_arguments(layer) for _ in range(6)]
     expected = [by_triton(layer, *each) for each in arguments]
-    step(layer, *arguments[0])
-    step(layer, *arguments[0])
+    gradients(layer, *arguments[0])
+    gradients(layer, *arguments[0])
     torch.cuda.synchronize()
     failures = []
 
     def repeat(number):
         try:
             for _ in range(200):
-                assert_equal(step(layer, *arguments[number]), expected[number])
+                assert_equal(gradients(layer, *arguments[number]), expected[number])
         except Exception as error:
             failures.append(error)
 

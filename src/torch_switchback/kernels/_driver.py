@@ -53,10 +53,7 @@ class Launches:
 
     def __init__(self, kernels: Sequence[Kernel]) -> None:
         """kernels: each takes the list."""
-        import triton
-
         self._kernels = kernels
-        self._hooks = triton.knobs.runtime
         self._is_free = threading.Lock()
         self._device = -1
         self._captured: list[_Captured] | None = None
@@ -65,7 +62,7 @@ class Launches:
 
     def __call__(self, addresses: Sequence[Any]) -> None:
         launched = 0
-        if not self._is_hooked() and self._is_free.acquire(blocking=False):
+        if _cuda() is not None and not _is_hooked() and self._is_free.acquire(blocking=False):
             try:
                 launched = self._launch(addresses)
             finally:
@@ -73,14 +70,10 @@ class Launches:
         for kernel in self._kernels[launched:]:  # Triton may succeed where the driver did not, or says why it does not
             kernel(addresses)
 
-    def _is_hooked(self) -> bool:
-        enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook  # each a chain, a function or None
-        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
     def _launch(self, addresses: Sequence[Any]) -> int:
         """How many of the kernels the driver has launched."""
         if self._captured is None:
-            if _cuda() is None or torch.cuda.is_current_stream_capturing():  # no time for another capture
+            if torch.cuda.is_current_stream_capturing():  # no time for another capture
                 return 0
             self._device = torch.cuda.current_device()
             self._read(len(addresses))
@@ -109,6 +102,20 @@ class Launches:
                 self._captured = []
 
 
+def _is_hooked() -> bool:
+    """Whether Triton has anyone to tell of launches."""
+    enter, leave = _runtime().launch_enter_hook, _runtime().launch_exit_hook  # each a chain, a function or None
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@cache
+def _runtime() -> Any:
+    """Triton's settings; this module does without Triton until there is something to launch."""
+    import triton
+
+    return triton.knobs.runtime
+
+
 @cache
 def _warn_of_slow_launches(why: str) -> None:
     warnings.warn(f"torch_switchback launches kernels through Triton, which takes the host longer: {why}", stacklevel=6)
@@ -130,12 +137,12 @@ class _Captured:
         found = [numbers.get(int.from_bytes(value[:8], "little")) for value in parameters]
         if set(found) - {None} != seen.numbers:
             raise LookupError(f"of the addresses {sorted(seen.numbers)} a launch's parameters have {found}")
-        size = sum(_aligned(len(value)) for value in parameters)
+        size = sum(aligned(len(value), ALIGNMENT) for value in parameters)
         self._memory = ctypes.create_string_buffer(size + ALIGNMENT)
         pointers = (c_void_p * len(parameters))()
         self._addresses: list[tuple[ctypes.c_uint64, int]] = []
         self._descriptors: list[tuple[int, int]] = []
-        place = _aligned(ctypes.addressof(self._memory))
+        place = aligned(ctypes.addressof(self._memory), ALIGNMENT)
         for parameter, (value, number) in enumerate(zip(parameters, found, strict=True)):
             ctypes.memmove(place, value, len(value))
             pointers[parameter] = place
@@ -143,7 +150,7 @@ class _Captured:
                 self._descriptors.append((place, number))
             elif number is not None:
                 self._addresses.append((ctypes.c_uint64.from_address(place), number))
-            place += _aligned(len(value))
+            place += aligned(len(value), ALIGNMENT)
         if kernel.overlaps:
             self._attribute = _Attribute(_Attribute.PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
             config.attributes, config.num_attributes = ctypes.addressof(self._attribute), 1
@@ -160,8 +167,9 @@ class _Captured:
         return any(self._readdress(place, given[number]) for place, number in self._descriptors)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def aligned(n: int, alignment: int) -> int:
+    """The least multiple of alignment that is not below n."""
+    return -(-n // alignment) * alignment
 
 
 class _Seen(list[int]):
@@ -180,11 +188,14 @@ _WithoutPause = ctypes.PYFUNCTYPE(c_int, c_void_p, c_void_p)
 """A function so short that other Python threads need not run meanwhile: to wait for them would take longer."""
 
 
+_EXTENT = [(name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")]
+
+
 class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig"""
 
     _fields_ = [
-        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
+        *_EXTENT,
         ("stream", c_void_p),
         ("attributes", c_void_p),
         ("num_attributes", c_uint),
@@ -203,7 +214,7 @@ class _KernelNodeParams(ctypes.Structure):
 
     _fields_ = [
         ("function", c_void_p),
-        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
+        *_EXTENT,
         ("parameters", ctypes.POINTER(c_void_p)),
         ("extra", c_void_p),
         ("kernel", c_void_p),
@@ -245,7 +256,7 @@ def _read_launch(launch: Callable[[], None]) -> tuple[_LaunchConfig, c_void_p, l
         if stream:
             _check("cuStreamDestroy_v2", stream)
         _check("cuThreadExchangeStreamCaptureMode", byref(mode))
-    config = _LaunchConfig(*(getattr(params, name) for name, *_ in _LaunchConfig._fields_[:7]))
+    config = _LaunchConfig(*(getattr(params, name) for name, _ in _EXTENT))
     return config, function, parameters
 
 

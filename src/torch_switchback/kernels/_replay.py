@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._driver import Kernel, Launches
+from ._driver import Kernel, Launches, aligned
 
 Kind = tuple[tuple[Any, ...], list[int | None]]
 
@@ -40,7 +40,7 @@ class _Recording(threading.local):
     """What has been called and allocated in this thread so far, if it is recorded."""
 
     calls: list[Call] | None = None
-    memory: list[torch.Tensor]
+    memory: list[Tensor]
 
 
 _recording = _Recording()
@@ -48,10 +48,10 @@ _replays: dict[tuple[Any, ...], Callable[[tuple[Any, ...], list[int | None]], An
 
 
 @contextmanager
-def _recorded() -> Iterator[tuple[list[Call], list[torch.Tensor]]]:
+def _recorded() -> Iterator[tuple[list[Call], list[Tensor]]]:
     """What is called and allocated in this thread from here on."""
     calls: list[Call] = []
-    memory: list[torch.Tensor] = []
+    memory: list[Tensor] = []
     _recording.calls, _recording.memory = calls, memory
     try:
         yield calls, memory
@@ -69,25 +69,25 @@ def note(function: Callable[..., object], *args: Any) -> None:
         _recording.calls.append(Call(function, args))
 
 
-def note_memory(*tensors: torch.Tensor) -> None:
+def note_memory(*tensors: Tensor) -> None:
     """These have been allocated, contiguous: to be allocated again."""
     if _recording.calls is not None:
         _recording.memory.extend(tensors)
 
 
-def zero(tensor: torch.Tensor) -> None:
+def zero(tensor: Tensor) -> None:
     tensor.zero_()
-    note(torch.Tensor.zero_, tensor)
+    note(Tensor.zero_, tensor)
 
 
-def scratch(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory [shape] on another tensor's device, for what one launch leaves to the next."""
     tensor = like.new_empty(shape, dtype=dtype)
     note_memory(tensor)
     return tensor
 
 
-def widened(x: torch.Tensor, cols: int) -> torch.Tensor:
+def widened(x: Tensor, cols: int) -> Tensor:
     """A contiguous copy of x [rows, at most cols] with zeros behind each row: [rows, cols]."""
     copy = scratch(x, x.shape[0], cols, dtype=x.dtype)
     _copy_rows(x, x.shape, x.stride(), copy)
@@ -95,7 +95,7 @@ def widened(x: torch.Tensor, cols: int) -> torch.Tensor:
     return copy
 
 
-def _copy_rows(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], copy: torch.Tensor) -> None:
+def _copy_rows(x: Tensor, shape: Sequence[int], stride: Sequence[int], copy: Tensor) -> None:
     """Of an x that begins where it did, but may be another view when this is called again."""
     inner = shape[1]
     if inner < copy.shape[1]:
@@ -170,11 +170,11 @@ class _Replay:
         LookupError: it cannot be told which of the tensors a call had, or what a result is.
     """
 
-    def __init__(self, args: tuple[Any, ...], calls: list[Call], memory: list[torch.Tensor], results: Any) -> None:
-        self._is_single = isinstance(results, torch.Tensor)
+    def __init__(self, args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], results: Any) -> None:
+        self._is_single = isinstance(results, Tensor)
         results = (results,) if self._is_single else results
         used = [*results, *[_base(arg) for call in calls if not call.is_kernel for arg in call.args]]
-        places = {tensor.data_ptr() for tensor in used if isinstance(tensor, torch.Tensor)}
+        places = {tensor.data_ptr() for tensor in used if isinstance(tensor, Tensor)}
         tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
         block = [tensor for tensor in memory if tensor.data_ptr() not in places]
         self._tensors = [_allocator(args[0].device, tensor.shape, tensor.dtype) for tensor in tensors]
@@ -216,12 +216,12 @@ def _allocator(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -
     return functools.partial(torch.empty, shape, dtype=dtype, device=device)
 
 
-def _laid_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+def _laid_out(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     """Where each is in one block of memory, and the bytes of the block."""
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        end += aligned(tensor.nbytes, ALIGNMENT)
     return offsets, end
 
 
@@ -246,7 +246,7 @@ def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
     descriptors: list[tuple[int, int, Any, dict[str, Any]]] = []  # which is the descriptor of which, and of what kind
     for place, arg in enumerate(call.args):
         tensor = _base(arg)
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             continue
         template[place], number = None, _number(tensor, known)
         if tensor is not arg:
@@ -271,20 +271,20 @@ def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
     return step
 
 
-def _number(tensor: torch.Tensor, known: Sequence[Any]) -> int:
+def _number(tensor: Tensor, known: Sequence[Any]) -> int:
     """Which of the known this is, or is a view of from its beginning on.
 
     Raises:
         LookupError: none, or there are several.
     """
     place = tensor.data_ptr()
-    there = [number for number, one in enumerate(known) if isinstance(one, torch.Tensor) and one.data_ptr() == place]
+    there = [number for number, one in enumerate(known) if isinstance(one, Tensor) and one.data_ptr() == place]
     if len(there) != 1:
         raise LookupError(f"{len(there)} tensors begin at {place}")
     return there[0]
 
 
-def _index(tensor: torch.Tensor, known: Sequence[Any]) -> int:
+def _index(tensor: Tensor, known: Sequence[Any]) -> int:
     """Which of the known this very one is.
 
     Raises:
