@@ -1,5 +1,5 @@
-/* The functions of the CUDA driver that kernels/_driver.py calls, by the declarations of cuda.h, and a launch as
-   Triton's: of one kernel, whose parameters are a descriptor, an address and a number. Instead of running it is noted. */
+/* The functions of the CUDA driver that kernels/_driver.py and _repeat.c call, by the declarations of cuda.h, and a
+   launch as Triton's: of one kernel, whose parameters are a descriptor, an address and a number. It is noted, not run. */
 
 #include <string.h>
 
@@ -16,10 +16,11 @@ typedef struct {
     unsigned char parameters[PARAMETERS][sizeof(CUtensorMap)];
 } Launch;
 
-/* What the test reads: the last launch that was no capture's, how many there were, and what is alive. */
-Launch launched;
-int launches, streams, graphs, mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
-int operations_a_launch = 1, failing_readdress;
+/* What the test reads: launches that were no capture's, how often a descriptor got an address, and what is alive. */
+Launch launched[8];
+int launches, readdressed, streams, graphs, mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+/* What it sets: the number of the launch that fails, and whether descriptors get no address. */
+int operations_a_launch = 1, failing_launch = -1, failing_readdress;
 
 static Launch captured;
 static int capturing, nodes;
@@ -90,12 +91,14 @@ CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t *offset, s
 
 CUresult cuTensorMapReplaceAddress(CUtensorMap *map, void *address) {
     if (failing_readdress) return CUDA_ERROR_INVALID_CONTEXT;
+    readdressed++;
     memcpy(map, &address, sizeof(address));
     return CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
-    Launch *launch = capturing ? &captured : &launched;
+    if (!capturing && launches == failing_launch) return CUDA_ERROR_INVALID_CONTEXT;
+    Launch *launch = capturing ? &captured : &launched[launches % 8];
     memset(launch, 0, sizeof(*launch));
     launch->function = function;
     launch->grid[0] = config->gridDimX, launch->grid[1] = config->gridDimY, launch->grid[2] = config->gridDimZ;

@@ -11,7 +11,7 @@ import triton
 from triton.compiler.errors import CompilationError
 
 from cases import assert_same
-from torch_switchback.kernels import _driver, _launch, _replay
+from torch_switchback.kernels import _launch, _repeat, _replay
 from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _allocate_quantize, _quantize_rowwise_in_torch
 
@@ -104,7 +104,7 @@ def test_launches_that_are_more_than_parameters_and_a_grid_are_left_to_triton(me
         _launch.launch(kernel, (7,), 1, BLOCK=64, num_warps=4, **options)
     for (function, args), overlaps in zip(notes, (False, True), strict=True):
         assert args == (1, 64)
-        assert isinstance(function, _driver.Kernel) is expected
+        assert isinstance(function, _repeat.Kernel) is expected
         if expected:
             assert function.overlaps is overlaps
 

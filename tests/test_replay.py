@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from torch_switchback.kernels import _replay
-from torch_switchback.kernels._driver import Kernel
+from torch_switchback.kernels._repeat import Kernel
 
 
 def kernel(x, y, factor, out):
@@ -293,5 +293,4 @@ def test_a_kernel_stays_one_that_overlaps(overlaps, monkeypatch):
 
     run(launching, two(4, 5)[:1])
     (replay,) = _replay._replays.values()
-    ((_, launches),) = replay._steps
-    assert [kernel.overlaps for kernel in launches._kernels] == [overlaps]
+    assert [step.overlaps for step in replay._deeds.steps] == [overlaps]

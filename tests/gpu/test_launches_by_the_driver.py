@@ -9,9 +9,9 @@ from triton import knobs
 
 import torch_switchback as ts
 from test_nn import STRATEGIES, gradients, make_layer
-from torch_switchback.kernels import _driver, _replay
+from torch_switchback.kernels import _repeat, _replay
 
-pytestmark = pytest.mark.skipif(_driver._cuda() is None, reason="the driver does not say what parameters kernels have")
+pytestmark = pytest.mark.skipif(bool(_repeat.why_triton_launches()), reason=_repeat.why_triton_launches())
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
 
@@ -20,9 +20,13 @@ def nothing_recorded(monkeypatch):
     monkeypatch.setattr(_replay, "_replays", {})
 
 
-def launches():
+def repetitions():
+    return [replay._repetition for replay in _replay._replays.values()]
+
+
+def kernels():
     """All that are launched again."""
-    return [step for replay in _replay._replays.values() for is_kernels, step in replay._steps if is_kernels]
+    return [step for each in repetitions() for step in each._deeds.steps if isinstance(step, _repeat.Kernel)]
 
 
 def new_arguments(layer, tokens=1024):
@@ -52,9 +56,8 @@ def test_they_compute_what_tritons_do(in_features, out_features, config):
     kept = [new_arguments(layer) for _ in range(3)]
     for x, grad in [*kept, *kept[-1:], *kept]:
         assert_equal(gradients(layer, x, grad), by_triton(layer, x, grad))
-    assert launches()
-    for each in launches():
-        assert len(each._captured) == len(each._kernels)
+    assert kernels()
+    assert all(each.is_read for each in repetitions())
 
 
 def test_triton_is_not_asked_again(monkeypatch):
@@ -66,7 +69,7 @@ def test_triton_is_not_asked_again(monkeypatch):
     def ask(kernel, *args):
         raise AssertionError("launched by Triton")
 
-    monkeypatch.setattr(_driver.Kernel, "__call__", ask)
+    monkeypatch.setattr(_repeat.Kernel, "__call__", ask)
     gradients(layer, *new_arguments(layer))
 
 
@@ -74,15 +77,20 @@ def test_they_go_to_the_current_stream():
     layer = ts.SwitchBackLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     x, grad = new_arguments(layer)
     expected = by_triton(layer, x, grad)
+    gradients(layer, x, grad)
     streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for stream in [*streams, *streams]:
         with torch.cuda.stream(stream):
             y = gradients(layer, x, grad)
-        assert all(each._given is None or each._given[-1] == stream.cuda_stream for each in launches())
+        assert {given_stream(each) for each in repetitions()} == {stream.cuda_stream}
         stream.synchronize()
         assert_equal(y, expected)
-    assert any(each._given is not None for each in launches())
+
+
+def given_stream(repetition):
+    plan = repetition._plan
+    return plan.given[plan.given_count - 1]
 
 
 def test_launched_for_the_second_time_within_a_capture():
@@ -91,17 +99,17 @@ def test_launched_for_the_second_time_within_a_capture():
     x, grad = new_arguments(layer)
     torch.mm(grad.t(), x)  # what cuBLAS sets up
     expected = gradients(layer, x, grad)
-    assert [each._captured for each in launches()] == len(launches()) * [None]
+    assert not any(each.is_read for each in repetitions())
     gc.collect()  # a graph of an earlier test, freed within a capture, would end it
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gradients(layer, x, grad)
-    assert [each._captured for each in launches()] == len(launches()) * [None]
+    assert not any(each.is_read for each in repetitions())
     graph.replay()
     assert_equal(captured, expected)
     assert_equal(gradients(layer, x, grad), expected)
-    assert all(each._captured for each in launches())
+    assert all(each.is_read for each in repetitions())
 
 
 def test_hooks_see_them():
@@ -120,7 +128,7 @@ def test_hooks_see_them():
         finally:
             knobs.runtime.launch_enter_hook.remove(note)
     assert_equal(actual, expected)
-    assert len(names) == sum(len(each._kernels) for each in launches())
+    assert len(names) == len(kernels())
 
 
 def test_many_threads_at_once():

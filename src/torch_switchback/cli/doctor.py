@@ -79,8 +79,8 @@ def examine_gpu() -> Iterator[Finding]:
     properties = torch.cuda.get_device_properties(device)
     memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
     try:
-        from ..kernels._driver import why_triton_launches
         from ..kernels._launch import architecture
+        from ..kernels._repeat import why_triton_launches
     except ImportError as error:
         yield Finding("GPU", "failed", f"{properties.name}, {memory}; the kernels need Triton: {error}")
         return

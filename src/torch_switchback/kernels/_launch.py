@@ -11,7 +11,8 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from ._driver import Kernel, cuda_of_the_driver
+from ._driver import cuda_of_the_driver
+from ._repeat import Kernel
 from ._replay import is_recording, note
 
 

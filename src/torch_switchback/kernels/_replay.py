@@ -5,7 +5,6 @@ out once, and then only addresses are put in their places. The rest would take l
 """
 
 import functools
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._driver import Kernel, Launches, aligned
+from ._repeat import Deeds, Kernel, Repetition, aligned
 
 Kind = tuple[tuple[Any, ...], list[int | None]]
 
@@ -171,41 +170,44 @@ class _Replay:
     """
 
     def __init__(self, args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], results: Any) -> None:
-        self._is_single = isinstance(results, Tensor)
-        results = (results,) if self._is_single else results
+        is_single = isinstance(results, Tensor)
+        results = (results,) if is_single else results
         used = [*results, *[_base(arg) for call in calls if not call.is_kernel for arg in call.args]]
         places = {tensor.data_ptr() for tensor in used if isinstance(tensor, Tensor)}
         tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
-        block = [tensor for tensor in memory if tensor.data_ptr() not in places]
-        self._tensors = [_allocator(args[0].device, tensor.shape, tensor.dtype) for tensor in tensors]
-        self._offsets, size = _laid_out(block)
-        self._block = _allocator(args[0].device, (size,), torch.uint8) if size else None
-        known = [*args, *tensors, *block]
-        self._steps: list[tuple[bool, Callable[[Sequence[Any]], None]]] = []
-        """Each takes addresses, of all that is known, or tensors; kernels that follow one another are one."""
-        for are_kernels, group in itertools.groupby(calls, lambda call: call.is_kernel):
-            if are_kernels:
-                kernels = [Kernel(_step(call, known), call.function.overlaps) for call in group]
-                self._steps.append((True, Launches(kernels)))
-            else:
-                self._steps += [(False, _step(call, known)) for call in group]
-        self._results = [None if result is None else _index(result, known) for result in results]
+        in_block = [tensor for tensor in memory if tensor.data_ptr() not in places]
+        allocators = [_allocator(args[0].device, tensor.shape, tensor.dtype) for tensor in tensors]
+        offsets, size = _laid_out(in_block)
+        known = [*args, *tensors]
+        if in_block:
+            allocators.append(_allocator(args[0].device, (size,), torch.uint8))
+            known += [None, *in_block]
+        self._deeds = Deeds(
+            arg_count=len(args),
+            allocators=allocators,
+            offsets=offsets,
+            steps=[_step(call, known) for call in calls],
+            results=[None if result is None else _index(result, known) for result in results],
+            is_single=is_single,
+        )
+        self._repetition = Repetition(self._deeds)
 
     def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
-        """addresses: the arguments', to which those of the memory are added."""
-        tensors = list(args)
-        for allocate in self._tensors:
+        """addresses: the arguments'."""
+        results = self._repetition(args, addresses)
+        return self._by_triton(args, addresses) if results is NotImplemented else results
+
+    def _by_triton(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
+        deeds, tensors = self._deeds, list(args)
+        for allocate in deeds.allocators:
             tensor = allocate()
             tensors.append(tensor)
             addresses.append(tensor.data_ptr())
-        if self._block is not None:
-            block = self._block()
-            start = block.data_ptr()
-            addresses += [start + offset for offset in self._offsets]
-        for takes_addresses, step in self._steps:
-            step(addresses if takes_addresses else tensors)
-        results = [None if number is None else tensors[number] for number in self._results]
-        return results[0] if self._is_single else tuple(results)
+        addresses += [addresses[-1] + offset for offset in deeds.offsets]  # type: ignore[operator]
+        for step in deeds.steps:
+            step(addresses if isinstance(step, Kernel) else tensors)
+        results = [None if number is None else tensors[number] for number in deeds.results]
+        return results[0] if deeds.is_single else tuple(results)
 
 
 def _allocator(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -238,7 +240,7 @@ class _Address(int):
 
 
 def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
-    """A call as one of tensors, or of addresses, by their number. It keeps none of those it is made from."""
+    """A call as one of all tensors, a kernel's of all addresses. It keeps none of those it is made from."""
     function, is_kernel = call.function, call.is_kernel
     template = list(call.args)
     places: list[tuple[int, int]] = []  # which argument is which tensor,
@@ -268,7 +270,7 @@ def _step(call: Call, known: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
             descriptor.base = _Address(values[number]) if is_kernel else values[number]
         function(*args)
 
-    return step
+    return Kernel(step, function.overlaps) if is_kernel else step
 
 
 def _number(tensor: Tensor, known: Sequence[Any]) -> int:
