@@ -58,9 +58,22 @@ class Deeds:
     is_single: bool
     """Whether one was returned, and not a tuple."""
 
+    def do(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
+        """Do them for other arguments, at these addresses, through Triton."""
+        tensors = list(args)
+        for allocate in self.allocators:
+            tensor = allocate()
+            tensors.append(tensor)
+            addresses.append(tensor.data_ptr())
+        addresses += [addresses[-1] + offset for offset in self.offsets]  # type: ignore[operator]
+        for step in self.steps:
+            step(addresses if isinstance(step, Kernel) else tensors)
+        results = [None if number is None else tensors[number] for number in self.results]
+        return results[0] if self.is_single else tuple(results)
+
 
 class Repetition:
-    """Deeds, done again with the driver's launches."""
+    """Deeds, done again: with the driver's launches or, where these cannot be, with Triton's."""
 
     def __init__(self, deeds: Deeds) -> None:
         self._deeds = deeds
@@ -68,20 +81,18 @@ class Repetition:
         self._plan: _Plan | None = None
         self._is_free = threading.Lock()
 
-    @property
-    def is_read(self) -> bool:
-        """Whether it has been found out what the driver is to get."""
-        return self._plan is not None
-
     def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
-        """What the function returned; or NotImplemented, and nothing is done: Triton must launch.
+        """Returns what the function did for arguments at other addresses.
 
-        It must where the driver does not do it, while a hook watches launches, such as a profiler's, and while another
-        thread has these in hand.
+        Triton launches where the driver does not do it, while a hook watches launches, such as a profiler's, and while
+        another thread has these in hand.
         """
-        if (self._plan is None and not self._has_been_read()) or _is_hooked():
-            return NotImplemented
-        return self._repeat(self._address, args, addresses, torch._C._cuda_getCurrentRawStream(self._device))
+        if (self._plan is not None or self._has_been_read()) and not _is_hooked():
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            results = self._repeat(self._address, args, addresses, stream)
+            if results is not NotImplemented:
+                return results
+        return self._deeds.do(args, addresses)
 
     def _has_been_read(self) -> bool:
         """Read the launches, if that can be now; give up, and say so, if it fails again and again."""

@@ -147,7 +147,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
     with _recorded() as (calls, memory):
         results = function(*args)
     try:
-        replay = _Replay(args, calls, memory, results)
+        replay = Repetition(_deeds(args, calls, memory, results))
     except LookupError:
         replay = functools.partial(_call, function)
     if len(_replays) >= MOST_REPLAYS:
@@ -160,54 +160,34 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], addresses: list[i
     return function(*args)
 
 
-class _Replay:
-    """Calls, to be made again with other tensors in the places of those that they were recorded with.
+def _deeds(args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], results: Any) -> Deeds:
+    """Calls, of arguments and of memory that was allocated, by the numbers of these. No tensor is kept.
 
-    Memory is one block but for what is returned or is used by anything else than a kernel. No tensor is kept.
+    Memory is one block but for what is returned or is used by anything else than a kernel.
 
     Raises:
         LookupError: it cannot be told which of the tensors a call had, or what a result is.
     """
-
-    def __init__(self, args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], results: Any) -> None:
-        is_single = isinstance(results, Tensor)
-        results = (results,) if is_single else results
-        used = [*results, *[_base(arg) for call in calls if not call.is_kernel for arg in call.args]]
-        places = {tensor.data_ptr() for tensor in used if isinstance(tensor, Tensor)}
-        tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
-        in_block = [tensor for tensor in memory if tensor.data_ptr() not in places]
-        allocators = [_allocator(args[0].device, tensor.shape, tensor.dtype) for tensor in tensors]
-        offsets, size = _laid_out(in_block)
-        known = [*args, *tensors]
-        if in_block:
-            allocators.append(_allocator(args[0].device, (size,), torch.uint8))
-            known += [None, *in_block]
-        self._deeds = Deeds(
-            arg_count=len(args),
-            allocators=allocators,
-            offsets=offsets,
-            steps=[_step(call, known) for call in calls],
-            results=[None if result is None else _index(result, known) for result in results],
-            is_single=is_single,
-        )
-        self._repetition = Repetition(self._deeds)
-
-    def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
-        """addresses: the arguments'."""
-        results = self._repetition(args, addresses)
-        return self._by_triton(args, addresses) if results is NotImplemented else results
-
-    def _by_triton(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
-        deeds, tensors = self._deeds, list(args)
-        for allocate in deeds.allocators:
-            tensor = allocate()
-            tensors.append(tensor)
-            addresses.append(tensor.data_ptr())
-        addresses += [addresses[-1] + offset for offset in deeds.offsets]  # type: ignore[operator]
-        for step in deeds.steps:
-            step(addresses if isinstance(step, Kernel) else tensors)
-        results = [None if number is None else tensors[number] for number in deeds.results]
-        return results[0] if deeds.is_single else tuple(results)
+    is_single = isinstance(results, Tensor)
+    results = (results,) if is_single else results
+    used = [*results, *[_base(arg) for call in calls if not call.is_kernel for arg in call.args]]
+    places = {tensor.data_ptr() for tensor in used if isinstance(tensor, Tensor)}
+    tensors = [tensor for tensor in memory if tensor.data_ptr() in places]
+    in_block = [tensor for tensor in memory if tensor.data_ptr() not in places]
+    allocators = [_allocator(args[0].device, tensor.shape, tensor.dtype) for tensor in tensors]
+    offsets, size = _laid_out(in_block)
+    known = [*args, *tensors]
+    if in_block:
+        allocators.append(_allocator(args[0].device, (size,), torch.uint8))
+        known += [None, *in_block]
+    return Deeds(
+        arg_count=len(args),
+        allocators=allocators,
+        offsets=offsets,
+        steps=[_step(call, known) for call in calls],
+        results=[None if result is None else _index(result, known) for result in results],
+        is_single=is_single,
+    )
 
 
 def _allocator(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
