@@ -431,7 +431,9 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _high_precision_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """a @ b in the operands' own dtype, accumulated in float32 and rounded once to out_dtype where PyTorch can."""
-    if a.is_cuda and out_dtype != a.dtype and a.dtype != torch.float32:
+    if out_dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32).to(out_dtype)
     return torch.mm(a, b).to(out_dtype)
 
