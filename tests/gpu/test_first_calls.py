@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 FIRST_STEP = """
 import torch, triton
@@ -36,8 +37,6 @@ assert not compiled, compiled
 
 @pytest.mark.parametrize("device", ["0", pytest.param("1", id="another than the current one")])
 def test_kernels_are_compiled_before_the_first_is_launched(device, tmp_path):
-    import torch
-
     if int(device) >= torch.cuda.device_count():
         pytest.skip("needs two GPUs")
     code = FIRST_STEP.replace('"cuda"', f'"cuda:{device}"')
