@@ -22,7 +22,7 @@ class Kernel:
     arg_names = ("x", "BLOCK")
 
     def __init__(self, log, compile=lambda: None, load=lambda: None):
-        self.log, self.compile, self.load = log, compile, load
+        self.log, self.compile, self.load, self.device_caches = log, compile, load, {"device": "of compiled kernels"}
 
     def warmup(self, *args, grid, **options):
         self.log.append(("warmed", args, grid, options))
@@ -89,7 +89,20 @@ def test_what_fails_is_left_to_the_launch():
     failing = Kernel(log, compile=fail), Kernel(log, load=fail), Kernel(log)
     _rehearsal.rehearse(launching(*failing), (X,))
     assert [one for one in log if one[0] == "loaded"] == [("loaded", False)]
+    assert [len(kernel.device_caches) for kernel in failing] == [1, 0, 1]  # what is half loaded is forgotten
     _rehearsal.rehearse(fail, (X,))
+    assert not _rehearsal.is_rehearsal() and _async_compile.active_mode.get() is None
+
+
+def test_an_interrupt_leaves_nothing_behind(monkeypatch):
+    """Triton's own mode would stay for good, with an executor that takes nothing more."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_async_compile, "as_completed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _rehearsal.rehearse(launching(Kernel([])), (X,))
     assert not _rehearsal.is_rehearsal() and _async_compile.active_mode.get() is None
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import triton
 
 from torch_switchback.kernels import _driver, _repeat
-from torch_switchback.kernels._repeat import Deeds, Kernel, Repetition
+from torch_switchback.kernels._repeat import Kernel, Repetition, Trace
 
 DEVICE, STREAM, FUNCTION = 3, 7, 0xF0000
 BY_TRITON = object()
@@ -91,7 +91,7 @@ def gpu(library, tmp_path, monkeypatch):
         return gpu.stream
 
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current_stream, raising=False)
-    monkeypatch.setattr(Deeds, "do", lambda deeds, args, addresses: BY_TRITON)
+    monkeypatch.setattr(Trace, "through_triton", lambda trace, args, addresses: BY_TRITON)
     return gpu
 
 
@@ -104,8 +104,8 @@ def kernel(gpu, described, address, overlaps=False):
     return Kernel(launch, overlaps)
 
 
-def deeds(*steps, arg_count=2, results=(0,), is_single=True, **others):
-    return Deeds(
+def trace(*steps, arg_count=2, results=(0,), is_single=True, **others):
+    return Trace(
         arg_count, **({"allocators": [], "offsets": []} | others), steps=steps, results=results, is_single=is_single
     )
 
@@ -113,7 +113,7 @@ def deeds(*steps, arg_count=2, results=(0,), is_single=True, **others):
 @pytest.fixture
 def two_kernels(gpu):
     """Of two arguments; returns the first."""
-    return Repetition(deeds(kernel(gpu, 0, 1), kernel(gpu, 1, 0)))
+    return Repetition(trace(kernel(gpu, 0, 1), kernel(gpu, 1, 0)))
 
 
 def repeat(repetition, *addresses):
@@ -126,7 +126,7 @@ def repeat(repetition, *addresses):
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_the_driver_gets_what_triton_gave_it_but_for_addresses_and_stream(overlaps, gpu):
-    repetition = Repetition(deeds(kernel(gpu, 2, 0, overlaps), arg_count=4))
+    repetition = Repetition(trace(kernel(gpu, 2, 0, overlaps), arg_count=4))
     launched = (Launched * 8).in_dll(gpu.cuda, "launched")
     for count, given in enumerate([(0x111, None, 0x222, None), (2**64 - 2**32, None, 0x555, None)]):
         gpu.stream = 0x333 * count
@@ -144,7 +144,7 @@ def test_the_driver_gets_what_triton_gave_it_but_for_addresses_and_stream(overla
 
 
 def test_descriptors_are_aligned(gpu):
-    repetition = Repetition(deeds(kernel(gpu, 0, 1)))
+    repetition = Repetition(trace(kernel(gpu, 0, 1)))
     assert repeat(repetition, 10, 11)
     assert repetition._plan.steps[0].launches[0].descriptors[0].place % 128 == 0
 
@@ -166,7 +166,7 @@ def test_memory_is_allocated_and_what_else_there_is_to_call_is_called_in_its_pla
 
     x = torch.ones(4)
     allocators = [partial(torch.empty, 3), partial(torch.empty, 1024, dtype=torch.uint8)]
-    done = deeds(
+    done = trace(
         kernel(gpu, 0, 2),
         note,
         note,
@@ -198,7 +198,7 @@ def test_nothing_is_kept(gpu, two_kernels):
         return allocated[-1]
 
     repetition = Repetition(
-        deeds(kernel(gpu, 1, 0), arg_count=1, allocators=[allocate], results=(1, None), is_single=False)
+        trace(kernel(gpu, 1, 0), arg_count=1, allocators=[allocate], results=(1, None), is_single=False)
     )
     x = torch.ones(2)
     references = [weakref.ref(x)]
@@ -219,7 +219,7 @@ def test_errors_are_raised_and_leave_it_free(gpu):
     def failing(*_):
         raise torch.OutOfMemoryError("all of it")
 
-    for done in (deeds(kernel(gpu, 0, 1), allocators=[failing]), deeds(kernel(gpu, 0, 1), failing)):
+    for done in (trace(kernel(gpu, 0, 1), allocators=[failing]), trace(kernel(gpu, 0, 1), failing)):
         repetition = Repetition(done)
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match="all of it"):
@@ -263,7 +263,7 @@ def test_launches_in_hand_are_not_anothers(gpu):
         thread.join()
         log.append(repeat(repetition, 20, 21))
 
-    repetition = Repetition(deeds(disturb, kernel(gpu, 0, 1)))
+    repetition = Repetition(trace(disturb, kernel(gpu, 0, 1)))
     assert repeat(repetition, 10, 11)
     assert log == [False, False]
     assert gpu.launches() == [(10, 11, STREAM)]
@@ -298,7 +298,7 @@ def test_where_the_driver_refuses_another_it_is_an_error(gpu, two_kernels):
         gpu["launches"] = 0
         with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed with CUDA's error 201"):
             repeat(two_kernels, 10, 11)
-    repetition = Repetition(deeds(lambda tensors: None, kernel(gpu, 0, 1)))
+    repetition = Repetition(trace(lambda tensors: None, kernel(gpu, 0, 1)))
     gpu["launches"], gpu["failing_launch"] = 0, 0
     with pytest.raises(RuntimeError, match="cuLaunchKernelEx"):
         repeat(repetition, 10, 11)
@@ -326,7 +326,7 @@ def test_nothing_is_read_within_a_capture(gpu, two_kernels):
 
 def test_without_kernels_there_is_nothing_to_read(gpu, monkeypatch):
     monkeypatch.setattr(_repeat, "_module", pytest.fail)
-    assert not repeat(Repetition(deeds(print)), 10, 11)
+    assert not repeat(Repetition(trace(print)), 10, 11)
 
 
 def test_why_triton_launches(monkeypatch):
@@ -385,7 +385,7 @@ def test_a_launch_whose_addresses_are_not_found_again_is_not_made(parameters, gp
         return _driver.LaunchConfig(), None, parameters
 
     monkeypatch.setattr(_repeat, "read_launch", read)
-    repetition = Repetition(deeds(Kernel(lambda addresses: addresses[0], overlaps=False)))
+    repetition = Repetition(trace(Kernel(lambda addresses: addresses[0], overlaps=False)))
     with pytest.raises(LookupError, match=r"of the addresses \[0\]"):
         repetition._read()
 

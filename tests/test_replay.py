@@ -293,4 +293,4 @@ def test_a_kernel_stays_one_that_overlaps(overlaps, monkeypatch):
 
     run(launching, two(4, 5)[:1])
     (replay,) = _replay._replays.values()
-    assert [step.overlaps for step in replay._deeds.steps] == [overlaps]
+    assert [step.overlaps for step in replay._trace.steps] == [overlaps]

@@ -26,7 +26,7 @@ def repetitions():
 
 def kernels():
     """All that are launched again."""
-    return [step for each in repetitions() for step in each._deeds.steps if isinstance(step, _repeat.Kernel)]
+    return [step for each in repetitions() for step in each._trace.steps if isinstance(step, _repeat.Kernel)]
 
 
 def new_arguments(layer, tokens=1024):

@@ -3,6 +3,7 @@
 One after the other, each at its launch, they would take the sum of their times: seconds, in a layer's first step.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,51 +14,62 @@ import torch
 
 
 class _Rehearsal(threading.local):
-    """The kernels that would have been launched in this thread so far, while a function is rehearsed."""
+    """What would have been launched in this thread so far, while a function is rehearsed: kernels, and as compiled."""
 
-    kernels: list[Any] | None = None
+    launches: list[tuple[Any, Any]] | None = None
 
 
 _rehearsal = _Rehearsal()
 
 
 def is_rehearsal() -> bool:
-    return _rehearsal.kernels is not None
+    return _rehearsal.launches is not None
 
 
-def note_kernel(kernel: Any) -> None:
-    """A compiled kernel, or what Triton will compile: to be made ready for its launch."""
-    assert _rehearsal.kernels is not None
-    _rehearsal.kernels.append(kernel)
+def note_launch(kernel: Any, compiled: Any) -> None:
+    """A kernel, and what its ``warmup`` returned."""
+    assert _rehearsal.launches is not None
+    _rehearsal.launches.append((kernel, compiled))
 
 
 def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Make ``function(*args)`` ready to launch; the first argument is a CUDA tensor, on the current device.
 
     It is called with launches that only compile, and does all else as ever: to memory that it allocates itself. What
-    cannot be compiled is passed over: its launch will say why.
+    fails is passed over: the launch will say why.
     """
     import triton
 
     if triton.knobs.runtime.interpret or torch.cuda.is_current_stream_capturing():
         return
 
-    def load(kernel: Any) -> None:
-        with suppress(Exception), torch.cuda.device(args[0].device):
-            kernel[1, 1, 1]  # loads it, and compiles the launcher that Triton writes in C
+    def load(kernel: Any, compiled: Any) -> None:
+        try:
+            with torch.cuda.device(args[0].device):
+                compiled[1, 1, 1]  # has its launcher compiled, which Triton writes in C
+        except Exception:
+            kernel.device_caches.clear()  # what is half loaded must not be launched
 
-    with suppress(Exception), ThreadPoolExecutor() as executor:
-        with _noted() as kernels, triton.AsyncCompileMode(executor, ignore_errors=True):
-            function(*args)
-        compiled = [kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel for kernel in kernels]
-        list(executor.map(load, {id(kernel): kernel for kernel in compiled if kernel is not None}.values()))
+    def compile_and_load() -> None:
+        with suppress(Exception), ThreadPoolExecutor() as executor:
+            with _noted() as launches, triton.AsyncCompileMode(executor, ignore_errors=True):
+                function(*args)
+            ready = {}
+            for kernel, compiled in launches:
+                if hasattr(compiled, "result"):
+                    compiled = compiled.result(ignore_errors=True)
+                if compiled is not None:
+                    ready[id(compiled)] = kernel, compiled
+            list(executor.map(lambda each: load(*each), ready.values()))
+
+    contextvars.copy_context().run(compile_and_load)  # interrupted, Triton's mode would otherwise stay
 
 
 @contextmanager
-def _noted() -> Iterator[list[Any]]:
-    kernels: list[Any] = []
-    _rehearsal.kernels = kernels
+def _noted() -> Iterator[list[tuple[Any, Any]]]:
+    launches: list[tuple[Any, Any]] = []
+    _rehearsal.launches = launches
     try:
-        yield kernels
+        yield launches
     finally:
-        _rehearsal.kernels = None
+        _rehearsal.launches = None

@@ -42,7 +42,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Deeds:
+class Trace:
     """What a function did."""
 
     arg_count: int
@@ -58,8 +58,8 @@ class Deeds:
     is_single: bool
     """Whether one was returned, and not a tuple."""
 
-    def do(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
-        """Do them for other arguments, at these addresses, through Triton."""
+    def through_triton(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
+        """Do it again for other arguments, at these addresses, through Triton."""
         tensors = list(args)
         for allocate in self.allocators:
             tensor = allocate()
@@ -73,11 +73,11 @@ class Deeds:
 
 
 class Repetition:
-    """Deeds, done again: with the driver's launches or, where these cannot be, with Triton's."""
+    """A trace, done again: with the driver's launches or, where these cannot be, with Triton's."""
 
-    def __init__(self, deeds: Deeds) -> None:
-        self._deeds = deeds
-        self._failures = 0 if any(isinstance(step, Kernel) for step in deeds.steps) else ATTEMPTS
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._failures = 0 if any(isinstance(step, Kernel) for step in trace.steps) else ATTEMPTS
         self._plan: _Plan | None = None
         self._is_free = threading.Lock()
 
@@ -92,7 +92,7 @@ class Repetition:
             results = self._repeat(self._address, args, addresses, stream)
             if results is not NotImplemented:
                 return results
-        return self._deeds.do(args, addresses)
+        return self._trace.through_triton(args, addresses)
 
     def _has_been_read(self) -> bool:
         """Read the launches, if that can be now; give up, and say so, if it fails again and again."""
@@ -116,36 +116,35 @@ class Repetition:
             LookupError: an address that a kernel was launched with is in none of its parameters.
             RuntimeError: the driver refuses something.
         """
-        deeds = self._deeds
-        tensor_count = deeds.arg_count + len(deeds.allocators)
-        marks = [FIRST_MARK + number * MARKS_APART for number in range(tensor_count + len(deeds.offsets))]
+        trace = self._trace
+        tensor_count = trace.arg_count + len(trace.allocators)
+        marks = [FIRST_MARK + number * MARKS_APART for number in range(tensor_count + len(trace.offsets))]
         self._kept: list[Any] = []  # what the launches point to
-        steps = []
-        for kind, group in itertools.groupby(deeds.steps, type):
+        steps: list[_Step] = []
+        for kind, group in itertools.groupby(trace.steps, type):
             if kind is Kernel:
-                launches = [self._launch(kernel, marks) for kernel in group]
-                steps.append(_Step(launches=_array(_Launch, launches), launch_count=len(launches)))
+                launches = self._array(_Launch, [self._launch(kernel, marks) for kernel in group])
+                steps.append(_Step(launches=launches, launch_count=len(launches)))
             else:
                 steps += [_Step(function=step) for step in group]
-        self._kept.append(steps)
         given = [0] * (len(marks) + 1)
         plan = _Plan(
             enqueue_kernel=ctypes.cast(cuda().cuLaunchKernelEx, c_void_p),
             replace_address=ctypes.cast(cuda().cuTensorMapReplaceAddress, c_void_p),
-            steps=_array(_Step, steps),
-            allocators=tuple(deeds.allocators),
-            offsets=_array(c_int64, deeds.offsets),
-            results=_array(c_int64, [-1 if number is None else number for number in deeds.results]),
-            tensors=_array(c_void_p, [None] * tensor_count),
-            given=_array(c_uint64, given),
-            next=_array(c_uint64, given),
+            steps=self._array(_Step, steps),
+            allocators=tuple(trace.allocators),
+            offsets=self._array(c_int64, trace.offsets),
+            results=self._array(c_int64, [-1 if number is None else number for number in trace.results]),
+            tensors=self._array(c_void_p, [None] * tensor_count),
+            given=self._array(c_uint64, given),
+            next=self._array(c_uint64, given),
             step_count=len(steps),
-            arg_count=deeds.arg_count,
+            arg_count=trace.arg_count,
             tensor_count=tensor_count,
-            offset_count=len(deeds.offsets),
-            result_count=len(deeds.results),
+            offset_count=len(trace.offsets),
+            result_count=len(trace.results),
             given_count=len(given),
-            is_single=deeds.is_single,
+            is_single=trace.is_single,
         )
         self._device, self._address = torch.cuda.current_device(), ctypes.addressof(plan)
         self._repeat, self._plan = _module().repeat, plan
@@ -178,17 +177,23 @@ class Repetition:
             attribute = Attribute(Attribute.PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
             config.attributes, config.num_attributes = ctypes.addressof(attribute), 1
             self._kept.append(attribute)
-        pointers = _array(c_void_p, places)
-        self._kept += config, memory, pointers
+        pointers = self._array(c_void_p, places)
+        self._kept += config, memory
         return _Launch(
             config=ctypes.addressof(config),
             function=function,
             parameters=ctypes.addressof(pointers),
-            addresses=_array(_Slot, addresses),
-            descriptors=_array(_Slot, descriptors),
+            addresses=self._array(_Slot, addresses),
+            descriptors=self._array(_Slot, descriptors),
             address_count=len(addresses),
             descriptor_count=len(descriptors),
         )
+
+    def _array(self, kind: Any, items: Sequence[Any]) -> Any:
+        """An array in C, kept with what its items point to."""
+        array = (kind * len(items))(*items)
+        self._kept.append((array, items))
+        return array
 
 
 def aligned(n: int, alignment: int) -> int:
@@ -247,10 +252,6 @@ class _Plan(ctypes.Structure):
         ("is_given", c_int32),
         ("is_busy", c_char),
     ]
-
-
-def _array(kind: Any, items: Sequence[Any]) -> Any:
-    return (kind * len(items))(*items)
 
 
 def _is_hooked() -> bool:

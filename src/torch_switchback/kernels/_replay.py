@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._rehearsal import rehearse
-from ._repeat import Deeds, Kernel, Repetition, aligned
+from ._repeat import Kernel, Repetition, Trace, aligned
 
 Kind = tuple[tuple[Any, ...], list[int | None]]
 
@@ -155,7 +155,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
     with _recorded() as (calls, memory):
         results = function(*args)
     try:
-        replay = Repetition(_deeds(args, calls, memory, results))
+        replay = Repetition(_trace_of(args, calls, memory, results))
     except LookupError:
         replay = functools.partial(_call, function)
     if len(_replays) >= MOST_REPLAYS:
@@ -176,7 +176,7 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], addresses: list[i
     return function(*args)
 
 
-def _deeds(args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], results: Any) -> Deeds:
+def _trace_of(args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], results: Any) -> Trace:
     """Calls, of arguments and of memory that was allocated, by the numbers of these. No tensor is kept.
 
     Memory is one block but for what is returned or is used by anything else than a kernel.
@@ -196,7 +196,7 @@ def _deeds(args: tuple[Any, ...], calls: list[Call], memory: list[Tensor], resul
     if in_block:
         allocators.append(_allocator(args[0].device, (size,), torch.uint8))
         known += [None, *in_block]
-    return Deeds(
+    return Trace(
         arg_count=len(args),
         allocators=allocators,
         offsets=offsets,
