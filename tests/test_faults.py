@@ -44,7 +44,7 @@ class FailsOnce:
 @pytest.mark.promise("out of memory in the middle of a forward")
 @strategies
 @pytest.mark.parametrize("at", [0, 1], ids=["forward", "backward"])
-def test_out_of_memory_in_the_middle(at, config, step, monkeypatch):
+def test_out_of_memory_in_the_middle(at, config, step, monkeypatch, unrehearsed):
     expected = step()
     scaling = autograd._SCALINGS[config.weight_scaling]
     matmul = FailsOnce(scaling.matmul, at, torch.OutOfMemoryError("CUDA out of memory"))

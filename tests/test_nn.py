@@ -659,7 +659,7 @@ def test_the_input_is_not_kept_for_a_frozen_weight(device):
 @pytest.mark.promise("what the backward keeps")
 @unrotated
 @pytest.mark.parametrize("needs_input", [True, False])
-def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch):
+def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch, unrehearsed):
     """W in the forward and Wᵀ in the backward: kept from the forward on, Wᵀ would be a copy of the model in int8."""
     calls = count_weight_quantisations(monkeypatch, config.weight_scaling)
     x = torch.randn(4, 64, device=device, requires_grad=needs_input)

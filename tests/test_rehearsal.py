@@ -1,6 +1,8 @@
 """A function's kernels compiled at the same time, before it launches the first of them. No GPU is needed."""
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -81,7 +83,7 @@ def test_a_kernel_launched_twice_is_compiled_once():
     assert log[2:] == [("loaded", False)]
 
 
-def test_what_fails_is_left_to_the_launch():
+def test_a_kernel_that_fails_is_left_to_its_launch():
     def fail(*_):
         raise RuntimeError("no compiler")
 
@@ -90,8 +92,30 @@ def test_what_fails_is_left_to_the_launch():
     _rehearsal.rehearse(launching(*failing), (X,))
     assert [one for one in log if one[0] == "loaded"] == [("loaded", False)]
     assert [len(kernel.device_caches) for kernel in failing] == [1, 0, 1]  # what is half loaded is forgotten
-    _rehearsal.rehearse(fail, (X,))
+
+
+def test_what_the_function_raises_is_raised():
+    """Such as the memory's end."""
+
+    def fail(x):
+        raise torch.OutOfMemoryError("all of it")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        _rehearsal.rehearse(fail, (X,))
     assert not _rehearsal.is_rehearsal() and _async_compile.active_mode.get() is None
+
+
+def test_a_mode_of_the_users_is_left_alone():
+    log = []
+    with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor) as mode:
+        _rehearsal.rehearse(launching(Kernel(log)), (X,))
+        assert log[1:] == [("loaded", False)]
+        assert _async_compile.active_mode.get() is not None and not mode.raw_futures
+
+
+def test_without_triton_there_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    _rehearsal.rehearse(pytest.fail, (X,))
 
 
 def test_an_interrupt_leaves_nothing_behind(monkeypatch):

@@ -7,7 +7,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,11 +35,13 @@ def note_launch(kernel: Any, compiled: Any) -> None:
 def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Make ``function(*args)`` ready to launch; the first argument is a CUDA tensor, on the current device.
 
-    It is called with launches that only compile, and does all else as ever: to memory that it allocates itself. What
-    fails is passed over: the launch will say why.
+    It is called with launches that only compile, and does all else as ever: to memory that it allocates itself. A
+    kernel that does not compile is passed over: its launch will say why.
     """
-    import triton
-
+    try:
+        import triton
+    except ImportError:
+        return
     if triton.knobs.runtime.interpret or torch.cuda.is_current_stream_capturing():
         return
 
@@ -51,7 +53,7 @@ def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
             kernel.device_caches.clear()  # what is half loaded must not be launched
 
     def compile_and_load() -> None:
-        with suppress(Exception), ThreadPoolExecutor() as executor:
+        with ThreadPoolExecutor() as executor:
             with _noted() as launches, triton.AsyncCompileMode(executor, ignore_errors=True):
                 function(*args)
             ready = {}
@@ -62,7 +64,8 @@ def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
                     ready[id(compiled)] = kernel, compiled
             list(executor.map(lambda each: load(*each), ready.values()))
 
-    contextvars.copy_context().run(compile_and_load)  # interrupted, Triton's mode would otherwise stay
+    # Of its own: no other mode of Triton's is active in it, and this one, if interrupted, in no other.
+    contextvars.Context().run(compile_and_load)
 
 
 @contextmanager
