@@ -12,7 +12,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from ._driver import cuda_of_the_driver
-from ._rehearsal import is_rehearsal, note_launch
+from ._rehearsal import is_rehearsal, warm_up
 from ._repeat import Kernel
 from ._replay import is_recording, note
 
@@ -36,7 +36,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         return
     grid = (*grid, 1, 1)[:3]
     if is_rehearsal():
-        note_launch(kernel, kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **options))
+        warm_up(kernel, *args, grid=grid, enable_fp_fusion=False, **options)
         return
     compiled = _run(kernel, grid, args, options)
     if compiled is None:  # the interpreter compiles nothing

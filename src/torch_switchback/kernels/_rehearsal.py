@@ -7,14 +7,14 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 
 class _Rehearsal(threading.local):
-    """What would have been launched in this thread so far, while a function is rehearsed: kernels, and as compiled."""
+    """What would have been launched in this thread so far: kernels, and what Triton returned to compile them by."""
 
     launches: list[tuple[Any, Any]] | None = None
 
@@ -26,17 +26,18 @@ def is_rehearsal() -> bool:
     return _rehearsal.launches is not None
 
 
-def note_launch(kernel: Any, compiled: Any) -> None:
-    """A kernel, and what its ``warmup`` returned."""
+def warm_up(kernel: Any, *args: Any, **options: Any) -> None:
+    """Begin to compile a kernel for a launch. What fails is passed over: the launch will say why."""
     assert _rehearsal.launches is not None
-    _rehearsal.launches.append((kernel, compiled))
+    with suppress(Exception):
+        _rehearsal.launches.append((kernel, kernel.warmup(*args, **options)))
 
 
 def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Make ``function(*args)`` ready to launch; the first argument is a CUDA tensor, on the current device.
 
-    It is called with launches that only compile, and does all else as ever: to memory that it allocates itself. A
-    kernel that does not compile is passed over: its launch will say why.
+    It is called with launches that only compile (:func:`warm_up`), and does all else as ever: to memory that it
+    allocates itself.
     """
     try:
         import triton
