@@ -1,44 +1,81 @@
-"""The first step of a new shape: its kernels are compiled at the same time, and none at its launch."""
+"""How often Triton compiles: nothing is tried out at a first call, and a changing token count changes little."""
 
-import os
-import subprocess
-import sys
+import importlib
+import pkgutil
 
 import pytest
 import torch
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
-FIRST_STEP = """
-import torch, triton
-import torch_switchback as ts
+from test_nn import STRATEGIES, gradients, make_layer
+from torch_switchback import kernels
+from torch_switchback.kernels import _launch, _replay
+from torch_switchback.kernels._rehearsal import is_rehearsal
 
-compiled = []
-
-def note(*, fn, is_manual_warmup, **_):
-    compiled.append((fn.name.rpartition(".")[2], is_manual_warmup))
-
-triton.knobs.runtime.jit_post_compile_hook = note
-layer = ts.SwitchBackLinear(272, 208, device="cuda", dtype=torch.bfloat16)
-x = torch.randn(600, 272, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-grad = torch.randn(600, 208, device="cuda", dtype=torch.bfloat16)
-
-def step():
-    y = layer(x)
-    return y, *torch.autograd.grad(y, (x, *layer.parameters()), grad)
-
-first = step()
-assert len({name for name, _ in compiled}) >= 5, compiled
-assert all(is_rehearsed for _, is_rehearsed in compiled), compiled
-compiled.clear()
-for _ in range(2):
-    assert all(torch.equal(one, other) for one, other in zip(first, step(), strict=True))
-assert not compiled, compiled
-"""
+MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)
+]
+strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
 
-@pytest.mark.parametrize("device", ["0", pytest.param("1", id="another than the current one")])
-def test_kernels_are_compiled_before_the_first_is_launched(device, tmp_path):
-    if int(device) >= torch.cuda.device_count():
-        pytest.skip("needs two GPUs")
-    code = FIRST_STEP.replace('"cuda"', f'"cuda:{device}"')
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """The names of the kernels that Triton has compiled since, starting with nothing compiled in this process."""
+    for module in MODULES:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
+    _replay._replays.clear()
+    _replay._sizes.clear()
+    names: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: names.append(fn.name))
+    return names
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The names of the kernels that were launched since, but for those launched again for arguments of a kind."""
+    names: list[str] = []
+
+    def spy(kernel, *args, **options):
+        if not is_rehearsal():
+            names.append(kernel.__name__)
+        _launch.launch(kernel, *args, **options)
+
+    for module in MODULES:
+        if module is not _launch and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", spy)
+    return names
+
+
+def step(layer, tokens):
+    x = torch.randn(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16)
+    gradients(layer, x, torch.randn(tokens, layer.out_features, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.promise("a token count that changes every step")
+@strategies
+def test_a_changing_token_count_compiles_at_most_once_a_power_of_two(config, compiled):
+    layer = make_layer(config, 512, 768, "cuda", torch.bfloat16)
+    for octave in (16, 256, 512, 1024, 4096):
+        step(layer, 2 * octave)
+        before = list(compiled)
+        for tokens in (octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1):
+            step(layer, tokens)
+        assert compiled == before
+    assert compiled
+
+
+@strategies
+@pytest.mark.parametrize("shape", [(2048, 512, 768), (333, 1000, 1000), (77, 257, 131)], ids=str)
+def test_a_first_step_compiles_no_kernel_that_it_does_not_launch(config, shape, compiled, launched):
+    tokens, in_features, out_features = shape
+    layer = make_layer(config, in_features, out_features, "cuda", torch.bfloat16)
+    step(layer, tokens)
+    assert compiled
+    assert len(compiled) <= len(launched)
+    assert set(compiled) <= set(launched)
+    compiled.clear()
+    step(layer, tokens)
+    assert not compiled
