@@ -2,6 +2,7 @@
    launch as Triton's: of one kernel, whose parameters are a descriptor, an address and a number. It is noted, not run. */
 
 #include <string.h>
+#include <unistd.h>
 
 #include "cuda.h"
 
@@ -16,11 +17,14 @@ typedef struct {
     unsigned char parameters[PARAMETERS][sizeof(CUtensorMap)];
 } Launch;
 
-/* What the test reads: launches that were no capture's, how often a descriptor got an address, and what is alive. */
+/* What the test reads: launches that were no capture's, how many of two addresses that are not next to each other, how
+   often a descriptor got an address, and what is alive. */
 Launch launched[8];
-int launches, readdressed, streams, graphs, mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
-/* What it sets: the number of the launch that fails, and whether descriptors get no address. */
+int launches, apart, readdressed, streams, graphs, mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+/* What it sets: the number of the launch that fails, whether descriptors get no address, and a full queue, in which a
+   launch waits before it looks at what it was given. */
 int operations_a_launch = 1, failing_launch = -1, failing_readdress;
+volatile int is_full, waiting;
 
 static Launch captured;
 static int capturing, nodes;
@@ -97,6 +101,7 @@ CUresult cuTensorMapReplaceAddress(CUtensorMap *map, void *address) {
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
+    while (!capturing && is_full) waiting = 1, usleep(1000);
     if (!capturing && launches == failing_launch) return CUDA_ERROR_INVALID_CONTEXT;
     Launch *launch = capturing ? &captured : &launched[launches % 8];
     memset(launch, 0, sizeof(*launch));
@@ -110,8 +115,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
         launch->value = config->attrs[0].value.programmaticStreamSerializationAllowed;
     }
     for (int i = 0; i < PARAMETERS; i++) memcpy(launch->parameters[i], parameters[i], SIZES[i]);
+    CUdeviceptr described, address;
+    memcpy(&described, parameters[0], sizeof(described)), memcpy(&address, parameters[1], sizeof(address));
     if (capturing) nodes++;
-    else launches++;
+    else launches++, apart += described - address != 1 && address - described != 1;
     return CUDA_SUCCESS;
 }
 

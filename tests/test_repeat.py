@@ -4,7 +4,9 @@ import ctypes
 import gc
 import shutil
 import subprocess
+import sys
 import threading
+import time
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -64,7 +66,7 @@ class Gpu:
         ctypes.c_int.in_dll(self.cuda, name).value = value
 
     def launches(self):
-        """(what is described, the address, the number, the stream) of all launches since the last look."""
+        """(what is described, the address, the stream) of all launches since the last look."""
         launched = (Launched * 8).in_dll(self.cuda, "launched")[: self["launches"]]
         self["launches"] = 0
         return [
@@ -146,7 +148,7 @@ def test_the_driver_gets_what_triton_gave_it_but_for_addresses_and_stream(overla
 def test_descriptors_are_aligned(gpu):
     repetition = Repetition(trace(kernel(gpu, 0, 1)))
     assert repeat(repetition, 10, 11)
-    assert repetition._plan.steps[0].launches[0].descriptors[0].place % 128 == 0
+    assert repetition._known.kept[-1].steps[0].launches[0].descriptors[0].place % 128 == 0
 
 
 def test_addresses_and_streams_are_given_if_they_are_others(gpu, two_kernels):
@@ -190,25 +192,47 @@ def test_memory_is_allocated_and_what_else_there_is_to_call_is_called_in_its_pla
         log.clear()
 
 
-def test_nothing_is_kept(gpu, two_kernels):
-    allocated = []
+@pytest.mark.parametrize(
+    "ending", ["done", "step fails", "allocator fails", "first launch refused", "later one refused"]
+)
+def test_nothing_is_kept(ending, gpu):
+    """Of arguments, of what is allocated, of what functions return and of numbers, however it ends."""
+    kept, refused = [], {"first launch refused": 0, "later one refused": 1}
+    gpu["failing_launch"] = refused.get(ending, -1)
 
     def allocate():
-        allocated.append(torch.empty(3))
-        return allocated[-1]
+        kept.append(torch.empty(3))
+        return kept[-1]
 
+    def allocate_last():
+        if ending == "allocator fails":
+            raise torch.OutOfMemoryError("all of it")
+        return allocate()
+
+    def step(tensors):
+        if ending == "step fails":
+            raise OSError("no space left")
+        kept.append(torch.empty(5))
+        return kept[-1]
+
+    steps = kernel(gpu, 1, 0), step, kernel(gpu, 2, 0)
     repetition = Repetition(
-        trace(kernel(gpu, 1, 0), arg_count=1, allocators=[allocate], results=(1, None), is_single=False)
+        trace(*steps, arg_count=1, allocators=[allocate, allocate_last], results=(1, None), is_single=False)
     )
-    x = torch.ones(2)
-    references = [weakref.ref(x)]
+    address = 2**62
     for _ in range(3):
-        repetition((x,), [x.data_ptr()])
-    references += map(weakref.ref, allocated)
-    del x
-    allocated.clear()
+        gpu["launches"] = 0
+        kept.append(torch.ones(2))
+        count = sys.getrefcount(address)
+        with nullcontext() if ending in ("done", "first launch refused") else pytest.raises((OSError, RuntimeError)):
+            result = repetition((kept[-1],), [address])
+            assert (result is BY_TRITON) == (ending == "first launch refused")
+            del result
+        assert sys.getrefcount(address) == count
+    references = [weakref.ref(tensor) for tensor in kept]
+    kept.clear()
     gc.collect()
-    assert [reference() for reference in references] == [None] * 4
+    assert [reference() for reference in references] == [None] * len(references)
     reference = weakref.ref(repetition)
     del repetition
     gc.collect()
@@ -270,18 +294,72 @@ def test_launches_in_hand_are_not_anothers(gpu):
 
 
 def test_many_threads_launch_what_they_were_given(gpu, two_kernels):
-    """Or are told that they must do it another way."""
+    """Or are told that they must do it another way. The two addresses of a launch are those of one thread."""
     done = []
 
     def launch(number):
-        done.append(sum(repeat(two_kernels, number, number + 1) for _ in range(500)))
+        done.append(sum(repeat(two_kernels, number, number + 1) for _ in range(300)))
 
-    threads = [threading.Thread(target=launch, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=launch, args=(number,)) for number in (100, 200, 300, 400)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert gpu["launches"] == 2 * sum(done) > 0
+    assert gpu["apart"] == 0
+
+
+def waits_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_while_the_driver_waits_other_threads_run(gpu, two_kernels):
+    """It has room only once this one has run."""
+    gpu["is_full"] = 1
+    thread = threading.Thread(target=repeat, args=(two_kernels, 10, 11))
+    thread.start()
+    waits_for(lambda: gpu["waiting"])
+    gpu["is_full"] = 0
+    thread.join()
+    assert gpu.launches() == [(10, 11, STREAM), (11, 10, STREAM)]
+
+
+def test_launches_are_not_read_again_while_they_are_made(gpu, two_kernels, monkeypatch):
+    """By a thread that was held up after it had found them unread: what the driver was given would be freed."""
+    module, found_unread, may_go_on = _repeat._module(), threading.Event(), threading.Event()
+
+    def slow_module():
+        if threading.current_thread() is late:
+            found_unread.set()
+            assert may_go_on.wait(30)
+        return module
+
+    results = []
+    late = threading.Thread(target=lambda: results.append(repeat(two_kernels, 20, 21)))
+    monkeypatch.setattr(_repeat, "_module", slow_module)
+    late.start()
+    assert found_unread.wait(30)
+    gpu["is_full"] = 1
+    first = threading.Thread(target=lambda: results.append(repeat(two_kernels, 10, 11)))
+    first.start()
+    waits_for(lambda: gpu["waiting"])
+    known = two_kernels._known
+    may_go_on.set()
+    late.join(5)
+    gpu["is_full"] = 0
+    first.join()
+    late.join()
+    assert two_kernels._known is known
+    assert results == [False, True]  # they were in hand
+    assert gpu.launches() == [(10, 11, STREAM), (11, 10, STREAM)]
 
 
 def test_where_the_driver_refuses_the_first_launch_nothing_is_done(gpu, two_kernels):
@@ -385,9 +463,8 @@ def test_a_launch_whose_addresses_are_not_found_again_is_not_made(parameters, gp
         return _driver.LaunchConfig(), None, parameters
 
     monkeypatch.setattr(_repeat, "read_launch", read)
-    repetition = Repetition(trace(Kernel(lambda addresses: addresses[0], overlaps=False)))
     with pytest.raises(LookupError, match=r"of the addresses \[0\]"):
-        repetition._read()
+        _repeat._read(trace(Kernel(lambda addresses: addresses[0], overlaps=False)))
 
 
 def test_nothing_is_left_of_reading(gpu):

@@ -57,7 +57,7 @@ def test_they_compute_what_tritons_do(in_features, out_features, config):
     for x, grad in [*kept, *kept[-1:], *kept]:
         assert_equal(gradients(layer, x, grad), by_triton(layer, x, grad))
     assert kernels()
-    assert all(each._plan is not None for each in repetitions())
+    assert all(each._known is not None for each in repetitions())
 
 
 def test_triton_is_not_asked_again(monkeypatch):
@@ -89,7 +89,7 @@ def test_they_go_to_the_current_stream():
 
 
 def given_stream(repetition):
-    plan = repetition._plan
+    plan = repetition._known.kept[-1]
     return plan.given[plan.given_count - 1]
 
 
@@ -99,17 +99,17 @@ def test_launched_for_the_second_time_within_a_capture():
     x, grad = new_arguments(layer)
     torch.mm(grad.t(), x)  # what cuBLAS sets up
     expected = gradients(layer, x, grad)
-    assert not any(each._plan is not None for each in repetitions())
+    assert not any(each._known is not None for each in repetitions())
     gc.collect()  # a graph of an earlier test, freed within a capture, would end it
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gradients(layer, x, grad)
-    assert not any(each._plan is not None for each in repetitions())
+    assert not any(each._known is not None for each in repetitions())
     graph.replay()
     assert_equal(captured, expected)
     assert_equal(gradients(layer, x, grad), expected)
-    assert all(each._plan is not None for each in repetitions())
+    assert all(each._known is not None for each in repetitions())
 
 
 def test_hooks_see_them():

@@ -5,6 +5,7 @@ Structures and functions are those of the CUDA driver API (cuda.h); their fields
 
 import ctypes
 from collections.abc import Callable
+from contextlib import ExitStack
 from ctypes import POINTER, byref, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from typing import Any
@@ -60,15 +61,18 @@ def read_launch(launch: Callable[[], None]) -> tuple[LaunchConfig, c_void_p, lis
         RuntimeError: the driver refuses something, or it is not one launch.
     """
     stream, graph, mode = c_void_p(), c_void_p(), c_int(RELAXED)
-    _check("cuThreadExchangeStreamCaptureMode", byref(mode))  # or it would break captures of other threads
-    try:
+    with ExitStack() as stack:
+        _check("cuThreadExchangeStreamCaptureMode", byref(mode))  # or it would break captures of other threads
+        stack.callback(_check, "cuThreadExchangeStreamCaptureMode", byref(mode))
         _check("cuStreamCreate", byref(stream), NON_BLOCKING)
+        stack.callback(_check, "cuStreamDestroy_v2", stream)
         _check("cuStreamBeginCapture_v2", stream, RELAXED)
         try:
             with torch.cuda.stream(torch.cuda.ExternalStream(stream.value)):
                 launch()
         finally:
             _check("cuStreamEndCapture", stream, byref(graph))
+            stack.callback(_check, "cuGraphDestroy", graph)
         nodes, count = (c_void_p * 2)(), c_size_t(2)
         _check("cuGraphGetNodes", graph, nodes, byref(count))
         if count.value != 1:
@@ -78,12 +82,6 @@ def read_launch(launch: Callable[[], None]) -> tuple[LaunchConfig, c_void_p, lis
         function = c_void_p(params.function)
         sizes = enumerate(_sizes_of_parameters(function))
         parameters = [ctypes.string_at(params.parameters[number], size) for number, size in sizes]
-    finally:
-        if graph:
-            _check("cuGraphDestroy", graph)
-        if stream:
-            _check("cuStreamDestroy_v2", stream)
-        _check("cuThreadExchangeStreamCaptureMode", byref(mode))
     config = LaunchConfig(*(getattr(params, name) for name, _ in _EXTENT))
     return config, function, parameters
 

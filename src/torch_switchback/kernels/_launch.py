@@ -57,7 +57,9 @@ def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[st
     """Compile a kernel or find it in Triton's cache, and run it; past the cache, if that is what is broken."""
 
     def run() -> Any:
-        return kernel[grid](*args, enable_fp_fusion=False, **options)
+        compiled = kernel[grid](*args, enable_fp_fusion=False, **options)
+        # What another thread compiles, or an interrupted rehearsal did, Triton 3.7 hands out wrapped.
+        return compiled.result() if hasattr(compiled, "result") else compiled
 
     if triton.knobs.runtime.interpret:
         return run()

@@ -43,7 +43,8 @@ def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         import triton
     except ImportError:
         return
-    if triton.knobs.runtime.interpret or torch.cuda.is_current_stream_capturing():
+    mode = getattr(triton, "AsyncCompileMode", None)
+    if mode is None or triton.knobs.runtime.interpret or torch.cuda.is_current_stream_capturing():
         return
 
     def load(kernel: Any, compiled: Any) -> None:
@@ -55,15 +56,16 @@ def rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
 
     def compile_and_load() -> None:
         with ThreadPoolExecutor() as executor:
-            with _noted() as launches, triton.AsyncCompileMode(executor, ignore_errors=True):
+            with _noted() as launches, mode(executor, ignore_errors=True):
                 function(*args)
             ready = {}
             for kernel, compiled in launches:
                 if hasattr(compiled, "result"):
                     compiled = compiled.result(ignore_errors=True)
                 if compiled is not None:
-                    ready[id(compiled)] = kernel, compiled
-            list(executor.map(lambda each: load(*each), ready.values()))
+                    ready[compiled] = kernel
+            with suppress(Exception):  # an executor takes nothing more once the interpreter ends
+                list(executor.map(load, ready.values(), ready))
 
     # Of its own: no other mode of Triton's is active in it, and this one, if interrupted, in no other.
     contextvars.Context().run(compile_and_load)

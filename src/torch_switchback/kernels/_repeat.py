@@ -15,7 +15,7 @@ from ctypes import POINTER, c_char, c_int32, c_int64, c_uint64, c_void_p, py_obj
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,13 +72,25 @@ class Trace:
         return results[0] if self.is_single else tuple(results)
 
 
+class _Known(NamedTuple):
+    """What the driver is to get, once it has been read."""
+
+    repeat: Callable[..., Any]
+    """Of _repeat.c."""
+    address: int
+    """The plan's."""
+    device: int
+    kept: list[Any]
+    """The plan, and what it points to."""
+
+
 class Repetition:
     """A trace, done again: with the driver's launches or, where these cannot be, with Triton's."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._failures = 0 if any(isinstance(step, Kernel) for step in trace.steps) else ATTEMPTS
-        self._plan: _Plan | None = None
+        self._known: _Known | None = None
         self._is_free = threading.Lock()
 
     def __call__(self, args: tuple[Any, ...], addresses: list[int | None]) -> Any:
@@ -87,113 +99,125 @@ class Repetition:
         Triton launches where the driver does not do it, while a hook watches launches, such as a profiler's, and while
         another thread has these in hand.
         """
-        if (self._plan is not None or self._has_been_read()) and not _is_hooked():
-            stream = torch._C._cuda_getCurrentRawStream(self._device)
-            results = self._repeat(self._address, args, addresses, stream)
+        known = self._known
+        if known is None and self._can_be_read():
+            known = self._read()
+        if known is not None and not _is_hooked():
+            stream = torch._C._cuda_getCurrentRawStream(known.device)
+            results = known.repeat(known.address, args, addresses, stream)
             if results is not NotImplemented:
                 return results
         return self._trace.through_triton(args, addresses)
 
-    def _has_been_read(self) -> bool:
-        """Read the launches, if that can be now; give up, and say so, if it fails again and again."""
-        if self._failures == ATTEMPTS or _module() is None or torch.cuda.is_current_stream_capturing():
-            return False
+    def _can_be_read(self) -> bool:
+        return (
+            self._failures < ATTEMPTS and _module() is not None and not torch.cuda.is_current_stream_capturing()
+        )  # within a capture is no time for another
+
+    def _read(self) -> _Known | None:
+        """Read the launches, unless another thread does; give up, and say so, if it fails again and again."""
         if not self._is_free.acquire(blocking=False):
-            return False
+            return None
         try:
-            self._read()
+            if self._known is None:  # it may have been read since this thread looked
+                self._known = _read(self._trace)
         except Exception as error:  # whatever another thread does, or a Triton or a driver to come in another way
             self._failures += 1
             if self._failures == ATTEMPTS:
                 _warn_of_slow_launches(str(error))
         finally:
             self._is_free.release()
-        return self._plan is not None
+        return self._known
 
-    def _read(self) -> None:
-        """
-        Raises:
-            LookupError: an address that a kernel was launched with is in none of its parameters.
-            RuntimeError: the driver refuses something.
-        """
-        trace = self._trace
-        tensor_count = trace.arg_count + len(trace.allocators)
-        marks = [FIRST_MARK + number * MARKS_APART for number in range(tensor_count + len(trace.offsets))]
-        self._kept: list[Any] = []  # what the launches point to
-        steps: list[_Step] = []
-        for kind, group in itertools.groupby(trace.steps, type):
-            if kind is Kernel:
-                launches = self._array(_Launch, [self._launch(kernel, marks) for kernel in group])
-                steps.append(_Step(launches=launches, launch_count=len(launches)))
-            else:
-                steps += [_Step(function=step) for step in group]
-        given = [0] * (len(marks) + 1)
-        plan = _Plan(
-            enqueue_kernel=ctypes.cast(cuda().cuLaunchKernelEx, c_void_p),
-            replace_address=ctypes.cast(cuda().cuTensorMapReplaceAddress, c_void_p),
-            steps=self._array(_Step, steps),
-            allocators=tuple(trace.allocators),
-            offsets=self._array(c_int64, trace.offsets),
-            results=self._array(c_int64, [-1 if number is None else number for number in trace.results]),
-            tensors=self._array(c_void_p, [None] * tensor_count),
-            given=self._array(c_uint64, given),
-            next=self._array(c_uint64, given),
-            step_count=len(steps),
-            arg_count=trace.arg_count,
-            tensor_count=tensor_count,
-            offset_count=len(trace.offsets),
-            result_count=len(trace.results),
-            given_count=len(given),
-            is_single=trace.is_single,
-        )
-        self._device, self._address = torch.cuda.current_device(), ctypes.addressof(plan)
-        self._repeat, self._plan = _module().repeat, plan
 
-    def _launch(self, kernel: Any, marks: Sequence[int]) -> "_Launch":
-        """A kernel's launch, of which another address is known by each mark, and the stream by the number after them.
+class _Kept(list[Any]):
+    """What C points to."""
 
-        Raises:
-            LookupError, RuntimeError: as :meth:`_read`.
-        """
-        seen = _Seen(marks)
-        config, function, parameters = read_launch(lambda: kernel(seen))
-        numbers = {mark: number for number, mark in enumerate(marks)}
-        # A descriptor, too, begins with its address.
-        found = [numbers.get(int.from_bytes(value[:8], "little")) for value in parameters]
-        if set(found) - {None} != seen.numbers:
-            raise LookupError(f"of the addresses {sorted(seen.numbers)} a launch's parameters have {found}")
-        memory = ctypes.create_string_buffer(sum(aligned(len(value), ALIGNMENT) for value in parameters) + ALIGNMENT)
-        place = aligned(ctypes.addressof(memory), ALIGNMENT)
-        places = []
-        addresses = [_Slot(ctypes.addressof(config) + LaunchConfig.stream.offset, len(marks))]
-        descriptors: list[_Slot] = []
-        for value, number in zip(parameters, found, strict=True):
-            ctypes.memmove(place, value, len(value))
-            places.append(place)
-            if number is not None:
-                (descriptors if len(value) == DESCRIPTOR_BYTES else addresses).append(_Slot(place, number))
-            place += aligned(len(value), ALIGNMENT)
-        if kernel.overlaps:
-            attribute = Attribute(Attribute.PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
-            config.attributes, config.num_attributes = ctypes.addressof(attribute), 1
-            self._kept.append(attribute)
-        pointers = self._array(c_void_p, places)
-        self._kept += config, memory
-        return _Launch(
-            config=ctypes.addressof(config),
-            function=function,
-            parameters=ctypes.addressof(pointers),
-            addresses=self._array(_Slot, addresses),
-            descriptors=self._array(_Slot, descriptors),
-            address_count=len(addresses),
-            descriptor_count=len(descriptors),
-        )
-
-    def _array(self, kind: Any, items: Sequence[Any]) -> Any:
+    def array(self, kind: Any, items: Sequence[Any]) -> Any:
         """An array in C, kept with what its items point to."""
         array = (kind * len(items))(*items)
-        self._kept.append((array, items))
+        self.append((array, items))
         return array
+
+
+def _read(trace: Trace) -> _Known:
+    """
+    Raises:
+        LookupError: an address that a kernel was launched with is in none of its parameters.
+        RuntimeError: the driver refuses something.
+    """
+    tensor_count = trace.arg_count + len(trace.allocators)
+    marks = [FIRST_MARK + number * MARKS_APART for number in range(tensor_count + len(trace.offsets))]
+    kept = _Kept()
+    steps: list[_Step] = []
+    for kind, group in itertools.groupby(trace.steps, type):
+        if kind is Kernel:
+            launches = kept.array(_Launch, [_launch(kernel, marks, kept) for kernel in group])
+            steps.append(_Step(launches=launches, launch_count=len(launches)))
+        else:
+            steps += [_Step(function=step) for step in group]
+    given = [0] * (len(marks) + 1)
+    plan = _Plan(
+        enqueue_kernel=ctypes.cast(cuda().cuLaunchKernelEx, c_void_p),
+        replace_address=ctypes.cast(cuda().cuTensorMapReplaceAddress, c_void_p),
+        steps=kept.array(_Step, steps),
+        allocators=tuple(trace.allocators),
+        offsets=kept.array(c_int64, trace.offsets),
+        results=kept.array(c_int64, [-1 if number is None else number for number in trace.results]),
+        tensors=kept.array(c_void_p, [None] * tensor_count),
+        given=kept.array(c_uint64, given),
+        next=kept.array(c_uint64, given),
+        step_count=len(steps),
+        arg_count=trace.arg_count,
+        tensor_count=tensor_count,
+        offset_count=len(trace.offsets),
+        result_count=len(trace.results),
+        given_count=len(given),
+        is_single=trace.is_single,
+    )
+    kept.append(plan)
+    return _Known(_module().repeat, ctypes.addressof(plan), torch.cuda.current_device(), kept)
+
+
+def _launch(kernel: Any, marks: Sequence[int], kept: _Kept) -> "_Launch":
+    """A kernel's launch, of which another address is known by each mark, and the stream by the number after them.
+
+    Raises:
+        LookupError, RuntimeError: as :func:`_read`.
+    """
+    seen = _Seen(marks)
+    config, function, parameters = read_launch(lambda: kernel(seen))
+    numbers = {mark: number for number, mark in enumerate(marks)}
+    # A descriptor, too, begins with its address.
+    found = [numbers.get(int.from_bytes(value[:8], "little")) for value in parameters]
+    if set(found) - {None} != seen.numbers:
+        raise LookupError(f"of the addresses {sorted(seen.numbers)} a launch's parameters have {found}")
+    memory = ctypes.create_string_buffer(sum(aligned(len(value), ALIGNMENT) for value in parameters) + ALIGNMENT)
+    place = aligned(ctypes.addressof(memory), ALIGNMENT)
+    places = []
+    addresses = [_Slot(ctypes.addressof(config) + LaunchConfig.stream.offset, len(marks))]
+    descriptors: list[_Slot] = []
+    for value, number in zip(parameters, found, strict=True):
+        ctypes.memmove(place, value, len(value))
+        places.append(place)
+        if number is not None:
+            (descriptors if len(value) == DESCRIPTOR_BYTES else addresses).append(_Slot(place, number))
+        place += aligned(len(value), ALIGNMENT)
+    if kernel.overlaps:
+        attribute = Attribute(Attribute.PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
+        config.attributes, config.num_attributes = ctypes.addressof(attribute), 1
+        kept.append(attribute)
+    pointers = kept.array(c_void_p, places)
+    kept += config, memory
+    return _Launch(
+        config=ctypes.addressof(config),
+        function=function,
+        parameters=ctypes.addressof(pointers),
+        addresses=kept.array(_Slot, addresses),
+        descriptors=kept.array(_Slot, descriptors),
+        address_count=len(addresses),
+        descriptor_count=len(descriptors),
+    )
 
 
 def aligned(n: int, alignment: int) -> int:
@@ -290,9 +314,9 @@ def why_triton_launches() -> str:
 @cache
 def _compiled() -> tuple[Any, str]:
     """_repeat.c as a module, compiled or from Triton's cache; or None, and why."""
-    from triton.runtime.build import compile_module_from_src
-
     try:
+        from triton.runtime.build import compile_module_from_src
+
         return compile_module_from_src(Path(__file__).with_name("_repeat.c").read_text(), "torch_switchback_repeat"), ""
     except Exception as error:  # no compiler, a cache that cannot be written, a Triton to come: any
         why = f"_repeat.c does not compile: {type(error).__name__}: {error}"

@@ -149,9 +149,9 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
         return replay(args, addresses)
     size = function, _size_of(kind)
     if size not in _sizes and args[0].is_cuda:
-        _sizes.add(size)
         with _recorded():  # so that what runs within it is a part of it
             rehearse(function, args)
+        _sizes.add(size)
     with _recorded() as (calls, memory):
         results = function(*args)
     try:
@@ -160,6 +160,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
         replay = functools.partial(_call, function)
     if len(_replays) >= MOST_REPLAYS:
         _replays.clear()
+        _sizes.clear()
     _replays[key] = replay
     return results
 
@@ -167,7 +168,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kind: Kind | None) 
 def _size_of(kind: Kind) -> tuple[Any, ...]:
     """Of arguments, what decides which kernels are compiled for them, or nearly so."""
     return tuple(
-        what if address is None else (what[0], *((n.bit_length(), n % 16 == 0) for n in what[2]))
+        what if address is None else (*what[:2], *((n.bit_length(), n % 16 == 0) for n in what[2]))
         for what, address in zip(*kind, strict=True)
     )
 
