@@ -1,5 +1,7 @@
 """Rehearsals of kernels that Triton really compiles, for a GPU that is not there: loads and launches do nothing."""
 
+import importlib
+import pkgutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -12,10 +14,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _async_compile
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from torch_switchback.kernels import _launch, _rehearsal
+from test_nn import STRATEGIES, gradients, make_layer
+from torch_switchback import kernels
+from torch_switchback.kernels import _launch, _rehearsal, _replay
 
 X = torch.zeros(64)
+MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)
+]
 
 
 class Driver:
@@ -110,8 +118,6 @@ def test_another_thread_launches_what_is_being_compiled(gpu, monkeypatch):
 
 def recorded_launches(x, *kernels):
     """As within a function that is recorded: compiled kernels are asked for their launches again."""
-    from torch_switchback.kernels import _replay
-
     with _replay._recorded():
         launch(x, *kernels)
 
@@ -157,3 +163,46 @@ def test_a_triton_without_the_mode_compiles_at_launches(gpu, monkeypatch):
     _rehearsal.rehearse(launch, (X, *kernels))
     launch(X, *kernels)
     assert gpu.launched == NAMES
+
+
+@pytest.fixture
+def compiled(gpu, monkeypatch):
+    """(its name, whether before a launch) of every kernel that a layer on the CPU, taken for a GPU, compiles."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.empty(0).get_device())
+    for module in MODULES:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
+    monkeypatch.setattr(_replay, "_replays", {})
+    monkeypatch.setattr(_replay, "_sizes", set())
+    compiled = []
+
+    def note(*, fn, is_manual_warmup, **_):
+        compiled.append((fn.name.rpartition(".")[2], is_manual_warmup))
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    yield compiled
+    for module in MODULES:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
+
+
+@pytest.mark.parametrize("name", ["global", "int8 grad_weight"])
+def test_a_layers_kernels_are_compiled_before_their_launches_and_once_a_power_of_two(name, compiled, gpu):
+    layer = make_layer(STRATEGIES[name], 256, 128, "cpu", torch.bfloat16)
+
+    def step(tokens):
+        x = torch.randn(tokens, 256, dtype=torch.bfloat16)
+        gradients(layer, x, torch.randn(tokens, 128, dtype=torch.bfloat16))
+
+    for octave in (256, 2048):
+        step(2 * octave)
+        before = list(compiled)
+        for tokens in (octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1):
+            step(tokens)
+        assert compiled == before
+    assert all(is_before for _, is_before in compiled)
+    assert {name for name, _ in compiled} <= set(gpu.launched)
+    assert len(compiled) >= 5
