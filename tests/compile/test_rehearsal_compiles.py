@@ -165,15 +165,20 @@ def test_a_triton_without_the_mode_compiles_at_launches(gpu, monkeypatch):
     assert gpu.launched == NAMES
 
 
+def forget_compiled():
+    """In this process: of the kernels of all operations."""
+    for module in MODULES:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
+
+
 @pytest.fixture
 def compiled(gpu, monkeypatch):
     """(its name, whether before a launch) of every kernel that a layer on the CPU, taken for a GPU, compiles."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.empty(0).get_device())
-    for module in MODULES:
-        for value in vars(module).values():
-            if isinstance(value, JITFunction):
-                value.device_caches.clear()
+    forget_compiled()
     monkeypatch.setattr(_replay, "_replays", {})
     monkeypatch.setattr(_replay, "_sizes", set())
     compiled = []
@@ -183,10 +188,7 @@ def compiled(gpu, monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
     yield compiled
-    for module in MODULES:
-        for value in vars(module).values():
-            if isinstance(value, JITFunction):
-                value.device_caches.clear()
+    forget_compiled()
 
 
 @pytest.mark.parametrize("name", ["global", "int8 grad_weight"])

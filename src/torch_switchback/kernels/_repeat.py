@@ -110,9 +110,8 @@ class Repetition:
         return self._trace.through_triton(args, addresses)
 
     def _can_be_read(self) -> bool:
-        return (
-            self._failures < ATTEMPTS and _module() is not None and not torch.cuda.is_current_stream_capturing()
-        )  # within a capture is no time for another
+        """Whether the driver launches, reading has not failed too often, and no capture is under way: it takes one."""
+        return self._failures < ATTEMPTS and _module() is not None and not torch.cuda.is_current_stream_capturing()
 
     def _read(self) -> _Known | None:
         """Read the launches, unless another thread does; give up, and say so, if it fails again and again."""
