@@ -96,14 +96,15 @@ def host(document: Record) -> str:
     return markdown(("host, forward and backward", "µs"), rows)
 
 
-def losers(document: Record) -> Iterator[tuple[str, ...]]:
-    for record in document["results"]:
+def losers(documents: Record) -> Iterator[tuple[str, ...]]:
+    for record in documents["bench_model"]["results"] + documents["bench_linear"]["results"]:
         if record["name"] in OURS and record["speed_up"] is not None and record["speed_up"] < 1:
-            yield record["model"], record["name"], record["mode"], times(record)
+            what = record["model"] if "model" in record else str(Shape(*record["shape"]))
+            yield what, record["name"], record["mode"], times(record)
 
 
-def lost(document: Record) -> str:
-    return markdown(("model", "layers", "mode", "over nn.Linear"), losers(document))
+def lost(documents: Record) -> str:
+    return markdown(("model or layer", "strategy", "mode", "over nn.Linear"), losers(documents))
 
 
 def shards(document: Record) -> str:
@@ -208,7 +209,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
     "small_layer": ("h200/bench_host", small_layer),
     "host": ("h200/bench_host", host),
-    "lost": ("h200/bench_model", lost),
+    "lost": ("h200", lost),
     "shards_narrow": ("h200/fsdp/large.json", shards),
     "shards_wide": ("h200/fsdp/wide.json", shards),
     "linear_share": ("h200/demo/results.json", linear_share),

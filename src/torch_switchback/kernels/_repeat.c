@@ -1,15 +1,15 @@
 /* What a function did, done again for other tensors: memory allocated, kernels launched by the CUDA driver.
 
-   _replay.py's _Replay says the same in Python, which through Triton takes several times as long as the driver does, and
+   Trace.through_triton says the same in Python, which through Triton takes several times as long as the driver does, and
    longer still where the interpreter's own code has left the processor's caches, as it has in autograd's thread.
-   _driver.py makes what it is given and has Triton compile it, which needs a C compiler itself. */
+   _repeat.py makes what it is given and has Triton compile it, which needs a C compiler itself. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
 
-/* The structures are those of _driver.py, their fields in its order. */
+/* The structures are those of _repeat.py, their fields in its order. */
 
 typedef struct {
     void *place;    /* an address's, or a descriptor */
