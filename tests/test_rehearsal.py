@@ -97,13 +97,13 @@ def test_a_kernel_that_fails_is_left_to_its_launch():
     assert [one for one in log if one[0] == "loaded"] == [("loaded", False)]
 
 
-def test_what_is_half_loaded_is_forgotten():
+def test_what_is_half_loaded_is_forgotten_and_what_failed_with_its_error():
     def fail():
         raise RuntimeError("CUDA out of memory")
 
     kernels = Kernel([]), Kernel([], compile=fail), Kernel([], load=fail)
     _rehearsal.rehearse(launching(*kernels), (X,))
-    assert [len(kernel.device_caches) for kernel in kernels] == [1, 1, 0]
+    assert [len(kernel.device_caches) for kernel in kernels] == [1, 0, 0]
 
 
 def test_what_the_function_raises_is_raised():
@@ -140,6 +140,19 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _rehearsal.rehearse(launching(Kernel([])), (X,))
     assert not _rehearsal.is_rehearsal() and _async_compile.active_mode.get() is None
+
+
+def test_what_runs_while_it_waits_for_the_compiler_launches(monkeypatch):
+    """Such as a signal's handler."""
+    waits, as_completed = [], _async_compile.as_completed
+
+    def wait(futures):
+        waits.append(_rehearsal.is_rehearsal())
+        return as_completed(futures)
+
+    monkeypatch.setattr(_async_compile, "as_completed", wait)
+    _rehearsal.rehearse(launching(Kernel([])), (X,))
+    assert waits == [False]
 
 
 def test_there_is_none_within_a_capture_nor_in_the_interpreter(gpu, monkeypatch):

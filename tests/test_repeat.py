@@ -263,6 +263,10 @@ def test_other_arguments_than_there_were_are_refused(args, gpu, two_kernels):
 def test_hooks_see_every_launch(gpu, two_kernels):
     """Such as a profiler's: a chain of them, one that was put there, or none."""
     runtime = triton.knobs.runtime
+    with runtime.scope():
+        runtime.launch_enter_hook = pytest.fail  # as Triton calls it, also of launches that are only read
+        assert not repeat(two_kernels, 10, 11)
+    assert two_kernels._known is None
     assert repeat(two_kernels, 10, 11)
     with runtime.scope():
         runtime.launch_exit_hook.add(print)

@@ -10,7 +10,7 @@ from torch import nn
 import torch_switchback as ts
 from cases import assert_same
 from test_nn import count_weight_quantisations
-from torch_switchback.autograd import _SCALINGS
+from torch_switchback.autograd import _SCALINGS, WeightCache
 
 
 @pytest.fixture(params=["global", "rowwise"])
@@ -203,6 +203,23 @@ def test_a_parametrised_weight_is_never_cached(layers, device):
         for layer in (caching, plain):
             with torch.no_grad():
                 layer.parametrizations.weight.original0.mul_(1.5)
+
+
+def test_what_another_thread_quantises_meanwhile_is_its_own(device, monkeypatch):
+    """As nn.DataParallel's threads do, whose replicas share what a layer has."""
+    one, other = (nn.Parameter(torch.randn(48, 64, device=device)) for _ in range(2))
+    config, cache, quantize = ts.SwitchBackConfig(), WeightCache(), _SCALINGS["global"].quantize
+
+    def quantize_disturbed(weight):
+        if weight is one:
+            cache.get(other, config, with_transpose=False)
+        return quantize(weight)
+
+    monkeypatch.setitem(_SCALINGS, "global", _SCALINGS["global"]._replace(quantize=quantize_disturbed))
+    for weight in (one, other, one):
+        quantized, _ = cache.get(weight, config, with_transpose=False)
+        for actual, expected in zip(quantized, quantize(weight), strict=True):
+            assert_same(actual, expected)
 
 
 def test_weights_that_functional_call_passes(layers, device):

@@ -141,9 +141,9 @@ class WeightCache:
 
     def __init__(self) -> None:
         _watch_optimizers()
-        self._seen: torch.Tensor | None = None
-        self._state: tuple[Any, ...] = ()
-        self._quantized: tuple[Quantized, Quantized | None] | None = None
+        # What tells the weight and its state, an alias of it, and the codes. At once, as threads may share a layer. The
+        # alias shares the version counter and keeps the memory, so no other weight can come to lie there.
+        self._kept: tuple[tuple[Any, ...], torch.Tensor, tuple[Quantized, Quantized | None]] | None = None
 
     @staticmethod
     def can_hold(weight: torch.Tensor) -> bool:
@@ -164,21 +164,23 @@ class WeightCache:
         """
         absmax_state = None if absmax is None else (absmax.data_ptr(), absmax._version)
         generation = _generation if weight.requires_grad else None
-        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state, generation)
-        if state != self._state:
-            # The alias shares the version counter and keeps the memory, so no other weight can come to lie there.
-            self._seen, self._state, self._quantized = weight.detach(), state, None
-        if self._quantized is None or (with_transpose and self._quantized[1] is None):
-            with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
-                scaling = scaling_of(config)
-                if absmax is not None:
-                    codes_t = scaling.transpose_codes(weight, absmax) if with_transpose else None
-                    self._quantized = (weight, absmax), codes_t
-                elif with_transpose:
-                    self._quantized = scaling.quantize_with_transpose(weight)
-                else:
-                    self._quantized = scaling.quantize(weight), None
-        return self._quantized
+        stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None  # another may not have them yet
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state, generation, stream)
+        kept = self._kept
+        if kept is not None and kept[0] == state and not (with_transpose and kept[2][1] is None):
+            return kept[2]
+        kept = self._kept = None  # its memory serves the next
+        quantized: tuple[Quantized, Quantized | None]
+        with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
+            scaling = scaling_of(config)
+            if absmax is not None:
+                quantized = (weight, absmax), scaling.transpose_codes(weight, absmax) if with_transpose else None
+            elif with_transpose:
+                quantized = scaling.quantize_with_transpose(weight)
+            else:
+                quantized = scaling.quantize(weight), None
+        self._kept = state, weight.detach(), quantized
+        return quantized
 
 
 def switchback_linear(

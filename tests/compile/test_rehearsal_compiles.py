@@ -1,8 +1,10 @@
 """Rehearsals of kernels that Triton really compiles, for a GPU that is not there: loads and launches do nothing."""
 
+import gc
 import importlib
 import pkgutil
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -141,6 +143,25 @@ def test_within_a_mode_of_the_users_kernels_are_launched(gpu):
     with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor):
         recorded_launches(X, *kernels)
     assert gpu.launched == NAMES
+
+
+def test_a_kernel_that_does_not_compile_keeps_nothing_of_its_callers(gpu):
+    """An error has the frames that it went through, and these their tensors."""
+
+    @triton.jit
+    def failing_kernel(x_ptr, BLOCK: tl.constexpr):
+        tl.static_assert(BLOCK == 1, "not on this GPU")
+
+    def step():
+        x, activation = torch.zeros(64), torch.zeros(64)
+        _rehearsal.rehearse(launch, (x, failing_kernel))
+        with pytest.raises(_launch.CannotCompile, match="not on this GPU"):
+            launch(x, failing_kernel)
+        return weakref.ref(x), weakref.ref(activation)
+
+    references = step()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_an_executor_that_takes_nothing_leaves_kernels_to_their_launches(gpu, monkeypatch):

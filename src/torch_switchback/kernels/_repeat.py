@@ -100,7 +100,7 @@ class Repetition:
         another thread has these in hand.
         """
         known = self._known
-        if known is None and self._can_be_read():
+        if known is None and not _is_hooked() and self._can_be_read():
             known = self._read()
         if known is not None and not _is_hooked():
             stream = torch._C._cuda_getCurrentRawStream(known.device)
