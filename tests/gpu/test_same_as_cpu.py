@@ -264,7 +264,7 @@ def test_run_to_run():
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="only Hopper runs the TMA kernels")
-def test_hopper_products_take_tma_where_they_can(monkeypatch):
+def test_hopper_products_take_tma_where_they_can(unrehearsed, monkeypatch):
     kernels = []
 
     def spy(kernel, *args, **kwargs):

@@ -1,5 +1,7 @@
 """cache_quantized_weight, with work on several streams."""
 
+import copy
+
 import pytest
 import torch
 
@@ -14,19 +16,20 @@ def test_a_stream_does_not_take_codes_that_another_has_yet_to_compute(is_prepare
     if is_prepared:
         layer.prepare_for_eval()
         plain.prepare_for_eval()
-    x = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
 
     def step(layer):
-        y = layer(x)
-        return y, torch.autograd.grad(y, x, grad)[0]
+        x_here = x.detach().requires_grad_()  # of this stream: autograd makes a leaf's wait for its gradient
+        y = layer(x_here)
+        return y, torch.autograd.grad(y, x_here, grad)[0]
 
+    step(copy.deepcopy(layer))  # compiles
     expected = step(plain)
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
     torch.cuda.synchronize()
+    other = torch.cuda.Stream()
     with torch.cuda.stream(other):
-        torch.cuda._sleep(500_000_000)  # some tenths of a second
+        torch.cuda._sleep(1_000_000_000)  # half a second
         step(layer)
     actual = step(layer)
     assert not other.query()
