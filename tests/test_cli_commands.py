@@ -362,6 +362,7 @@ def test_back_needs_an_absmax_and_a_dtype():
         (("bench", "--dtype", "int8"), "--dtype must be bfloat16"),
         (("bench", "--shape", "1,2"), "--shape must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
         (("bench", "--shape", "1,2,3", "--model", "config.json"), "not both"),
+        (("bench", "--shape", "1,2,3", "--tokens", "4"), "--tokens goes with --model"),
     ],
 )
 def test_wrong_calls_exit_with_2(arguments, message):

@@ -512,6 +512,23 @@ def test_nested_tensors_are_refused(layout, device):
         make_layer(SwitchBackConfig(), device=device)(x)
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([1.0], "x must be a tensor, got list"),
+        (torch.ones(4, 4).to_sparse(), "x must be dense, got layout torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_refused(x, message):
+    with pytest.raises(TypeError, match=f"switchback_linear: {message}"):
+        ts.switchback_linear(x, torch.ones(4, 4))
+
+
+def test_a_recipe_is_no_config():
+    with pytest.raises(TypeError, match="switchback_linear: config must be a SwitchBackConfig, got 'rowwise'"):
+        ts.switchback_linear(torch.ones(4, 4), torch.ones(4, 4), config="rowwise")
+
+
 # Autograd's rules
 
 
@@ -1064,6 +1081,8 @@ def test_revert_takes_a_subclass_only_to_what_it_names_itself():
 
     model = nn.Sequential(Named(8, 8), Unnamed(8, 8), nn.utils.parametrizations.weight_norm(SwitchBackLinear(8, 8)))
     kept = [type(module) for module in model[1:]]
-    ts.revert_switchback(model)
+    with pytest.warns(UserWarning, match="leaves '[12]' as it is: .* is a subclass of SwitchBackLinear") as warned:
+        ts.revert_switchback(model)
+    assert len(warned) == 2
     assert [type(module) for module in model] == [Plain, *kept]
     assert vars(model[0]).keys() == vars(nn.Linear(8, 8)).keys()

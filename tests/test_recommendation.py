@@ -186,5 +186,7 @@ def test_what_is_refused():
         ts.recommend(nn.LayerNorm(16), tokens=8)
     with pytest.raises(ValueError, match="the recipes are"):
         ts.recommend(nn.Linear(16, 16), tokens=8, recipes=["int4"])
+    with pytest.raises(ValueError, match="recommend: recipes is empty"):
+        ts.recommend(nn.Linear(16, 16), tokens=8, recipes=[])
     with pytest.raises(ValueError, match="either sample_input or tokens"):
         ts.recommend(nn.Linear(16, 16))

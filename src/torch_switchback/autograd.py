@@ -207,13 +207,14 @@ def switchback_linear(
         (*, out_features) in x's dtype, or in autocast's.
 
     Raises:
-        TypeError: an argument has another dtype, or x is a NestedTensor.
+        TypeError: an argument has another dtype, x is no tensor, a NestedTensor or sparse, or config is something else.
         ValueError: shapes do not match, the arguments are on different devices, or on one that is neither a CPU nor
             CUDA (ROCm's is) nor meta, or the weight is codes and config rotates the features.
         RuntimeError: once its gradients are differentiated again.
     """
     if config is None:
         config = SwitchBackConfig()
+    _check_types(x, config)
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
@@ -232,6 +233,18 @@ def _is_distributed(x: torch.Tensor) -> bool:
     return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
+def _check_types(x: torch.Tensor, config: SwitchBackConfig) -> None:
+    op = "switchback_linear"
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: x must be dense, got layout {x.layout}")
+    if not isinstance(config, SwitchBackConfig):
+        raise TypeError(f"{op}: config must be a SwitchBackConfig, got {config!r}")
+
+
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -240,8 +253,6 @@ def _check(
     config: SwitchBackConfig,
 ) -> None:
     op = "switchback_linear"
-    if x.is_nested:
-        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
     check_device(op, "x", x)
     check_float(op, "x", x)
     if weight.dim() != 2:

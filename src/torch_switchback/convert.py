@@ -185,7 +185,8 @@ def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
     A layer that was prepared for evaluation gets a new ``weight``, dequantised. Subclasses of SwitchBackLinear, such as
-    torch.nn.utils.parametrize makes, stay, but for those that set ``reverts_to`` themselves.
+    torch.nn.utils.parametrize and fully_shard make, stay, with a warning each, but for those that set ``reverts_to``
+    themselves.
 
     Args:
         model: any module, converted or built with SwitchBackLinear.
@@ -198,14 +199,19 @@ def revert_switchback(model: Model) -> Model:
             the graph of a forward.
     """
     undo_int8_all_gather(model)
-    for module in model.modules():
+    for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
+        if not isinstance(module, SwitchBackLinear):
+            continue
         reverts_to = vars(type(module)).get("reverts_to")  # a subclass does not inherit it
-        if isinstance(module, SwitchBackLinear) and reverts_to is not None:
-            module.prepare_for_training()
-            del module.config
-            module.__dict__.pop("_weight_cache", None)
-            module.__class__ = reverts_to
+        if reverts_to is None:
+            reason = f"{type(module).__name__} is a subclass of SwitchBackLinear"
+            warnings.warn(f"revert_switchback leaves {fqn!r} as it is: {reason}", stacklevel=2)
+            continue
+        module.prepare_for_training()
+        del module.config
+        module.__dict__.pop("_weight_cache", None)
+        module.__class__ = reverts_to
     return model
 
 

@@ -197,8 +197,8 @@ def recommend(
         The measurements; ``config`` is what follows, for ``convert_to_switchback``. Printed, it is a table.
 
     Raises:
-        ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, or not
-            exactly one of sample_input and tokens is given.
+        ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, recipes
+            is empty, or not exactly one of sample_input and tokens is given.
         RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile.
     """
     model = model._modules.get("_orig_mod") or model
@@ -206,6 +206,8 @@ def recommend(
     if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
         raise ValueError("recommend: model is converted already; revert_switchback(model) first")
     configs = {recipe: config_of(recipe) for recipe in recipes}
+    if not configs:
+        raise ValueError("recommend: recipes is empty")
     where = device_of(model, device)
     why_left = default_filter(model, least_features=0)
     left: dict[str, str] = {}

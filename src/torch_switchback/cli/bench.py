@@ -24,7 +24,6 @@ from .common import (
     DEFAULT_TOKENS,
     DeviceFlag,
     JsonFlag,
-    TokensFlag,
     chosen_device,
     load_model,
     needs,
@@ -77,7 +76,12 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    tokens: TokensFlag = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --model: tokens that each layer sees in a step, by default 8192.", show_default=False
+        ),
+    ] = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help=f"Repeatable; by default all: {', '.join(RECIPES)}.", show_default=False),
@@ -120,6 +124,8 @@ def bench(
         raise typer.BadParameter(f"--recipe must be one of {', '.join(RECIPES)}, got {unknown[0]!r}")
     if shape and model:
         raise typer.BadParameter("give --shape or --model, not both")
+    if tokens is not None and not model:
+        raise typer.BadParameter("--tokens goes with --model; a shape names its own")
     if picture is not None:
         needs("bench", "matplotlib", "demo")
     shapes = parse_shapes(shape, "TOKENS,IN,OUT", StepShape) if shape else DEFAULT_SHAPES
