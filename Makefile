@@ -4,7 +4,7 @@ RUN = $(VENV)/bin
 INTEGRATIONS = $(VENV)-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz reliability test-gpu test-gpu-sanitizer soak lint docs clean
+.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz test-gpu test-gpu-sanitizer soak lint docs clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -73,11 +73,6 @@ docs: $(VENV)/.test  ## the documentation's site in site/, from these files alon
 fuzz: $(VENV)/.test  ## the properties on random inputs, some minutes; prints how to repeat a failure
 	HYPOTHESIS_PROFILE=fuzz $(RUN)/pytest -n 2 tests/test_properties.py
 
-reliability: $(VENV)/.test  ## docs/reliability.md from a run of its tests
-	$(RUN)/python tests/reliability.py run cpu -n 2 --dist loadgroup
-	$(RUN)/python tests/reliability.py run interpreter -n 2
-	$(RUN)/python tests/reliability.py page
-
 test-gpu:  ## the GPU's tests, in the present environment
 	$(PYTHON) -m pytest --device cuda tests/gpu tests/test_*.py
 
@@ -85,7 +80,7 @@ test-gpu-sanitizer:  ## every kernel under compute-sanitizer, in the present env
 	$(PYTHON) -m pytest --device cuda --sanitizer tests/gpu/test_sanitizer.py
 
 soak:  ## ten minutes of random steps on the GPU, in the present environment
-	$(PYTHON) tests/soak.py --minutes 10 --output tests/results/h200_soak.json
+	$(PYTHON) tests/soak.py --minutes 10
 
 clean:  ## remove what was made
 	rm -rf $(VENV) $(INTEGRATIONS) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,6 @@ def quantised_weight(weight, scaling):
     return expected_codes(weight, absmax), absmax
 
 
-@pytest.mark.promise("output and grad_input", "run to run")
 @unrotated
 @dtypes
 @pytest.mark.parametrize("shape", [(33, 83, 17), (128, 64, 96)], ids=str)

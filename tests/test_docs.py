@@ -285,6 +285,21 @@ def test_docstrings_are_complete_and_refer_to_what_is_public():
         assert referred <= public_names(), function
 
 
+def absent_tests(page: str) -> list[str]:
+    """Return the linked tests of a page in docs/ that their file does not define."""
+    links = re.findall(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)", page)
+    assert links
+    sources = {file: (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).exists() else "" for _, file in links}
+    return [name for name, file in links if not re.search(rf"^def {name}\(", sources[file], re.MULTILINE)]
+
+
+def test_the_tests_of_every_guarantee_exist():
+    page = PAGES["docs/reliability.md"]
+    assert absent_tests(page) == []
+    without = [row for row in re.findall(r"^\| .*", page, re.MULTILINE) if "](../tests/" not in row]
+    assert set(without) == {"| guarantee | shown by |"}
+
+
 def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     pages = importlib.import_module("pages")
@@ -314,6 +329,11 @@ def test_blocks_share_names_and_errors_have_the_pages_lines():
     with pytest.raises(ZeroDivisionError) as caught:
         run("# title\n\n```python\n\n1 / 0\n```")
     assert caught.traceback[-1].lineno + 1 == 5
+
+
+@pytest.mark.parametrize("link", ["[test_nothing](../tests/test_docs.py)", "[test_docs](../tests/nothing.py)"])
+def test_an_absent_test_is_found(link):
+    assert absent_tests(f"| a guarantee | {link} |")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ class FailsOnce:
         return self.function(*args)
 
 
-@pytest.mark.promise("out of memory in the middle of a forward")
 @strategies
 @pytest.mark.parametrize("at", [0, 1], ids=["forward", "backward"])
 def test_out_of_memory_in_the_middle(at, config, step, monkeypatch, unrehearsed):
@@ -54,7 +53,6 @@ def test_out_of_memory_in_the_middle(at, config, step, monkeypatch, unrehearsed)
     assert_same_step(step(), expected)
 
 
-@pytest.mark.promise("an exception inside a saved-tensor hook")
 @strategies
 @pytest.mark.parametrize("where", ["pack", "unpack"])
 def test_an_exception_inside_a_saved_tensor_hook(where, config, step):
@@ -67,7 +65,6 @@ def test_an_exception_inside_a_saved_tensor_hook(where, config, step):
         assert_same_step(step(), expected)
 
 
-@pytest.mark.promise("an exception inside a saved-tensor hook")
 @strategies
 def test_an_exception_leaves_nothing_behind(config, device):
     layer = make_layer(config, device=device)
@@ -99,7 +96,6 @@ class Quantised(Dataset):
             return x, *ts.quantize_rowwise(x), self.layer(x)
 
 
-@pytest.mark.promise("fork and spawn DataLoader workers")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_quantise_while_the_parent_trains(method, device):
     layer = ts.SwitchBackLinear(64, 48, device=device)

@@ -39,7 +39,6 @@ def float8(x):
     return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale
 
 
-@pytest.mark.promise("int8 grad_weight, tokens log-normal σ=2")
 @pytest.mark.parametrize("config", [INT8, SwitchBackConfig(grad_weight="int8_always", rotate_tokens=128)], ids=repr)
 @pytest.mark.parametrize(
     ("tokens", "sigma", "outlier_channels"),
@@ -61,7 +60,6 @@ def test_the_rotation_is_what_makes_it_accurate(device):
     assert signal_to_noise(plain, reference) < 28
 
 
-@pytest.mark.promise("int8 grad_weight")
 def test_of_the_same_operands_it_is_the_exact_product(device):
     x, grad = torch.randn(150, 24, device=device), torch.randn(150, 40, device=device)
     (x_codes, x_absmax), (grad_codes, grad_absmax) = (
@@ -73,7 +71,6 @@ def test_of_the_same_operands_it_is_the_exact_product(device):
     assert torch.equal(grad_weight_of(x, grad, INT8), expected)
 
 
-@pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
 def test_a_million_tokens_do_not_overflow(device):
     """127² a token: int32 would wrap at 133,145 of them."""
     tokens = 2**20

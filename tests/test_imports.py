@@ -19,7 +19,6 @@ LATER = [
 ]
 
 
-@pytest.mark.promise("importing")
 @pytest.mark.parametrize("module", LATER)
 def test_imported_when_it_is_needed(module):
     """If importing torch alone does not import it."""
@@ -58,7 +57,6 @@ print(ts.__file__)
 """
 
 
-@pytest.mark.promise("no GPU, no Triton")
 def test_trains_without_triton():
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
 
@@ -106,7 +104,6 @@ def imports(file):
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
 
 
-@pytest.mark.promise("the order of layers")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_layers_import_what_the_architecture_says(file):
     allowed = layers().get(layer_of(file))
@@ -136,7 +133,6 @@ def calls(tree):
             yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
 
 
-@pytest.mark.promise("checkpoints of examples and commands")
 @pytest.mark.parametrize("folder", ["src", "examples", "benchmarks"])
 def test_checkpoints_are_read_as_tensors_alone(folder):
     for file in (ROOT / folder).rglob("*.py"):
@@ -170,6 +166,5 @@ test_int8_matmul.test_refuses_what_does_not_fit("cpu")
 """
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_refusals_do_not_depend_on_assertions():
     subprocess.run([sys.executable, "-O", "-c", REFUSALS], cwd=ROOT / "tests", check=True)

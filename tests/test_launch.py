@@ -44,7 +44,6 @@ def _a_fresh_process(monkeypatch):
     _launch._warn_of_the_cache.cache_clear()
 
 
-@pytest.mark.promise("a corrupt or read-only Triton cache")
 @pytest.mark.parametrize(
     "error", [ValueError("Expecting value: line 1"), PermissionError("read-only"), RuntimeError("?")]
 )
@@ -109,13 +108,11 @@ def test_launches_that_are_more_than_parameters_and_a_grid_are_left_to_triton(me
             assert function.overlaps is overlaps
 
 
-@pytest.mark.promise("out of memory in the middle of a forward")
 def test_the_drivers_out_of_memory_is_pytorchs():
     with pytest.raises(torch.OutOfMemoryError):
         _launch.launch(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (1,))
 
 
-@pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
 @pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
 def test_an_operation_gives_way_to_its_meaning(kernels, monkeypatch):
     """As a CUDA tensor's call would: the second time without trying the kernel, or saying anything."""

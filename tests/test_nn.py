@@ -98,7 +98,6 @@ def test_config_refuses_an_unknown_scaling():
 # Shapes, dtypes and values
 
 
-@pytest.mark.promise("no tokens; 1-D, 2-D, 3-D, 4-D x; in or out of 1; primes")
 @strategies
 @pytest.mark.parametrize("leading", [(), (7,), (2, 5), (2, 3, 5), (0,), (2, 0)], ids=str)
 def test_shapes(config, leading, device):
@@ -114,7 +113,6 @@ def test_shapes(config, leading, device):
         assert not layer.bias.grad.any()
 
 
-@pytest.mark.promise("no tokens; 1-D, 2-D, 3-D, 4-D x; in or out of 1; primes")
 @strategies
 @pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (1, 7), (7, 1), (83, 17), (257, 131)])
 def test_odd_sizes(config, in_features, out_features, device):
@@ -173,7 +171,6 @@ def test_weight_may_have_another_dtype(config, dtype, weight_dtype, device):
     assert layer.bias.grad.dtype == weight_dtype
 
 
-@pytest.mark.promise("autocast")
 @strategies
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_autocast(config, autocast_dtype, device):
@@ -236,7 +233,6 @@ def test_bias_gradient_accumulates_in_float32(dtype, device):
     assert layer.bias.grad.tolist() == [torch.tensor(20_000.0, dtype=dtype).item()] * 4
 
 
-@pytest.mark.promise("slices, transposes, expanded, storage offsets")
 @strategies
 def test_any_layout_of_input_and_gradient(config, device):
     layer = make_layer(config, device=device)
@@ -254,7 +250,6 @@ def test_any_layout_of_input_and_gradient(config, device):
         assert torch.equal(grad_input, grad_input2)
 
 
-@pytest.mark.promise("slices, transposes, expanded, storage offsets")
 @strategies
 def test_any_layout_of_the_weight(config, device):
     bias = torch.randn(2 * 48, device=device)[1::2]
@@ -269,7 +264,6 @@ def test_any_layout_of_the_weight(config, device):
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.promise("slices, transposes, expanded, storage offsets")
 @strategies
 def test_a_stride_0_gradient(config, device):
     """y.sum().backward() sends an expanded scalar."""
@@ -280,7 +274,6 @@ def test_a_stride_0_gradient(config, device):
     assert torch.equal(from_sum, from_ones)
 
 
-@pytest.mark.promise("any position in the batch")
 @strategies
 def test_rows_do_not_depend_on_their_batch(config, device):
     layer = make_layer(config, device=device)
@@ -310,7 +303,6 @@ def test_operations_in_place_on_the_output(leading, compiled, device):
 # Hostile values
 
 
-@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 @strategies
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen weight"])
@@ -330,7 +322,6 @@ def test_nan_and_inf_reach_their_row_and_no_other(config, value, frozen, device)
     assert grad_input.isfinite().all(1).sum() == 5
 
 
-@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 @strategies
 def test_nan_in_the_input_reaches_the_weight_gradient(config, device):
     layer = make_layer(config, device=device)
@@ -340,7 +331,6 @@ def test_nan_in_the_input_reaches_the_weight_gradient(config, device):
     assert not layer.weight.grad[:, 5].isfinite().any()
 
 
-@pytest.mark.promise("NaN in W")
 @strategies
 def test_nan_in_the_weight(config, device):
     layer = make_layer(config, device=device)
@@ -354,7 +344,6 @@ def test_nan_in_the_weight(config, device):
         assert finite.sum() == 6 * 47
 
 
-@pytest.mark.promise("zero row, tensor or weight")
 @strategies
 def test_zeros_stay_zeros(config, device):
     layer = make_layer(config, device=device)
@@ -376,7 +365,6 @@ def test_zeros_stay_zeros(config, device):
     assert not grad_input.any()
 
 
-@pytest.mark.promise("row absmax 1e-30 or 1e30")
 @strategies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
@@ -397,7 +385,6 @@ def test_tiny_and_huge_rows_keep_their_accuracy(factor, dtype, config, device):
     assert scaled == pytest.approx(plain, abs=0.1)
 
 
-@pytest.mark.promise("fp16 result above 65,504")
 @strategies
 def test_a_float16_result_above_its_range_is_inf_as_nn_linears(config, device):
     layer = make_layer(config, device=device)
@@ -413,7 +400,6 @@ def test_a_float16_result_above_its_range_is_inf_as_nn_linears(config, device):
         assert not y.isnan().any()
 
 
-@pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
 @unrotated
 @pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
 def test_sums_that_int32_cannot_hold(inner, config, device):
@@ -431,7 +417,6 @@ def test_sums_that_int32_cannot_hold(inner, config, device):
     torch.testing.assert_close(grad_input, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.promise("GradScaler")
 @strategies
 def test_grad_scaler_skips_a_step_with_nan(config, device):
     layer = make_layer(config, device=device)
@@ -447,7 +432,6 @@ def test_grad_scaler_skips_a_step_with_nan(config, device):
     assert scaler.get_scale() < 65536
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64], ids=lambda dtype: str(dtype)[6:])
 def test_refuses_other_dtypes(dtype, device):
     layer = SwitchBackLinear(6, 4, device=device)
@@ -457,7 +441,6 @@ def test_refuses_other_dtypes(dtype, device):
         ts.switchback_linear(torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device, dtype=dtype))
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_refuses_other_shapes_and_devices(device):
     layer = SwitchBackLinear(6, 4, device=device)
     weight, bias = layer.weight.detach(), layer.bias.detach()
@@ -474,7 +457,6 @@ def test_refuses_other_shapes_and_devices(device):
         ts.switchback_linear(x, weight.to("meta"), bias)
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 @pytest.mark.parametrize("elsewhere", ["mps", "xla"])
 def test_refuses_devices_that_no_operation_knows(elsewhere):
     with FakeTensorMode():
@@ -483,7 +465,6 @@ def test_refuses_devices_that_no_operation_knows(elsewhere):
         ts.switchback_linear(x, weight)
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_refuses_codes_that_do_not_fit(device):
     x, weight = torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device)
     codes, absmax = ts.quantize_global(weight)
@@ -532,7 +513,6 @@ def test_a_recipe_is_no_config():
 # Autograd's rules
 
 
-@pytest.mark.promise("W edited in place between forward and backward")
 @strategies
 def test_weight_edited_between_forward_and_backward(config, device):
     layer = make_layer(config, device=device)
@@ -543,7 +523,6 @@ def test_weight_edited_between_forward_and_backward(config, device):
         y.sum().backward()
 
 
-@pytest.mark.promise("a second backward without retain_graph; double backward")
 @strategies
 def test_backward_twice(config, device):
     layer = make_layer(config, device=device)
@@ -576,7 +555,6 @@ def test_an_input_whose_negation_is_pending(config, device):
         assert_same(actual, wanted)
 
 
-@pytest.mark.promise("a second backward without retain_graph; double backward")
 @pytest.mark.parametrize("loss", [sum_of, sum_of_squares])
 @strategies
 def test_double_backward(config, loss, device):
@@ -622,7 +600,6 @@ def test_gradients_with_grad_mode_on(device):
     assert not layer.weight.grad.requires_grad
 
 
-@pytest.mark.promise("what the backward keeps")
 @strategies
 def test_bytes_kept_for_the_backward(config, device):
     """Beside the parameter: X in 16 bit, or in int8 with a float32 a row or, rotated, a column; and W's absmax."""
@@ -645,7 +622,6 @@ def test_bytes_kept_for_the_backward(config, device):
     assert kept_beside_parameters == expected + absmax_of_weight
 
 
-@pytest.mark.promise("X after the backward")
 @strategies
 def test_int8_codes_free_the_input(config, device):
     layer = make_layer(config, device=device)
@@ -660,7 +636,6 @@ def test_int8_codes_free_the_input(config, device):
     assert freed() is None
 
 
-@pytest.mark.promise("X after the backward")
 def test_the_input_is_not_kept_for_a_frozen_weight(device):
     layer = SwitchBackLinear(64, 48, device=device)
     layer.weight.requires_grad_(False)
@@ -673,7 +648,6 @@ def test_the_input_is_not_kept_for_a_frozen_weight(device):
     y.sum().backward()
 
 
-@pytest.mark.promise("what the backward keeps")
 @unrotated
 @pytest.mark.parametrize("needs_input", [True, False])
 def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch, unrehearsed):
@@ -687,7 +661,6 @@ def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatc
     assert in_forward == 1
 
 
-@pytest.mark.promise("checkpointing (both modes), save_on_cpu")
 @strategies
 def test_checkpointing_and_offloading(config, device):
     layer = make_layer(config, device=device)
@@ -706,7 +679,6 @@ def test_checkpointing_and_offloading(config, device):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.promise("inference_mode")
 def test_inference_mode(device):
     layer = SwitchBackLinear(64, 48, device=device)
     x = torch.randn(4, 64, device=device)
@@ -721,7 +693,6 @@ def test_inference_mode(device):
 # State
 
 
-@pytest.mark.promise("nn.Linear's state_dict")
 def test_state_dict_is_nn_linears_both_ways():
     linear, ours = nn.Linear(6, 4), SwitchBackLinear(6, 4)
     ours.load_state_dict(linear.state_dict(), strict=True)
@@ -742,7 +713,6 @@ def test_copy_and_pickle(config):
             assert torch.equal(other(x), layer(x))
 
 
-@pytest.mark.promise("meta initialisation")
 @strategies
 def test_meta_initialisation(config, device):
     layer = make_layer(config, device="meta")
@@ -752,7 +722,6 @@ def test_meta_initialisation(config, device):
     assert layer(torch.randn(2, 64, device=device)).isfinite().all()
 
 
-@pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
 @unrotated
 @dtypes
 def test_prepare_for_eval_changes_no_output(config, dtype, device):
@@ -784,7 +753,6 @@ def test_prepared_layer_still_has_an_input_gradient(config, device):
         assert torch.equal(prepared, unprepared)
 
 
-@pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
 @unrotated
 @dtypes
 def test_preparing_is_reversible(config, dtype, device):
@@ -807,7 +775,6 @@ def test_preparing_is_reversible(config, dtype, device):
     assert torch.equal(layer.weight_int8, codes)
 
 
-@pytest.mark.promise("prepared into unprepared, and the reverse")
 @unrotated
 def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
     layer = make_layer(config, device=device)
@@ -822,7 +789,6 @@ def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
         assert torch.equal(fresh(x), layer(x))
 
 
-@pytest.mark.promise("prepared into unprepared, and the reverse")
 @unrotated
 def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     layer, other = make_layer(config, device=device), make_layer(config, device=device)
@@ -833,7 +799,6 @@ def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     assert other.weight.requires_grad
 
 
-@pytest.mark.promise("truncated, of another dtype, shape or type")
 def test_prepared_state_of_another_strategy_is_refused(device):
     layer = ts.SwitchBackLinearVectorwise(64, 48, device=device)
     layer.prepare_for_eval()
@@ -858,7 +823,6 @@ HOSTILE_STATES = {
 }
 
 
-@pytest.mark.promise("truncated, of another dtype, shape or type")
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("hostile", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
@@ -874,7 +838,6 @@ def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prep
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.promise("prepared by bitsandbytes")
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("absmaxes", [1, 48])
@@ -916,7 +879,6 @@ def test_a_hook_may_rename_the_keys(device):
     assert (layer.weight == 1).all()
 
 
-@pytest.mark.promise("train(), eval(), prepare_for_eval(), in any order")
 @unrotated
 def test_any_order_of_states(config, device):
     """Only the two that prepare change what is kept. Its codes never change; an absmax may by its last bit."""
@@ -954,7 +916,6 @@ def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device
         assert list(layer.state_dict()) == ["weight"]
 
 
-@pytest.mark.promise("casts of a prepared layer")
 @unrotated
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
@@ -976,7 +937,6 @@ def make_model():
     return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Linear(8, 2))
 
 
-@pytest.mark.promise("conversion")
 def test_convert_swaps_the_class_and_nothing_else():
     model = make_model()
     before = {name: (id(parameter), parameter.clone()) for name, parameter in model.named_parameters()}
@@ -1047,7 +1007,6 @@ def test_convert_a_bare_linear():
     assert type(ts.convert_to_switchback(linear)) is SwitchBackLinear
 
 
-@pytest.mark.promise("conversion")
 def test_optimiser_and_hooks_survive_conversion():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -6,7 +6,6 @@ import torch
 import torch_switchback  # noqa: F401  (registers the operations)
 from cases import DTYPES, LAYOUTS, codes
 
-pytestmark = pytest.mark.promise("opcheck")
 OPS = torch.ops.torch_switchback
 # opcheck compares outputs and has NaN unequal to itself, so not the layout "hostile".
 layouts = pytest.mark.parametrize("layout", LAYOUTS[:-1], ids=lambda layout: layout.__name__)

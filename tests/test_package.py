@@ -22,7 +22,6 @@ def wheel(tmp_path_factory):
     return wheel
 
 
-@pytest.mark.promise("the wheel")
 def test_contents(wheel):
     """The package's sources and data, its licence, nothing else."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -32,7 +31,6 @@ def test_contents(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.promise("the wheel")
 def test_installed_alone_it_trains_without_triton(wheel, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
     subprocess.run([*install, str(wheel)], check=True)

@@ -3,7 +3,6 @@
 import os
 from functools import partial
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,7 +46,6 @@ def layer_for(x, out_features, seed, config):
     return ts.convert_to_switchback(layer, config=config)
 
 
-@pytest.mark.promise("|codes| ≤ 127, within half a step")
 @given(matrices())
 def test_codes_are_within_half_a_step(x):
     for codes, absmax in (
@@ -60,7 +58,6 @@ def test_codes_are_within_half_a_step(x):
         assert ((codes.double() * step - x.double()).abs() <= step / 2 * (1 + 1e-6)).all()
 
 
-@pytest.mark.promise("|codes| ≤ 127, within half a step")
 @given(matrices(), st.sampled_from(ROTATIONS))
 def test_rotated_codes_are_within_half_a_step(x, block):
     codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
@@ -71,7 +68,6 @@ def test_rotated_codes_are_within_half_a_step(x, block):
     assert ((codes.t().double() * step - exact).abs() <= step / 2 * (1 + 1e-6) + sums).all()
 
 
-@pytest.mark.promise("int8 grad_weight within the sum of all roundings")
 @given(matrices(), sizes, seeds, st.sampled_from(ROTATIONS), seeds)
 def test_the_int8_weight_gradient_is_within_the_sum_of_all_roundings(x, out_features, grad_seed, block, seed):
     grad = torch.randn(x.shape[0], out_features, generator=torch.Generator().manual_seed(grad_seed))
@@ -90,7 +86,6 @@ def test_the_int8_weight_gradient_is_within_the_sum_of_all_roundings(x, out_feat
     assert ((actual.double() - grad.double().t() @ x.double()).abs() <= bound * (1 + 1e-4)).all()
 
 
-@pytest.mark.promise("output within the sum of all roundings")
 @given(matrices(), sizes, seeds, configs)
 def test_output_is_within_the_sum_of_all_roundings(x, out_features, seed, config):
     layer = layer_for(x, out_features, seed, config)
@@ -112,7 +107,6 @@ def test_output_is_within_the_sum_of_all_roundings(x, out_features, seed, config
     assert (error <= bound * (1 + 1e-5) + rounding + 1e-6 * exact.abs())[finite].all()
 
 
-@pytest.mark.promise("a power of two")
 @given(matrices(max_exponent=3), st.integers(-100, 100))
 def test_a_power_of_two_leaves_the_codes(x, exponent):
     x = x.float()
@@ -122,7 +116,6 @@ def test_a_power_of_two_leaves_the_codes(x, exponent):
     assert_same(scaled_absmax, absmax * 2.0**exponent)
 
 
-@pytest.mark.promise("permuting or splitting rows")
 @given(matrices(), sizes, seeds, configs, st.data())
 def test_rows_do_not_know_their_neighbours(x, out_features, seed, config, data):
     layer = layer_for(x, out_features, seed, config)
@@ -133,7 +126,6 @@ def test_rows_do_not_know_their_neighbours(x, out_features, seed, config, data):
     assert_same(torch.cat([layer(x[:cut]), layer(x[cut:])]), y)
 
 
-@pytest.mark.promise("fused transpose")
 @given(matrices())
 def test_fused_transposes_equal_quantising_then_transposing(x):
     codes, absmax = ts.quantize_global(x)
@@ -148,7 +140,6 @@ def test_fused_transposes_equal_quantising_then_transposing(x):
     assert_same(absmax_t, absmax)
 
 
-@pytest.mark.promise("any stride layout")
 @given(matrices(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.booleans())
 def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
     rows, cols = x.shape
@@ -172,7 +163,6 @@ def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
             assert_same(actual, expected)
 
 
-@pytest.mark.promise("the int8 product")
 @given(sizes, sizes, st.integers(0, 300), seeds, st.booleans())
 def test_the_int8_product_is_the_int64_one(m, n, k, seed, extreme):
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +175,6 @@ def test_the_int8_product_is_the_int64_one(m, n, k, seed, extreme):
     assert_same(out, (a.long() @ b.long()).float() * (one * one))
 
 
-@pytest.mark.promise("the NaN mask")
 @given(matrices(), sizes, seeds, configs, st.lists(st.tuples(sizes, sizes, st.booleans()), max_size=4))
 def test_the_rows_that_are_not_finite_are_the_references(x, out_features, seed, config, poison):
     layer = layer_for(x, out_features, seed, config)

@@ -28,7 +28,6 @@ def absmax_over(x, dim):
     return x.float().abs().amax(dim)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @shapes
 @layouts
 @dtypes
@@ -53,9 +52,6 @@ def test_what_a_compiler_did_not_round_stays_within_the_codes(device):
     assert quantize_traceably(x, absmax).tolist() == [[127, -127]]
 
 
-@pytest.mark.promise(
-    "codes and absmax", "slices, transposes, expanded, storage offsets", "a NaN beside transposed codes"
-)
 @shapes
 @layouts
 @dtypes
@@ -66,9 +62,6 @@ def test_columnwise_and_transpose(dtype, layout, shape, device):
     assert_same(codes, expected_codes(x, absmax).t().contiguous())
 
 
-@pytest.mark.promise(
-    "codes and absmax", "slices, transposes, expanded, storage offsets", "a NaN beside transposed codes"
-)
 @shapes
 @layouts
 @dtypes
@@ -85,7 +78,6 @@ def test_global_plain_and_transposed(dtype, layout, shape, device):
         assert_same(actual, expected)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @shapes
 @layouts
 @dtypes
@@ -137,13 +129,11 @@ def test_dequantise_gives_float16_unless_told(device):
     assert ts.dequantize_rowwise(codes, absmax).dtype == torch.float16
 
 
-@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 def test_dequantise_carries_nan_and_inf(device):
     codes, absmax = ts.quantize_rowwise(torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]], device=device))
     assert not ts.dequantize_rowwise(codes, absmax, torch.float32).isfinite().any()
 
 
-@pytest.mark.promise("a power of two")
 @pytest.mark.parametrize("exponent", [-100, -20, 0, 20, 100])
 def test_a_power_of_two_leaves_the_codes(exponent, device):
     x = torch.randn(8, 100, device=device)
@@ -151,7 +141,6 @@ def test_a_power_of_two_leaves_the_codes(exponent, device):
     assert torch.equal(ts.quantize_rowwise(x * 2.0**exponent)[0], codes)
 
 
-@pytest.mark.promise("absmax below 2⁻¹²¹")
 def test_the_flush_limit_is_where_127_over_absmax_overflows(device):
     limit = 2.0**-121
     below = torch.nextafter(torch.tensor(limit), torch.tensor(0.0)).item()
@@ -160,7 +149,6 @@ def test_the_flush_limit_is_where_127_over_absmax_overflows(device):
     assert absmax.tolist() == [limit, below]
 
 
-@pytest.mark.promise("rows of 1,048,577")
 @pytest.mark.parametrize("row", [1_048_577])
 def test_a_row_of_a_million(row, device):
     x = contiguous(2, row, torch.bfloat16, device)
@@ -187,14 +175,12 @@ MATRIX_QUANTISERS = [
 ]
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 @pytest.mark.parametrize("quantiser", MATRIX_QUANTISERS, ids=lambda f: f.__name__)
 def test_only_matrices(quantiser, device):
     with pytest.raises(ValueError, match=rf"{quantiser.__name__}: \w+ must be 2-D, got \(3, 4, 5\)"):
         quantiser(torch.randn(3, 4, 5, device=device))
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int8, torch.bool], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("quantiser", [ts.quantize_global, *MATRIX_QUANTISERS], ids=lambda f: f.__name__)
 def test_only_floats(quantiser, dtype, device):
@@ -204,7 +190,6 @@ def test_only_floats(quantiser, dtype, device):
         quantiser(torch.zeros(3, 4, device=device, dtype=dtype))
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_dequantise_refuses_what_does_not_fit(device):
     codes, absmax = ts.quantize_rowwise(torch.randn(2, 3, device=device))
     with pytest.raises(TypeError, match=r"x must be int8, got torch\.float32"):

@@ -29,7 +29,6 @@ def test_rotation_leaves_the_product(block):
     torch.testing.assert_close(x_rotated @ w_rotated.t(), x @ w.t(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @pytest.mark.parametrize(
     ("block", "shape"), [*((32, shape) for shape in SHAPES), (16, (20, 37)), (64, (20, 131)), (128, (20, 131))]
 )
@@ -59,7 +58,6 @@ def test_both_rotations_are_one(block):
         assert_same(by_columns, by_rows)
 
 
-@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 @blocks
 @pytest.mark.parametrize("values", [[float("nan")], [float("inf")], [float("inf"), float("inf")], [-float("inf")]])
 def test_what_is_not_finite_marks_its_row_and_no_other(values, block, device):
@@ -79,7 +77,6 @@ def test_only_blocks_that_there_are(block, device):
         ts.quantize_rowwise(torch.randn(4, 64, device=device), block)
 
 
-@pytest.mark.promise("opcheck")
 @blocks
 @dtypes
 def test_opcheck(dtype, block, device):
@@ -88,7 +85,7 @@ def test_opcheck(dtype, block, device):
         torch.library.opcheck(torch.ops.torch_switchback.quantize_rotated_rowwise.default, (x, block))
 
 
-# The layer; what every strategy promises is tested in test_nn.py
+# The layer; what every strategy guarantees is tested in test_nn.py
 
 
 @pytest.mark.parametrize("grad_weight", ["high_precision", "int8_always"])

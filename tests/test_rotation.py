@@ -62,7 +62,6 @@ def test_rotation_leaves_the_product_of_two(block):
     torch.testing.assert_close(rotate(g, block).t() @ rotate(x, block), g.t() @ x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @pytest.mark.parametrize(
     ("block", "shape"), [*((32, shape) for shape in SHAPES[:-1]), (16, (37, 20)), (64, (131, 20)), (128, (131, 20))]
 )
@@ -80,7 +79,6 @@ def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device
         assert_same(codes, expected_codes)
 
 
-@pytest.mark.promise("codes and absmax")
 @layouts
 @dtypes
 def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
@@ -100,7 +98,6 @@ def test_a_step_of_the_rotated_absmax_bounds_the_error(dtype, block, device):
     assert ((codes.t().double() * step - exact).abs() <= step / 2 + 1e-5 * exact.abs().amax(0)).all()
 
 
-@pytest.mark.promise("NaN or ±Inf at X[i,k] or G[i,k]")
 @blocks
 @pytest.mark.parametrize("values", [[float("nan")], [float("inf")], [float("inf"), float("inf")], [-float("inf")]])
 def test_what_is_not_finite_marks_its_column_and_no_other(values, block, device):
@@ -133,7 +130,6 @@ def test_only_float_matrices(device):
         quantiser(torch.zeros(3, 4, device=device, dtype=torch.float64), 64)
 
 
-@pytest.mark.promise("opcheck")
 @blocks
 @dtypes
 def test_opcheck(dtype, block, device):

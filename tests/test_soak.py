@@ -6,10 +6,8 @@ import soak
 from test_nn import gradients
 
 
-@pytest.mark.promise("soak")
-def test_some_steps(request):
+def test_some_steps():
     result = soak.soak("cpu", minutes=10, seed=1000, most=30)
-    request.node.user_properties.append(("steps", result["cases"]))
     assert result["cases"] == 30
     assert result["counts"]["out of memory"] >= 1
     assert result["wrong"] == []

@@ -25,7 +25,6 @@ def step(model, compiled, x):
     return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-@pytest.mark.promise("torch.compile(fullgraph=True)")
 @strategies
 @backends
 def test_small_model(backend, config, device):
@@ -36,7 +35,6 @@ def test_small_model(backend, config, device):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.promise("torch.compile(fullgraph=True)")
 @strategies
 @backends
 def test_one_layer_is_the_same_bit_for_bit(backend, config, device):
@@ -84,7 +82,6 @@ def test_memory_efficient_layers_keep_the_codes_of_what_nothing_else_keeps(backe
     assert saved_bytes(model, lambda: compiled(x)) <= codes_and_absmaxes + 1024
 
 
-@pytest.mark.promise("torch.compile(fullgraph=True)", "autocast")
 @backends
 def test_autocast(backend, device):
     model = make_model(ts.SwitchBackConfig(), device)
@@ -96,7 +93,6 @@ def test_autocast(backend, device):
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.promise("torch.compile(fullgraph=True)")
 @backends
 def test_prepared(backend, device):
     model = make_model(ts.SwitchBackConfig("rowwise"), device)
@@ -108,7 +104,6 @@ def test_prepared(backend, device):
         torch.testing.assert_close(actual, model(x), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.promise("20 batch sizes")
 @pytest.mark.parametrize("grad_weight", ["high_precision", "int8", "int8_always"])
 @pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")
 def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
@@ -125,7 +120,6 @@ def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
     assert len(compiles) <= 3
 
 
-@pytest.mark.promise("export")
 def test_export_with_a_dynamic_batch(device):
     model = make_model(ts.SwitchBackConfig(), device).eval()
     batch = torch.export.Dim("batch", min=2)

@@ -305,7 +305,6 @@ def test_constants_come_last():
         assert is_constant == sorted(is_constant)
 
 
-@pytest.mark.promise("no fused multiply-add")
 @pytest.mark.parametrize("allowed", [False, True])
 def test_no_sum_is_contracted_with_a_product(allowed):
     """A fused multiply-add rounds once where the CPU meaning rounds twice; only the option keeps it away."""
@@ -330,7 +329,6 @@ def step_launches(tokens, in_features=256, out_features=384):
     ]
 
 
-@pytest.mark.promise("a token count that changes every step")
 @pytest.mark.parametrize("octave", [16, 128, 2048])
 def test_a_changing_token_count_compiles_once_a_power_of_two(octave):
     counts = [octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1, 2 * octave]

@@ -41,7 +41,6 @@ def test_mem_efficient_halves_the_activations_kept():
         assert peak_of_a_step(SwitchBackConfig(scaling, mem_efficient=True)) < 0.70 * plain
 
 
-@pytest.mark.promise("steps, one after the other")
 def test_memory_is_flat_over_steps():
     layer = ts.SwitchBackLinear(512, 512, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -53,7 +52,6 @@ def test_memory_is_flat_over_steps():
     assert len(set(allocated[2:])) == 1
 
 
-@pytest.mark.promise("CUDA-graph capture after warm-up")
 @strategies
 def test_cuda_graph_after_warm_up(config, monkeypatch):
     layer = make_layer(config, 256, 128, "cuda", torch.bfloat16)
@@ -85,7 +83,6 @@ def test_cuda_graph_after_warm_up(config, monkeypatch):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.promise("CUDA-graph capture after warm-up")
 @strategies
 def test_graphed_callable(config):
     """PyTorch's remedy for layers that are too small for the host: a graph for the forward, one for the backward."""
@@ -104,7 +101,6 @@ def test_graphed_callable(config):
                 each.weight.mul_(1.5)
 
 
-@pytest.mark.promise("≥ 2³¹ elements")
 def test_more_than_two_to_the_31_elements():
     rows, cols = 70_000, 32_768
     assert rows * cols > 2**31
@@ -135,7 +131,6 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(codes[:, last:].t().cpu(), ops.quantize_by_absmax(rotate(padded, 64).t(), absmax.cpu()).t())
 
 
-@pytest.mark.promise("≥ 2³¹ elements")
 def test_more_than_two_to_the_31_codes():
     rows, cols = 70_000, 32_768
     x = torch.randint(-127, 128, (rows, cols), device="cuda", dtype=torch.int8)
@@ -144,7 +139,6 @@ def test_more_than_two_to_the_31_codes():
     assert torch.equal(out[-64:].cpu(), ts.dequantize_rowwise(x[-64:].cpu(), absmax[-64:].cpu(), torch.bfloat16))
 
 
-@pytest.mark.promise("≥ 2³¹ elements")
 def test_a_product_of_more_than_two_to_the_31_elements():
     a = torch.randint(-127, 128, (70_000, 64), device="cuda", dtype=torch.int8)
     b = torch.randint(-127, 128, (32_768, 64), device="cuda", dtype=torch.int8)
@@ -154,7 +148,6 @@ def test_a_product_of_more_than_two_to_the_31_elements():
     assert torch.equal(out[-64:].cpu(), expected)
 
 
-@pytest.mark.promise("tensor on cuda:1 while cuda:0 is current")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @strategies
 def test_a_device_that_is_not_the_current_one(config):
@@ -165,7 +158,6 @@ def test_a_device_that_is_not_the_current_one(config):
     assert torch.equal(layer(x).cpu(), layer.cpu()(x.cpu()))
 
 
-@pytest.mark.promise("fp64, complex, integer, mismatched dtype, device or shape")
 def test_tensors_on_two_devices_are_refused():
     layer = ts.SwitchBackLinear(6, 4)
     with pytest.raises(ValueError, match="weight is on cpu, the input on cuda:0"):

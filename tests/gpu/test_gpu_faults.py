@@ -35,7 +35,6 @@ def fill_holes(size):
     return tensors
 
 
-@pytest.mark.promise("out of memory in the middle of a forward")
 @strategies
 def test_out_of_memory(config):
     layer = make_layer(config, 4096, 4096, "cuda", torch.bfloat16)
@@ -73,7 +72,6 @@ def nothing_compiles(monkeypatch):
     monkeypatch.setattr(int8_matmul, "_replaced", {})
 
 
-@pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
 @strategies
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.filterwarnings("ignore:torch_switchback runs")
@@ -91,7 +89,6 @@ def test_nothing_compiles(dtype, config, nothing_compiles):
         assert_same(on_gpu[2], grad_weight)
 
 
-@pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
 def test_it_is_said_once(nothing_compiles):
     x = torch.randn(5, 64, device="cuda")
     with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly: .*Failed to find C compiler"):
@@ -101,7 +98,6 @@ def test_it_is_said_once(nothing_compiles):
         ts.quantize_rowwise(x)
 
 
-@pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
 @pytest.mark.filterwarnings("ignore:torch_switchback runs")
 def test_without_kernels_sums_are_exact_too(nothing_compiles):
     a = torch.full((2, 133_145), 127, dtype=torch.int8)
@@ -155,14 +151,12 @@ def expected():
     return hashlib.sha256(b"".join(t.detach().float().numpy().tobytes() for t in (y, grad))).hexdigest()
 
 
-@pytest.mark.promise("8 processes on a cold cache")
 def test_eight_processes_on_a_cold_cache(tmp_path, expected):
     processes = [start(tmp_path / "cache") for _ in range(8)]
     for process in processes:
         assert finish(process) == (expected, "")
 
 
-@pytest.mark.promise("a corrupt or read-only Triton cache")
 @pytest.mark.parametrize("garbage", [b"", b"\x00garbage"], ids=["truncated", "garbage"])
 def test_a_corrupt_cache(garbage, tmp_path, expected):
     assert finish(start(tmp_path)) == (expected, "")
@@ -176,7 +170,6 @@ def test_a_corrupt_cache(garbage, tmp_path, expected):
     assert said.count("past Triton's cache") == (0 if mends_its_cache else 1)
 
 
-@pytest.mark.promise("a corrupt or read-only Triton cache")
 def test_a_cache_that_cannot_be_written(tmp_path, expected):
     """Not by its permissions, which root does not heed: its parent is a file."""
     Path(tmp_path, "file").write_text("")
@@ -185,7 +178,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, expected):
     assert said.count("past Triton's cache") == 1
 
 
-@pytest.mark.promise("an operation of which nothing compiles, or no Triton beside a GPU")
 def test_without_triton(tmp_path, expected):
     result, said = finish(start(tmp_path, NO_TRITON + STEP))
     assert result == expected

@@ -8,7 +8,6 @@ from cases import DTYPES
 from torch_switchback.kernels._launch import architecture
 from torch_switchback.tuning import matmul_table
 
-pytestmark = pytest.mark.promise("guard bands")
 shifts = pytest.mark.parametrize("shift", [0, 1, 7])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 CONFIGS = {config.kernel: config for _, config in matmul_table(architecture(torch.device("cuda", 0)))}

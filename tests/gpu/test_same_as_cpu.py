@@ -45,13 +45,6 @@ QUANTISERS = [
 ]
 
 
-@pytest.mark.promise(
-    "codes and absmax",
-    "slices, transposes, expanded, storage offsets",
-    "NaN or ±Inf at X[i,k] or G[i,k]",
-    "fused transpose",
-    "a NaN beside transposed codes",
-)
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
@@ -201,7 +194,6 @@ CONFIGS = {
 }
 
 
-@pytest.mark.promise("every tile configuration", "the int8 product")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(
     "shape", [(1, 16, 16), (640, 384, 1024), (300, 1000, 528), (129, 257, 1000), (1000, 1000, 83), (17, 83, 1)], ids=str
@@ -229,7 +221,6 @@ def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulCo
         assert_same(out, expected)
 
 
-@pytest.mark.promise("output and grad_input", "int8 grad_weight")
 @strategies
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 96, 128), (1024, 512, 768), (333, 131, 257)], ids=str)
@@ -254,7 +245,6 @@ def test_layer(shape, dtype, config):
     torch.testing.assert_close(on_gpu[3].cpu(), grad_bias, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.promise("run to run")
 def test_run_to_run():
     layer = ts.SwitchBackLinear(1024, 768, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
@@ -280,7 +270,6 @@ def test_hopper_products_take_tma_where_they_can(unrehearsed, monkeypatch):
     assert kernels == 2 * ["int8_matmul_warp_specialized_kernel"] + 2 * ["int8_matmul_kernel"]
 
 
-@pytest.mark.promise("a product's kernel that does not compile")
 def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatch):
     too_large = MatmulConfig("tma", 128, 256, 128, group_m=8, num_stages=16, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: too_large)

@@ -79,29 +79,14 @@ def compile_kernels(part, parts):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize(
-    "tool",
-    [
-        pytest.param("memcheck", marks=pytest.mark.promise("memcheck")),
-        pytest.param("racecheck", marks=pytest.mark.promise("racecheck")),
-        pytest.param("initcheck", marks=pytest.mark.promise("initcheck")),
-        pytest.param("synccheck", marks=pytest.mark.promise("synccheck")),
-    ],
-)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_nothing_is_reported(tool, part, runs):
     reports, said = runs[tool, str(part)].result()
     assert "calls are right" in said, said
     assert reports == 0, said
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        pytest.param("memcheck", marks=pytest.mark.promise("memcheck")),
-        pytest.param("racecheck", marks=pytest.mark.promise("racecheck")),
-        pytest.param("initcheck", marks=pytest.mark.promise("initcheck")),
-    ],
-)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_a_planted_fault_is_reported(tool, runs):
     reports, said = runs[tool, PLANTED[tool]].result()
     assert reports > 0, said

@@ -6,7 +6,7 @@ from test_kernels import CONFIGS
 
 import guard_bands
 
-pytestmark = [pytest.mark.promise("guard bands"), pytest.mark.filterwarnings("ignore:invalid value encountered")]
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 
 @pytest.mark.parametrize("name", guard_bands.QUANTISERS)

@@ -61,7 +61,6 @@ def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
     assert_same(out, expected_codes)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @shapes
 @layouts
 @dtypes
@@ -70,7 +69,6 @@ def test_quantize_rowwise(dtype, layout, shape):
     check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, shape, shape[:1])
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
 @layouts
 def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
@@ -92,19 +90,12 @@ def test_the_tile_of_a_row():
         assert tile["CHUNKS"] * tile["BLOCK_COLS"] == cols
 
 
-@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
 def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     x = torch.randn(2, cols)
     check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (2, cols), (2,))
 
 
-@pytest.mark.promise(
-    "codes and absmax",
-    "slices, transposes, expanded, storage offsets",
-    "fused transpose",
-    "a NaN beside transposed codes",
-)
 @shapes
 @layouts
 @dtypes
@@ -127,7 +118,6 @@ def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     check_quantiser(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
 
 
-@pytest.mark.promise("codes and absmax")
 @shapes
 @layouts
 @dtypes
@@ -135,12 +125,6 @@ def test_quantize_global(dtype, layout, shape, passes):
     check_quantiser(quantize_global.quantize_global, ops.quantize_global, layout(*shape, dtype), shape, (1,))
 
 
-@pytest.mark.promise(
-    "codes and absmax",
-    "slices, transposes, expanded, storage offsets",
-    "fused transpose",
-    "a NaN beside transposed codes",
-)
 @shapes
 @layouts
 @dtypes
@@ -153,12 +137,6 @@ def test_quantize_global_transpose(dtype, layout, shape, passes):
     assert_same(out, expected)
 
 
-@pytest.mark.promise(
-    "codes and absmax",
-    "slices, transposes, expanded, storage offsets",
-    "fused transpose",
-    "a NaN beside transposed codes",
-)
 @shapes
 @layouts
 @dtypes
@@ -170,7 +148,6 @@ def test_quantize_global_with_transpose(dtype, layout, shape, passes):
         assert_same(actual, expected)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @shapes
 @layouts
 @dtypes
@@ -203,7 +180,6 @@ def test_column_sums(shape, dtype, layout):
     torch.testing.assert_close(first, x.double().sum(0).float(), rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
-@pytest.mark.promise("a NaN beside transposed codes")
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
     negative_nan = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
     out = poisoned(5, 3)
@@ -244,7 +220,6 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.promise("every tile configuration", "the int8 product")
 @configs
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
@@ -277,7 +252,6 @@ def test_a_negative_zero_keeps_its_sign_where_there_is_no_bias(has_bias, config)
     assert bool(out.signbit().all()) is not has_bias
 
 
-@pytest.mark.promise("inner dimension 133,144 / 133,145 / 262,144, all ±127")
 @pytest.mark.parametrize("inner", [133_144, 133_145, 133_152, 262_144])
 def test_products_that_int32_cannot_hold(inner):
     config = MatmulConfig("tma", 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
@@ -303,7 +277,6 @@ def test_the_kernel_folds_no_later_than_the_cpu():
     assert int8_matmul.FOLD <= int8_matmul_op.MAX_INT32_INNER
 
 
-@pytest.mark.promise("a product's kernel that does not compile")
 def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
     config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)

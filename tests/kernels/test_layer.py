@@ -55,7 +55,6 @@ def interpreted(monkeypatch):
         yield mode
 
 
-@pytest.mark.promise("output and grad_input", "int8 grad_weight", "run to run")
 @test_nn.unrotated
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_step_is_the_cpus(dtype, config, interpreted):

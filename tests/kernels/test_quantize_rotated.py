@@ -29,22 +29,17 @@ def check(x, block, exact=False):
             assert_same(columns[1], expected[3])
 
 
-@pytest.mark.promise(
-    "codes and absmax", "slices, transposes, expanded, storage offsets", "a NaN beside transposed codes"
-)
 @layouts
 @dtypes
 def test_every_layout(dtype, layout):
     check(layout(19, 21, dtype), 16)
 
 
-@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("shape", [(1, 1), (64, 256), (70, 5), (0, 4), (4, 0)], ids=str)
 def test_every_shape(shape):
     check(torch.randn(shape), 32)
 
 
-@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("block", [64, 128])
 def test_every_block(block):
     check(torch.randn(block + 1, 9).bfloat16(), block)
@@ -62,7 +57,6 @@ def test_float32_is_rotated_whole():
     check(x, 64, exact=True)
 
 
-@pytest.mark.promise("every tile configuration")
 @pytest.mark.parametrize(("tile_rows", "tile", "programs"), [(64, 1024, 1), (128, 4096, 16)])
 def test_tiles_do_not_matter(tile_rows, tile, programs, monkeypatch):
     monkeypatch.setattr(quantize_rotated, "TILE_ROWS", tile_rows)

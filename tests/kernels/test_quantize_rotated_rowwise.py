@@ -25,20 +25,17 @@ def check(x, block, exact=False):
             assert_same(actual, wanted)
 
 
-@pytest.mark.promise("codes and absmax", "slices, transposes, expanded, storage offsets")
 @layouts
 @dtypes
 def test_every_layout(dtype, layout):
     check(layout(19, 83, dtype), 16)
 
 
-@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("shape", [(1, 1), (256, 64), (5, 70), (4, 0), (0, 4), (3, 1290), (2, 14_336)], ids=str)
 def test_every_shape(shape):
     check(torch.randn(shape), 32)
 
 
-@pytest.mark.promise("codes and absmax")
 @pytest.mark.parametrize("block", [64, 128])
 def test_every_block(block):
     check(torch.randn(9, 3 * block + 1).bfloat16(), block)
@@ -50,7 +47,6 @@ def test_sums_that_are_exact_are_the_same_in_any_order(block, dtype):
     check(torch.randint(-128, 129, (9, 150)).to(dtype), block, exact=True)
 
 
-@pytest.mark.promise("every tile configuration")
 @pytest.mark.parametrize(("held", "max_held"), [(4096, 4096), (8192, 16_384), (4096, 0)])
 def test_tiles_do_not_matter(held, max_held, monkeypatch):
     """The last one holds no row: it is read twice."""
