@@ -3,6 +3,7 @@
 import torch
 
 import torch_switchback as ts
+from torch_switchback import scaling
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -100,3 +101,14 @@ def signal_to_noise(actual, reference):
     reference = reference.double()
     noise = (actual.double() - reference).norm()
     return (20 * torch.log10(reference.norm() / noise)).item()
+
+
+def patch_scheme(monkeypatch, config, **functions):
+    """Give the scheme that a config asks for other functions, whether or not it skips PyTorch's dispatcher.
+
+    functions: by name of an attribute, what takes the attribute and returns its replacement.
+    """
+    for schemes in (scaling._DIRECT, scaling._DISPATCHED):
+        scheme = schemes[config.weight_scaling, config.rotate_features]
+        for name, replace in functions.items():
+            monkeypatch.setattr(scheme, name, replace(getattr(scheme, name)))

@@ -19,14 +19,6 @@ def device(request) -> str:
     return request.config.getoption("--device")
 
 
-@pytest.fixture
-def unrehearsed(monkeypatch):
-    """Functions are not called to compile their kernels: a test counts calls."""
-    from torch_switchback.kernels import _replay
-
-    monkeypatch.setattr(_replay, "rehearse", lambda function, args: None)
-
-
 @pytest.fixture(autouse=True)
 def _same_randomness_every_run():
     torch.manual_seed(0)

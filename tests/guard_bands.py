@@ -2,9 +2,7 @@
 
 import importlib
 import pkgutil
-import sys
 from functools import partial
-from unittest import mock
 
 import torch
 
@@ -107,19 +105,10 @@ def check_dequantizer(shape, dtype, band):
     check(launcher_of("dequantize_rowwise"), (x, absmax, dtype), expected, band)
 
 
-def check_column_sums(shape, dtype, band):
-    """Of so small integers that float32 adds them up exactly; by the kernel where PyTorch's sum is as fast, too."""
-    x = torch.randint(-8, 9, shape).to(dtype)
-    launcher = launcher_of("column_sums")
-    with mock.patch.multiple(sys.modules[launcher.__module__], FEW_ROWS=0, PART=16):
-        for operand in (x, x.t().contiguous().t()):
-            check(launcher, (operand, torch.float32), x.float().sum(0), band)
-
-
 def check_product(config, shape, dtype, band):
     m, n, k = shape
     for absmaxes, op in ((1, ops.int8_matmul_mixed_dequantize), (n, ops.int8_matmul_rowwise_dequantize)):
         for bias in (None, torch.randn(n)):
-            args = codes(m, k), codes(n, k).t(), torch.rand(m), torch.rand(absmaxes), bias
-            launcher = partial(int8_matmul.dequantized_product, absmax_per_col=absmaxes > 1 or n == 1, config=config)
-            check(launcher, args, op(*args, dtype), band)
+            args = codes(m, k), codes(n, k).t(), torch.rand(m), torch.rand(absmaxes), bias, dtype
+            launcher = partial(int8_matmul.int8_matmul, absmax_per_col=absmaxes > 1 or n == 1, config=config)
+            check(launcher, args, op(*args), band)

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import torch_switchback as ts
+from cases import patch_scheme
 from test_nn import STRATEGIES, gradients, make_layer
-from torch_switchback import autograd
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -43,11 +43,10 @@ class FailsOnce:
 
 @strategies
 @pytest.mark.parametrize("at", [0, 1], ids=["forward", "backward"])
-def test_out_of_memory_in_the_middle(at, config, step, monkeypatch, unrehearsed):
+def test_out_of_memory_in_the_middle(at, config, step, monkeypatch):
     expected = step()
-    scaling = autograd._SCALINGS[config.weight_scaling]
-    matmul = FailsOnce(scaling.matmul, at, torch.OutOfMemoryError("CUDA out of memory"))
-    monkeypatch.setitem(autograd._SCALINGS, config.weight_scaling, scaling._replace(matmul=matmul))
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    patch_scheme(monkeypatch, config, matmul=lambda matmul: FailsOnce(matmul, at, error))
     with pytest.raises(torch.OutOfMemoryError):
         step()
     assert_same_step(step(), expected)

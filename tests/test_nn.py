@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import torch_switchback as ts
-from cases import DTYPES, assert_same, convert_all, signal_to_noise
+from cases import DTYPES, assert_same, convert_all, patch_scheme, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
-from torch_switchback.autograd import _SCALINGS, quantize_weight
+from torch_switchback.functional import quantize_weight
 
 STRATEGIES = {
     "global": SwitchBackConfig(),
@@ -135,21 +135,27 @@ def test_no_features(config, leading, in_features, out_features, device):
         torch.testing.assert_close(actual, expected)
 
 
-def count_weight_quantisations(monkeypatch, weight_scaling, counts=lambda weight: True):
-    """The list to which each way of quantising a weight adds its name from now on."""
-    calls = []
-    scaling = _SCALINGS[weight_scaling]
+def count_weight_quantizations(monkeypatch, config, counts=lambda weight: True):
+    """The list to which each way of quantizing a weight adds its name from now on, once per call from outside."""
+    calls, inside = [], []
 
     def counted(name):
-        def quantize(weight, *rest):
-            if counts(weight):
-                calls.append(name)
-            return getattr(scaling, name)(weight, *rest)
+        def replace(function):
+            def quantize(weight, *rest):
+                if counts(weight) and not inside:
+                    calls.append(name)
+                inside.append(name)
+                try:
+                    return function(weight, *rest)
+                finally:
+                    inside.pop()
 
-        return quantize
+            return quantize
 
-    names = ("quantize", "quantize_with_transpose", "quantize_transpose")
-    monkeypatch.setitem(_SCALINGS, weight_scaling, scaling._replace(**{name: counted(name) for name in names}))
+        return replace
+
+    names = ("quantize_weight", "quantize_weight_with_transpose", "quantize_weight_transpose")
+    patch_scheme(monkeypatch, config, **{name: counted(name) for name in names})
     return calls
 
 
@@ -650,14 +656,14 @@ def test_the_input_is_not_kept_for_a_frozen_weight(device):
 
 @unrotated
 @pytest.mark.parametrize("needs_input", [True, False])
-def test_how_a_step_quantises_the_weight(config, needs_input, device, monkeypatch, unrehearsed):
+def test_how_a_step_quantizes_the_weight(config, needs_input, device, monkeypatch):
     """W in the forward and Wᵀ in the backward: kept from the forward on, Wᵀ would be a copy of the model in int8."""
-    calls = count_weight_quantisations(monkeypatch, config.weight_scaling)
+    calls = count_weight_quantizations(monkeypatch, config)
     x = torch.randn(4, 64, device=device, requires_grad=needs_input)
     y = make_layer(config, device=device)(x)
     in_forward = len(calls)
     y.sum().backward()
-    assert calls == (["quantize", "quantize_transpose"] if needs_input else ["quantize"])
+    assert calls == (["quantize_weight", "quantize_weight_transpose"] if needs_input else ["quantize_weight"])
     assert in_forward == 1
 
 

@@ -50,12 +50,6 @@ def test_dequantize_rowwise(dtype, device):
         torch.library.opcheck(OPS.dequantize_rowwise.default, (x, torch.rand(17, device=device), dtype))
 
 
-@layouts
-@dtypes
-def test_column_sums(dtype, layout, device):
-    torch.library.opcheck(OPS.column_sums.default, (layout(17, 83, dtype, device), torch.float32))
-
-
 @dtypes
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])

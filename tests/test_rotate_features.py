@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch_switchback.autograd import quantize_weight
 
 import torch_switchback as ts
 from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, signal_to_noise
 from test_nn import gradients, make_layer
 from torch_switchback import SwitchBackConfig
-from torch_switchback.autograd import quantize_weight
 from torch_switchback.monitor import measure
 from torch_switchback.ops._hadamard import rotate, rotate_features
 

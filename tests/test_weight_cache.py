@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import assert_same
-from test_nn import count_weight_quantisations
-from torch_switchback.autograd import _SCALINGS, WeightCache
+from cases import assert_same, patch_scheme
+from test_nn import count_weight_quantizations
+from torch_switchback.ops import quantize_global
+from torch_switchback.weight_cache import WeightCache
 
 
 @pytest.fixture(params=["global", "rowwise"])
 def layers(request, device, monkeypatch):
     """A caching layer, its twin that does not, and the list of quantisations that the caching one makes."""
-    calls = count_weight_quantisations(
-        monkeypatch, request.param, lambda weight: weight.data_ptr() == caching.weight.data_ptr()
+    calls = count_weight_quantizations(
+        monkeypatch, ts.SwitchBackConfig(request.param), lambda weight: weight.data_ptr() == caching.weight.data_ptr()
     )
     linear = nn.Linear(64, 48, device=device)
     config = ts.SwitchBackConfig(request.param, cache_quantized_weight=True)
@@ -41,7 +42,7 @@ def test_microbatches_quantise_once(layers, device):
     caching, plain, calls = layers
     for _ in range(4):
         check_same(caching, plain, torch.randn(5, 64, device=device))
-    assert calls == ["quantize_with_transpose"]
+    assert calls == ["quantize_weight_with_transpose"]
 
 
 def test_an_evaluation_quantises_no_transpose(layers, device):
@@ -49,11 +50,11 @@ def test_an_evaluation_quantises_no_transpose(layers, device):
     x = torch.randn(5, 64, device=device)
     for _ in range(2):
         assert_same(caching(x), plain(x))
-    assert calls == ["quantize"]
+    assert calls == ["quantize_weight"]
     for _ in range(2):
         check_same(caching, plain, x)
     assert_same(caching(x), plain(x))
-    assert calls == ["quantize", "quantize_with_transpose"]
+    assert calls == ["quantize_weight", "quantize_weight_with_transpose"]
 
 
 def test_memory_efficient_steps_use_it_too(layers, device):
@@ -62,10 +63,10 @@ def test_memory_efficient_steps_use_it_too(layers, device):
         layer.config = dataclasses.replace(layer.config, mem_efficient=True)
     for _ in range(2):
         check_same(caching, plain, torch.randn(5, 64, device=device))
-    assert calls == ["quantize_with_transpose"]
+    assert calls == ["quantize_weight_with_transpose"]
 
 
-@pytest.mark.parametrize("fails", ["quantize", "quantize_with_transpose"])
+@pytest.mark.parametrize("fails", ["quantize_weight", "quantize_weight_with_transpose"])
 def test_a_failure_leaves_nothing_stale(layers, fails, device, monkeypatch):
     caching, plain, _ = layers
     x = torch.randn(5, 64, device=device)
@@ -76,11 +77,10 @@ def test_a_failure_leaves_nothing_stale(layers, fails, device, monkeypatch):
     def out_of_memory(weight):
         raise MemoryError
 
-    scaling = caching.config.weight_scaling
     with monkeypatch.context() as patch:
-        patch.setitem(_SCALINGS, scaling, _SCALINGS[scaling]._replace(**{fails: out_of_memory}))
+        patch_scheme(patch, caching.config, **{fails: lambda function: out_of_memory})
         with pytest.raises(MemoryError):
-            caching(x.requires_grad_(fails == "quantize_with_transpose"))
+            caching(x.requires_grad_(fails == "quantize_weight_with_transpose"))
     check_same(caching, plain, x)
 
 
@@ -163,7 +163,7 @@ def test_the_codes_of_a_frozen_weight_outlive_the_steps_of_others(layers, device
     for _ in range(2):
         assert_same(caching(x), plain(x))
         with_optimizer(nn.Linear(64, 1, device=device))
-    assert calls == ["quantize"]
+    assert calls == ["quantize_weight"]
 
 
 def test_a_change_of_config_is_seen(layers, device):
@@ -208,17 +208,17 @@ def test_a_parametrised_weight_is_never_cached(layers, device):
 def test_what_another_thread_quantises_meanwhile_is_its_own(device, monkeypatch):
     """As nn.DataParallel's threads do, whose replicas share what a layer has."""
     one, other = (nn.Parameter(torch.randn(48, 64, device=device)) for _ in range(2))
-    config, cache, quantize = ts.SwitchBackConfig(), WeightCache(), _SCALINGS["global"].quantize
+    config, cache = ts.SwitchBackConfig(), WeightCache()
 
     def quantize_disturbed(weight):
         if weight is one:
             cache.get(other, config, with_transpose=False)
-        return quantize(weight)
+        return quantize_global(weight)
 
-    monkeypatch.setitem(_SCALINGS, "global", _SCALINGS["global"]._replace(quantize=quantize_disturbed))
+    patch_scheme(monkeypatch, config, quantize_weight=lambda function: quantize_disturbed)
     for weight in (one, other, one):
         quantized, _ = cache.get(weight, config, with_transpose=False)
-        for actual, expected in zip(quantized, quantize(weight), strict=True):
+        for actual, expected in zip(quantized, quantize_global(weight), strict=True):
             assert_same(actual, expected)
 
 
@@ -265,11 +265,14 @@ def test_preparing_frees_it(layers, device):
 def test_a_prepared_layer_transposes_its_codes_once(scaling, cached, device, monkeypatch):
     calls = []
 
-    def transpose_codes(codes, absmax, transpose=_SCALINGS[scaling].transpose_codes):
-        calls.append(codes.data_ptr())
-        return transpose(codes, absmax)
+    def counted(transpose):
+        def transpose_quantized(weight_int8, absmax):
+            calls.append(weight_int8.data_ptr())
+            return transpose(weight_int8, absmax)
 
-    monkeypatch.setitem(_SCALINGS, scaling, _SCALINGS[scaling]._replace(transpose_codes=transpose_codes))
+        return transpose_quantized
+
+    patch_scheme(monkeypatch, ts.SwitchBackConfig(scaling), transpose_quantized=counted)
     layer = ts.convert_to_switchback(
         nn.Linear(64, 48, device=device), config=ts.SwitchBackConfig(scaling, cache_quantized_weight=cached)
     )

@@ -2,10 +2,10 @@
 
 from .advice.explanation import Explanation, FallbackError, explain
 from .advice.recommendation import Recommendation, recommend
-from .autograd import switchback_linear
 from .config import SwitchBackConfig
 from .convert import ConversionReport, conversion_report, convert_to_switchback, revert_switchback
 from .distributed import precompute_absmax_for_fsdp
+from .functional import switchback_linear
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import (
     SwitchBackLinear,

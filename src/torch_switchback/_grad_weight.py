@@ -7,12 +7,10 @@ which leaves their product as it is, and quantised with one absmax a column (doc
 import functools
 import math
 import warnings
-from collections.abc import Callable
 
 import torch
 
 from .config import SwitchBackConfig
-from .ops import direct as ops
 
 # Beside the row-wise codes, which the other products need anyway, each of a token's in + out values is read once more
 # and written once more, and int8 saves half of the time of its in * out products. On an H200 a step of 65536 tokens,
@@ -55,34 +53,3 @@ def _warn_once() -> None:
         "grad_weight='int8_always' does not",
         stacklevel=5,
     )
-
-
-def quantize(
-    x: torch.Tensor,
-    config: SwitchBackConfig,
-    *,
-    rowwise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
-    int8_grad_weight: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Quantise x [tokens, features], X or G, for the products that need it.
-
-    Args:
-        x: [tokens, features].
-        config: by which rotation.
-        rowwise: how its rows are quantised for the output or the input gradient; None: neither is wanted.
-        int8_grad_weight: whether that is wanted; then rowwise is ``quantize_rowwise``, or rotates the features.
-
-    Returns:
-        Codes [tokens, features] (padded to whole blocks if rotated) and absmax [tokens], or two Nones without rowwise;
-        then codes [features, tokens, padded to whole blocks] and absmax [features], or two Nones without
-        int8_grad_weight.
-    """
-    share_reads = config.rotate_tokens is not None and config.rotate_features is None
-    if rowwise is not None and int8_grad_weight and share_reads:
-        return ops.quantize_rowwise_and_rotated_columnwise(x, config.rotate_tokens)
-    rows = (None, None) if rowwise is None else rowwise(x)
-    if not int8_grad_weight:
-        return *rows, None, None
-    if config.rotate_tokens is None:
-        return *rows, *ops.quantize_columnwise_and_transpose(x)
-    return *rows, *ops.quantize_rotated_columnwise_and_transpose(x, config.rotate_tokens)

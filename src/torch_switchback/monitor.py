@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
-from .autograd import scaling_of, switchback_linear
 from .distributed.fsdp_weights import GatheredWeight
+from .functional import switchback_linear
 from .nn import SwitchBackLinear
 from .ops._hadamard import rotate_features
+from .scaling import scaling_for
 
 Record = dict[str, float]
 
@@ -208,10 +209,10 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
         quantities[f"{product}_snr"], quantities[f"{product}_snr_worst_rows"] = _signal_to_noise(actual, reference)
     x, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
     covered = known.reshape(1, -1) if layer.config.weight_scaling == "global" else known
-    scaling = scaling_of(layer.config)
+    scaling = scaling_for(layer.config, x, weight, grad)
     for operand, rows, codes in (
         ("x", x, scaling.quantize_input(x)[0]),
-        ("weight", covered, scaling.quantize(weight)[0]),
+        ("weight", covered, scaling.quantize_weight(weight)[0]),
         ("grad", grad, scaling.quantize_grad(grad)[0]),
     ):
         quantities[f"{operand}_crest"] = _crest(rows, layer.config.rotate_features)

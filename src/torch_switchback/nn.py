@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .autograd import WeightCache, quantize_weight, switchback_linear
 from .config import SwitchBackConfig
 from .distributed.fsdp import unwrap, wrap_like
+from .functional import quantize_weight, switchback_linear
 from .ops import dequantize_rowwise
+from .weight_cache import WeightCache
 
 torch.fx.wrap("switchback_linear")  # a node of its own in torch.fx's graphs: its checks are no operations
 

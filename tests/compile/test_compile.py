@@ -10,9 +10,7 @@ from ahead_of_time import SHARED_MEMORY, TARGETS, record
 
 from torch_switchback.kernels import (
     _absmax,
-    _launch,
     _transpose,
-    column_sums,
     int8_matmul,
     int8_matmul_pointer,
     int8_matmul_tma,
@@ -36,7 +34,6 @@ def compile_all(launches, architecture):
     assert compiled
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY[architecture]
-        assert _launch.can_be_read(kernel)
     return compiled
 
 
@@ -92,18 +89,6 @@ def test_rotation_is_a_product_of_tensor_cores(block):
         assert "wgmma.mma_async" in kernel.asm["ptx"]
         assert "cp.async.cg" in kernel.asm["ptx"]
     assert {store[-7:] for store in re.findall(r"st\.global\.\S+", compiled[1].asm["ptx"])} == {".v4.b32"}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_column_sums(architecture, dtype):
-    """Of parts, and of those; of few rows PyTorch's."""
-    assert record(column_sums.column_sums, torch.empty(512, 256), torch.float32, torch.empty(256)) == []
-    for cols in (256, 257):
-        x, out = torch.empty(1024, cols, dtype=DTYPES[dtype]), torch.empty(cols, dtype=DTYPES[dtype])
-        launches = record(column_sums.column_sums, x, x.dtype, out)
-        assert len(launches) == 2
-        compile_all(launches, architecture)
 
 
 def quantiser_launches(dtype, rows, cols):
@@ -162,12 +147,13 @@ HOPPER = {
 def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
     a, b = torch.empty(m, k, dtype=torch.int8), torch.empty(n, k, dtype=torch.int8)
     return record(
-        int8_matmul.dequantized_product,
+        int8_matmul.int8_matmul,
         a,
         b.t(),
         torch.empty(m),
         torch.empty(n if per_col else 1),
         torch.empty(n, dtype=out_dtype) if bias else None,
+        out_dtype,
         torch.empty(m, n, dtype=out_dtype),
         absmax_per_col=per_col,
         config=config,
@@ -199,8 +185,8 @@ def test_hopper_products_run_on_int8_wgmma(kernel, per_col):
 
 @pytest.mark.parametrize("kernel", ["pointer", "tma"])
 def test_products_that_begin_early_wait_before_they_read(kernel, monkeypatch):
-    for module in (_launch, quantize_rowwise):
-        monkeypatch.setattr(module, "overlaps", lambda device: True)
+    for module in (int8_matmul_pointer, int8_matmul_tma, quantize_rowwise):
+        monkeypatch.setattr(module, "supports_pdl", lambda device: True)
     (product,) = product_launches(HOPPER[kernel], 256, 256, 256, bias=True, out_dtype=torch.bfloat16)
     assert product.options["launch_pdl"]
     before, wait, _ = product.compile(TARGETS["sm_90"]).asm["ptx"].partition("griddepcontrol.wait")
@@ -285,20 +271,23 @@ def test_the_global_quantiser_of_an_odd_number_of_elements_is_that_of_others():
     assert "ld.global.v4.b32" in pass_2 and "st.global.v4.b32" in pass_2
 
 
+KERNEL_MODULES = (
+    _absmax,
+    _transpose,
+    int8_matmul_pointer,
+    int8_matmul_tma,
+    int8_matmul_warp_specialized,
+    quantize_by_absmax,
+    quantize_global,
+    quantize_rotated,
+    quantize_rotated_rowwise,
+    quantize_rowwise,
+)
+
+
 def test_constants_come_last():
-    """The launcher hands a compiled kernel its arguments and then its constants."""
-    modules = (
-        _absmax,
-        _transpose,
-        int8_matmul_pointer,
-        int8_matmul_tma,
-        int8_matmul_warp_specialized,
-        quantize_global,
-        quantize_rotated,
-        quantize_rotated_rowwise,
-        quantize_rowwise,
-    )
-    kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
+    """The launcher passes a compiled kernel its arguments and then its constants."""
+    kernels = [value for module in KERNEL_MODULES for name, value in vars(module).items() if name.endswith("_kernel")]
     assert len(kernels) >= 10
     for kernel in kernels:
         is_constant = [parameter.is_constexpr for parameter in kernel.params]

@@ -17,7 +17,7 @@ import torch_switchback as ts
 from cases import assert_same
 from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
-from torch_switchback.kernels import _replay, int8_matmul
+from torch_switchback.kernels import int8_matmul, launch
 from torch_switchback.ops import _library
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
@@ -67,9 +67,10 @@ def nothing_compiles(monkeypatch):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(_replay, "_replays", {})
+    monkeypatch.setattr(launch, "compiled_kernels", {})
     monkeypatch.setattr(_library, "not_compiled", {})
     monkeypatch.setattr(int8_matmul, "_replaced", {})
+    int8_matmul.plan_tuned.cache_clear()
 
 
 @strategies
@@ -159,6 +160,7 @@ def test_eight_processes_on_a_cold_cache(tmp_path, expected):
 
 @pytest.mark.parametrize("garbage", [b"", b"\x00garbage"], ids=["truncated", "garbage"])
 def test_a_corrupt_cache(garbage, tmp_path, expected):
+    """The result stays, and a warning names TRITON_CACHE_DIR; Triton 3.9 and newer mend such a cache themselves."""
     assert finish(start(tmp_path)) == (expected, "")
     damaged = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix in (".json", ".cubin")]
     assert damaged
@@ -166,8 +168,8 @@ def test_a_corrupt_cache(garbage, tmp_path, expected):
         file.write_bytes(garbage)
     result, said = finish(start(tmp_path))
     assert result == expected
-    mends_its_cache = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # compiles again what it cannot load
-    assert said.count("past Triton's cache") == (0 if mends_its_cache else 1)
+    mends_its_cache = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    assert ("TRITON_CACHE_DIR" in said) is not mends_its_cache
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, expected):
@@ -175,7 +177,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, expected):
     Path(tmp_path, "file").write_text("")
     result, said = finish(start(tmp_path / "file" / "cache"))
     assert result == expected
-    assert said.count("past Triton's cache") == 1
+    assert "TRITON_CACHE_DIR" in said
 
 
 def test_without_triton(tmp_path, expected):

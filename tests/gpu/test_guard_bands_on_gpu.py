@@ -5,7 +5,7 @@ import torch
 
 import guard_bands
 from cases import DTYPES
-from torch_switchback.kernels._launch import architecture
+from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_table
 
 shifts = pytest.mark.parametrize("shift", [0, 1, 7])
@@ -27,7 +27,6 @@ def test_quantisers_between_bands(shape, name, dtype, shift):
 def test_given_absmax_between_bands(shape, dtype, shift):
     guard_bands.check_by_absmax(shape, dtype, guard_bands.Band("cuda", shift))
     guard_bands.check_dequantizer(shape, dtype, guard_bands.Band("cuda", shift))
-    guard_bands.check_column_sums(shape, dtype, guard_bands.Band("cuda", shift))
 
 
 @shifts

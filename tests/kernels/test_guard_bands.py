@@ -19,7 +19,6 @@ def test_quantisers_between_bands(shape, name):
 def test_given_absmax_between_bands(shape):
     guard_bands.check_by_absmax(shape, torch.float32, guard_bands.Band("cpu", 1))
     guard_bands.check_dequantizer(shape, torch.float16, guard_bands.Band("cpu", 1))
-    guard_bands.check_column_sums(shape, torch.float16, guard_bands.Band("cpu", 1))
 
 
 @pytest.mark.parametrize("shift", [0, 1])

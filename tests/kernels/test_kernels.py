@@ -8,9 +8,9 @@ import torch
 from cases import DTYPES, LAYOUTS, assert_same, codes
 from torch_switchback import ops
 from torch_switchback.kernels import (
+    CannotCompile,
     _absmax,
-    _launch,
-    column_sums,
+    _matmul,
     int8_matmul,
     quantize_by_absmax,
     quantize_columnwise,
@@ -72,7 +72,7 @@ def test_quantize_rowwise(dtype, layout, shape):
 @pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
 @layouts
 def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
-    assert quantize_rowwise.row_tile(cols)["CHUNKS"] > 1
+    assert quantize_rowwise.row_tile(cols).CHUNKS > 1
     x = layout(9, cols, torch.bfloat16)
     check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (9, cols), (9,))
 
@@ -80,14 +80,14 @@ def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
 def test_the_tile_of_a_row():
     for cols in range(16_385):
         tile = quantize_rowwise.row_tile(cols)
-        lanes = tile["CHUNKS"] * tile["BLOCK_COLS"]
+        lanes = tile.CHUNKS * tile.BLOCK_COLS
         assert lanes >= cols
         assert lanes <= cols + max(cols // 4, quantize_rowwise.SMALLEST_CHUNK)
-        loads_16_bytes = tile["BLOCK_ROWS"] * tile["BLOCK_COLS"] >= 8 * 32 * tile["num_warps"]
+        loads_16_bytes = tile.BLOCK_ROWS * tile.BLOCK_COLS >= 8 * 32 * tile.num_warps
         assert loads_16_bytes
     for cols in (640, 768, 1024, 1280, 4096, 5120, 14_336):
         tile = quantize_rowwise.row_tile(cols)
-        assert tile["CHUNKS"] * tile["BLOCK_COLS"] == cols
+        assert tile.CHUNKS * tile.BLOCK_COLS == cols
 
 
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
@@ -112,7 +112,7 @@ def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
 
 def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
-    monkeypatch.setattr(_absmax, "PROGRAMS", 1)  # so that one does both tiles
+    monkeypatch.setattr(_absmax, "CTAS_PER_SM", 1)  # so that one does both tiles
     x = far_apart(130, 3)
     launcher = quantize_columnwise.quantize_columnwise_and_transpose
     check_quantiser(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
@@ -167,19 +167,6 @@ def test_quantize_by_absmax_of_rows_longer_than_a_block():
     assert_same(out, ops.quantize_by_absmax(x, absmax))
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", [(513, 70), (1300, 3), (600, 130), (17, 83), (0, 4), (4, 0), (600, 0)], ids=str)
-def test_column_sums(shape, dtype, layout):
-    """The same from run to run, though not PyTorch's bits."""
-    x = layout(*shape, dtype)
-    first, again = poisoned(shape[1], dtype=torch.float32), poisoned(shape[1], dtype=torch.float32)
-    for out in (first, again):
-        column_sums.column_sums(x, torch.float32, out)
-    assert_same(first, again)
-    torch.testing.assert_close(first, x.double().sum(0).float(), rtol=1e-4, atol=1e-3, equal_nan=True)
-
-
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
     negative_nan = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
     out = poisoned(5, 3)
@@ -231,7 +218,7 @@ def test_products(dtype, has_bias, rowwise, shape, config):
     absmax_a, absmax_b = torch.rand(m), torch.rand(n if rowwise else 1)
     bias = torch.randn(n) if has_bias else None
     out = poisoned(m, n, dtype=dtype)
-    int8_matmul.dequantized_product(a, b, absmax_a, absmax_b, bias, out, absmax_per_col=rowwise, config=config)
+    int8_matmul.int8_matmul(a, b, absmax_a, absmax_b, bias, out.dtype, out, absmax_per_col=rowwise, config=config)
     op = ops.int8_matmul_rowwise_dequantize if rowwise else ops.int8_matmul_mixed_dequantize
     if dtype == torch.bfloat16:
         assert_same(out, truncate_to_bfloat16(op(a, b, absmax_a, absmax_b, bias, torch.float32)))
@@ -246,7 +233,7 @@ def test_a_negative_zero_keeps_its_sign_where_there_is_no_bias(has_bias, config)
     tiny = torch.full((5,), 1e-30)  # whose products with each other are 0
     bias = torch.zeros(16) if has_bias else None
     out = poisoned(5, 16, dtype=torch.float32)
-    int8_matmul.dequantized_product(a, b, tiny, tiny[:1], bias, out, absmax_per_col=False, config=config)
+    int8_matmul.int8_matmul(a, b, tiny, tiny[:1], bias, out.dtype, out, absmax_per_col=False, config=config)
     expected = ops.int8_matmul_mixed_dequantize(a, b, tiny, tiny[:1], bias, torch.float32)
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
     assert bool(out.signbit().all()) is not has_bias
@@ -260,7 +247,7 @@ def test_products_that_int32_cannot_hold(inner):
     ones = torch.full((3,), 127.0)
     out = poisoned(2, 3, dtype=torch.float32)
     b = torch.full((3, inner), 127, dtype=torch.int8).t()
-    int8_matmul.dequantized_product(a, b, ones[:2], ones[:1], None, out, absmax_per_col=False, config=config)
+    int8_matmul.int8_matmul(a, b, ones[:2], ones[:1], None, out.dtype, out, absmax_per_col=False, config=config)
     assert_same(out, (a.long() @ b.long()).float())
 
 
@@ -273,14 +260,15 @@ def test_the_launchers_of_both_products_pass_their_arguments_on():
     assert_same(out, ops.int8_matmul_mixed_dequantize(a, b, absmax_a, absmax_b[:1], None, torch.float32))
 
 
-def test_the_kernel_folds_no_later_than_the_cpu():
-    assert int8_matmul.FOLD <= int8_matmul_op.MAX_INT32_INNER
+def test_the_kernel_carries_sums_no_later_than_the_cpu():
+    assert _matmul.K_CHUNK <= int8_matmul_op.MAX_INT32_INNER
 
 
 def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
     config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
     monkeypatch.setattr(int8_matmul, "_replaced", {})
+    int8_matmul.plan_tuned.cache_clear()
     a, b, absmax = codes(16, 32), codes(48, 32).t(), torch.rand(16)
     out = torch.empty(16, 48)
     expected = ops.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32)
@@ -290,5 +278,5 @@ def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
-    with pytest.raises(_launch.CannotCompile):
-        int8_matmul.dequantized_product(a, b, absmax, absmax[:1], None, out, absmax_per_col=False, config=config)
+    with pytest.raises(CannotCompile):
+        int8_matmul.int8_matmul(a, b, absmax, absmax[:1], None, out.dtype, out, absmax_per_col=False, config=config)

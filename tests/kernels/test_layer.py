@@ -51,8 +51,10 @@ class Interpreted(TorchDispatchMode):
 def interpreted(monkeypatch):
     config = MatmulConfig("pointer", 32, 32, 64, group_m=2, num_stages=2, num_warps=4)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
+    int8_matmul.plan_tuned.cache_clear()
     with Interpreted() as mode:
         yield mode
+    int8_matmul.plan_tuned.cache_clear()
 
 
 @test_nn.unrotated

@@ -61,10 +61,10 @@ def test_float32_is_rotated_whole():
 def test_tiles_do_not_matter(tile_rows, tile, programs, monkeypatch):
     monkeypatch.setattr(quantize_rotated, "TILE_ROWS", tile_rows)
     monkeypatch.setattr(quantize_rotated, "TILE", tile)
-    monkeypatch.setattr(quantize_rotated, "PROGRAMS", programs)
+    monkeypatch.setattr(quantize_rotated, "CTAS_PER_SM", programs)
     check(torch.randn(300, 40), 16)
 
 
 def test_rows_that_are_far_apart(monkeypatch):
-    monkeypatch.setattr(quantize_rotated, "PROGRAMS", 1)  # so that one does both tiles
+    monkeypatch.setattr(quantize_rotated, "CTAS_PER_SM", 1)  # so that one does both tiles
     check(far_apart(130, 3), 128)

@@ -54,7 +54,7 @@ def test_tiles_do_not_matter(held, max_held, monkeypatch):
     monkeypatch.setattr(quantize_rotated_rowwise, "MAX_HELD", max_held)
     rotated_row_tile.cache_clear()
     try:
-        assert (rotated_row_tile(4200, 64)["TILES"] == 0) == (max_held < 2 * 4096)
+        assert (rotated_row_tile(4200, 64, 4).TILES == 0) == (max_held < 2 * 4096)
         check(torch.randn(5, 4200), 64)
     finally:
         rotated_row_tile.cache_clear()
@@ -63,9 +63,9 @@ def test_tiles_do_not_matter(held, max_held, monkeypatch):
 @pytest.mark.parametrize("size", [64, 128])
 def test_programs_hold_no_more_than_they_may(size):
     for cols in range(0, 30_000, 97):
-        tile = rotated_row_tile(cols, size)
-        held = tile["TILES"] * tile["TILE_ROWS"] * size
+        tile = rotated_row_tile(cols, size, 4)
+        held = tile.TILES * tile.TILE_ROWS * size
         assert held <= MAX_HELD
-        assert tile["TILE_ROWS"] % tile["ACROSS"] == 0
-        assert tile["TILES"] == 0 or tile["TILES"] * tile["ACROSS"] * size >= cols
-        assert tile["TILES"] > 0 or cols > MAX_HELD - 64 * size
+        assert tile.TILE_ROWS % tile.ACROSS == 0
+        assert tile.TILES == 0 or tile.TILES * tile.ACROSS * size >= cols
+        assert tile.TILES > 0 or cols > MAX_HELD - 64 * size

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import _grad_weight
 from .._text import table
-from ..autograd import switchback_linear
+from ..functional import switchback_linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, ProductShape
 from .layer_calls import Call, layer_calls
@@ -217,8 +217,9 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
 
         kernel, reason = cpu_path(k)
         return Product(name, m, n, k, kernel, None, reason)
-    from ..kernels._launch import VECTOR, architecture
+    from ..kernels.device import architecture
     from ..kernels.int8_matmul import chosen
+    from ..kernels.launch import VECTOR
     from ..tuning._tables import served, shipped_table
 
     fits_tma = n * out_dtype.itemsize % 16 == 0

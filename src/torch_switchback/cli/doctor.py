@@ -79,8 +79,8 @@ def examine_gpu() -> Iterator[Finding]:
     properties = torch.cuda.get_device_properties(device)
     memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
     try:
-        from ..kernels._launch import architecture
-        from ..kernels._repeat import why_triton_launches
+        from ..kernels import launch  # noqa: F401  (imports Triton)
+        from ..kernels.device import architecture
     except ImportError as error:
         yield Finding("GPU", "failed", f"{properties.name}, {memory}; the kernels need Triton: {error}")
         return
@@ -92,9 +92,6 @@ def examine_gpu() -> Iterator[Finding]:
     if user_table_path(name).exists():
         detail += f"; and yours, {user_table_path(name)}"
     yield Finding("tiles", "ok" if own or user_table_path(name).exists() else "note", detail)
-    reason = why_triton_launches()
-    detail = f"by Triton, which takes the host longer: {reason}" if reason else "by the CUDA driver"
-    yield Finding("repeated launches", "note" if reason else "ok", detail)
     for kernel in KERNELS:
         if CONFIGS[kernel].tma and not served(table, name).tma:
             yield Finding(f"kernel {kernel}", "note", f"not on {name}")
@@ -134,13 +131,13 @@ def _layer_on_the_cpu() -> bool:
 
 
 def _product_on_the_gpu(config: MatmulConfig, device: torch.device) -> bool:
-    from ..kernels.int8_matmul import dequantized_product
+    from ..kernels.int8_matmul import int8_matmul
 
     (a, a_absmax), (b, b_absmax) = ops.quantize_rowwise(_random(300, 512)), ops.quantize_global(_random(264, 512))
     expected = ops.int8_matmul_mixed_dequantize(a, b.t(), a_absmax, b_absmax, None, torch.bfloat16)
     out = torch.empty_like(expected, device=device)
     operands = (a.to(device), b.to(device).t(), a_absmax.to(device), b_absmax.to(device))
-    dequantized_product(*operands, None, out, absmax_per_col=False, config=config)
+    int8_matmul(*operands, None, out.dtype, out, absmax_per_col=False, config=config)
     return torch.equal(out.cpu(), expected)
 
 

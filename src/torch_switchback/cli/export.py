@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..autograd import quantize_weight
+from ..functional import quantize_weight
 from ..ops import dequantize_rowwise
 from ..ops._validation import FLOAT_DTYPES
 from ..recipes import config_of, look_up

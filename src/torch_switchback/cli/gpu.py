@@ -31,7 +31,7 @@ class Gpu:
         try:
             import triton
 
-            from ..kernels._launch import architecture
+            from ..kernels.device import architecture
         except ImportError as error:
             raise NoGpu(f"the kernels need Triton: {error}") from error
         device = torch.device("cuda", torch.cuda.current_device())
@@ -50,7 +50,7 @@ class Gpu:
         A small product takes its operands from several copies in turn, twice the L2 cache together: in training they
         come from memory too.
         """
-        from ..kernels.int8_matmul import dequantized_product
+        from ..kernels.int8_matmul import int8_matmul
 
         device = torch.device("cuda")
         size = m * k + n * k + 2 * m * n
@@ -61,6 +61,7 @@ class Gpu:
                 torch.rand(m, device="cuda"),
                 torch.rand(1, device="cuda"),
                 None,
+                torch.bfloat16,
                 torch.empty(m, n, dtype=torch.bfloat16, device="cuda"),
             )
             for _ in range(max(1, min(-(-2 * self._l2 // size), MOST_COPIES)))
@@ -71,7 +72,7 @@ class Gpu:
 
         def products(config: MatmulConfig) -> None:
             for operand in operands:
-                dequantized_product(*operand, absmax_per_col=False, config=config)
+                int8_matmul(*operand, absmax_per_col=False, config=config)
 
         def clock(config: MatmulConfig, launches: int) -> float:
             if not short:

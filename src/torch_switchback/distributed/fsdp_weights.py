@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..autograd import requantize_columnwise
 from ..config import WeightScaling
-from ..ops import dequantize_rowwise, quantize_by_absmax
+from ..ops import dequantize_rowwise, quantize_by_absmax, quantize_columnwise_and_transpose
 from .shard_absmax import Shard, find_absmaxes
 
 if TYPE_CHECKING:
@@ -269,12 +268,17 @@ def _codes_and_absmax(weight: GatheredWeight, scales: int) -> tuple[torch.Tensor
     return weight._codes, weight._absmax
 
 
+def _requantize_columnwise(weight: GatheredWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    float_weight = dequantize_rowwise(weight._codes, weight._absmax, torch.float32)
+    return quantize_columnwise_and_transpose(float_weight)
+
+
 _QUANTISERS: dict[Any, Callable[..., Any]] = {
     _OPS.quantize_global.default: lambda weight: _codes_and_absmax(weight, 1),
     _OPS.quantize_rowwise.default: lambda weight: _codes_and_absmax(weight, weight.shape[0]),
     _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._codes,
     _OPS.quantize_transpose_by_absmax.default: lambda weight, absmax: weight._codes.t().contiguous(),
-    _OPS.quantize_columnwise_and_transpose.default: lambda weight: requantize_columnwise(weight._codes, weight._absmax),
+    _OPS.quantize_columnwise_and_transpose.default: _requantize_columnwise,
 }
 _GATHERED_VIEWS = {_ATEN.alias.default, _ATEN.as_strided.default, _ATEN.detach.default, _ATEN.view.default}
 _FACTORIES = {_ATEN.empty_like.default, _ATEN.new_empty.default, _ATEN.new_zeros.default, _ATEN.zeros_like.default}

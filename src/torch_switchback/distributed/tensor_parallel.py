@@ -8,16 +8,15 @@ spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output
     Shard(1), row     by features  partial sum  W's global absmax; a row's of W; a row's of X
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ..autograd import Scaling, SwitchBackFunction, scaling_of
 from ..config import SwitchBackConfig
-from ..ops import direct as ops
+from ..functional import SwitchBackFunction
+from ..scaling import Quantized, Scaling, scaling_for
 from . import sharding_rules  # noqa: F401  (registers them)
 from .absmax import absmax_bits, all_reduce_max
 from .fsdp_weights import GatheredWeight
@@ -79,47 +78,70 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     x_grad = Partial() if placement == Shard(0) else x_placement
     local_x = x.redistribute(placements=[x_placement]).to_local(grad_placements=[x_grad])
     local_weight, local_bias = weight.to_local(), None if bias is None else bias.to_local()
-    scaling = _sharded(scaling_of(config), config, placement, local_weight, group)
+    scaling = scaling_for(config, x)
+    if placement != Replicate():
+        scaling = ShardedScaling(scaling, config, placement, local_weight, group)
     y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, config, None, scaling, False)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(y, mesh, [y_placement], run_check=False, shape=shape, stride=stride)
 
 
-def _sharded(
-    scaling: Scaling, config: SwitchBackConfig, placement: Placement, weight: torch.Tensor, group: dist.ProcessGroup
-) -> Scaling:
-    """A scaling whose absmaxes are those of the whole tensors."""
-    if placement == Replicate():
-        return scaling
+class ShardedScaling(Scaling):
+    """A scheme whose absmaxes are those of the whole tensors, found by an all-reduce where they span the shards.
 
-    def quantize(dim: int | None) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        def quantize_by_spanning_absmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            absmax = all_reduce_max(absmax_bits(x, dim), [group])
-            return ops.quantize_by_absmax(x, absmax), absmax
+    Args:
+        base: the scheme for tensors that are not sharded.
+        config: whose weight scaling base has.
+        placement: of the weight, Shard(0) or Shard(1).
+        weight: this rank's part.
+        group: of all parts.
+    """
 
-        return quantize_by_spanning_absmax
+    def __init__(
+        self,
+        base: Scaling,
+        config: SwitchBackConfig,
+        placement: Placement,
+        weight: torch.Tensor,
+        group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(base.ops)
+        self.base, self.group = base, group
+        by_rows = placement == Shard(1)  # each rank has some of the inner dimension of the output's matmul
+        self.quantize_input = self.quantize_rows if by_rows else base.quantize_input
+        self.quantize_grad = base.quantize_grad if by_rows else self.quantize_rows
+        self.matmul = self.matmul_term if by_rows else base.matmul
+        # FSDP2 gathers a weight by the absmax of all of it.
+        spans = not isinstance(weight, GatheredWeight)
+        if spans and config.weight_scaling == "global":
+            self.quantize_weight = self.quantize_globally
+        elif spans and by_rows:
+            self.quantize_weight = self.quantize_rows
+        else:
+            self.quantize_weight = base.quantize_weight
+        self.transpose_spans = spans and config.weight_scaling == "rowwise" and not by_rows
 
-    scaling = scaling._replace(run=lambda function, *args: function(*args))  # collectives stand between operations
-    if placement == Shard(0):
-        scaling = scaling._replace(quantize_grad=quantize(1))
-    else:
-        scaling = scaling._replace(quantize_input=quantize(1), matmul=_with_bias_once(scaling.matmul, group))
-    if isinstance(weight, GatheredWeight):  # FSDP2 gathered it by the absmax of the whole weight
-        return scaling
-    if config.weight_scaling == "global":
-        return scaling._replace(quantize=quantize(None))
-    if placement == Shard(1):
-        return scaling._replace(quantize=quantize(1))
-    quantize_rows = quantize(1)
-    return scaling._replace(quantize_transpose=lambda weight, absmax: quantize_rows(weight.t()))
+    def quantize_rows(self, x: torch.Tensor) -> Quantized:
+        """Quantize this rank's columns of x by the absmax of whole rows."""
+        return self._quantize(x, 1)
 
+    def quantize_globally(self, x: torch.Tensor) -> Quantized:
+        """Quantize this rank's part of x by the absmax of all of x."""
+        return self._quantize(x, None)
 
-def _with_bias_once(matmul: Callable[..., torch.Tensor], group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
-    """A product that is a term of the sum over a group: the first rank's adds the bias."""
-    is_first = group.rank() == 0
+    def _quantize(self, x: torch.Tensor, dim: int | None) -> Quantized:
+        absmax = all_reduce_max(absmax_bits(x, dim), [self.group])
+        return self.ops.quantize_by_absmax(x, absmax), absmax
 
-    def with_bias_once(a: Any, b: Any, state_x: Any, state_w: Any, bias: Any, out_dtype: torch.dtype) -> torch.Tensor:
-        return matmul(a, b, state_x, state_w, bias if is_first else None, out_dtype)
+    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        if self.transpose_spans:
+            return self.quantize_rows(weight.t())
+        return self.base.quantize_weight_transpose(weight, absmax)
 
-    return with_bias_once
+    def matmul_term(
+        self, a: Any, b: Any, state_x: Any, state_w: Any, bias: Any, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Compute this rank's term of the output, a sum over the group. Only the first rank adds the bias."""
+        bias = bias if self.group.rank() == 0 else None
+        return self.base.matmul(a, b, state_x, state_w, bias, out_dtype)

@@ -5,18 +5,20 @@ Small x has no first pass: it is its own parts. Of columns there are too many pa
 they are gathered by atomics. An integer max over the bits of float32 (see ``magnitude_bits``) is exact in any order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import VECTOR, ceil_div, launch, multiprocessors
 from ._numerics import bits_to_float, magnitude_bits
-from ._replay import scratch, zero
+from .device import num_sms
+from .launch import VECTOR, ceil_div, launch
 
 BLOCK = 8192
 BLOCK_ROWS, BLOCK_COLS = 128, 64
 NUM_STAGES = 3  # tiles of columns on their way at once
-PROGRAMS = 8  # of a multiprocessor
+CTAS_PER_SM = 8
 MAX_PARTS = 1024  # which the second pass reads at once
 
 # Elements that every program of the second pass may read by itself, so that the first need not be launched: as many as
@@ -88,23 +90,23 @@ def partial_absmax_kernel(
         tl.store(parts_ptr + tl.num_programs(0), bits_to_float(tl.max(bits, axis=0)))
 
 
+class PartialTile(NamedTuple):
+    """Constants of :func:`partial_absmax_kernel`."""
+
+    BLOCK: int
+    VECTOR: int
+    num_warps: int
+
+
 def partial_absmax(x: torch.Tensor) -> torch.Tensor:
-    """Values with the absmax of x (contiguous): x if it is small, else one of each of up to MAX_PARTS parts of it."""
-    if x.numel() <= MAX_SMALL:
+    """Return values whose absmax is that of x (contiguous): x if it is small, else one per part, up to MAX_PARTS."""
+    elements = x.numel()
+    if elements <= MAX_SMALL:
         return x
-    programs = min(ceil_div(x.numel(), BLOCK), PROGRAMS * multiprocessors(x.device), MAX_PARTS - 1)
-    parts = scratch(x, programs + 1)
-    launch(
-        partial_absmax_kernel,
-        (programs,),
-        x,
-        parts,
-        x.numel(),
-        whole_vectors(x.numel()),
-        BLOCK=BLOCK,
-        VECTOR=VECTOR,
-        num_warps=8,
-    )
+    programs = min(ceil_div(elements, BLOCK), CTAS_PER_SM * num_sms(x.device), MAX_PARTS - 1)
+    parts = x.new_empty(programs + 1, dtype=torch.float32)
+    args = (x, parts, elements, whole_vectors(elements))
+    launch(partial_absmax_kernel, (programs,), args, PartialTile(BLOCK, VECTOR, num_warps=8))
     return parts
 
 
@@ -140,24 +142,21 @@ def columnwise_absmax_kernel(
     tl.atomic_max(absmax_ptr + col, tl.max(bits, axis=0), mask=col < cols, sem="relaxed")
 
 
+class ColumnTile(NamedTuple):
+    """Constants of :func:`columnwise_absmax_kernel`."""
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    NUM_STAGES: int
+    num_warps: int
+
+
 def columnwise_absmax(x: torch.Tensor, absmax: torch.Tensor) -> None:
     """Fill absmax [cols] with that of each column of x [rows, cols]."""
     rows, cols = x.shape
     col_blocks, row_blocks = ceil_div(cols, BLOCK_COLS), ceil_div(rows, BLOCK_ROWS)
-    tiles = max(1, row_blocks * col_blocks // (PROGRAMS * multiprocessors(x.device)))
-    zero(absmax)
-    launch(
-        columnwise_absmax_kernel,
-        (ceil_div(row_blocks, tiles) * col_blocks,),
-        x,
-        absmax.view(torch.int32),
-        rows,
-        cols,
-        x.stride(0),
-        x.stride(1),
-        tiles,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLS=BLOCK_COLS,
-        NUM_STAGES=NUM_STAGES,
-        num_warps=4,
-    )
+    tiles = max(1, row_blocks * col_blocks // (CTAS_PER_SM * num_sms(x.device)))
+    absmax.zero_()
+    args = (x, absmax.view(torch.int32), rows, cols, *x.stride(), tiles)
+    grid = (ceil_div(row_blocks, tiles) * col_blocks,)
+    launch(columnwise_absmax_kernel, grid, args, ColumnTile(BLOCK_ROWS, BLOCK_COLS, NUM_STAGES, num_warps=4))

@@ -1,14 +1,16 @@
 """Quantise tiles of x and store them transposed, and plain where asked: the second pass of four quantisers."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _absmax
 from ._absmax import parts_block, reduce_absmax, reduce_columnwise_absmax
-from ._launch import VECTOR, ceil_div, launch, next_power_of_2
 from ._numerics import inverse_scale, quantize
 from ._tiles import tile_position
+from .launch import VECTOR, ceil_div, launch, next_power_of_2
 
 BLOCK_ROWS = 64
 BLOCK_COLS, NUM_WARPS = 128, 4
@@ -79,6 +81,19 @@ def quantize_transpose_kernel(
             tl.store(absmax_ptr, absmax)
 
 
+class TransposeTile(NamedTuple):
+    """Constants of :func:`quantize_transpose_kernel`."""
+
+    COLUMNWISE: bool
+    STORE_PLAIN: bool
+    STORE_ABSMAX: bool
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    BLOCK_PARTS: int
+    GROUP_ROWS: int
+    num_warps: int
+
+
 def quantize_transpose(
     x: torch.Tensor,
     parts: torch.Tensor,
@@ -94,13 +109,18 @@ def quantize_transpose(
     """
     rows, cols = x.shape
     count = parts.shape[0] if columnwise else parts.numel()
-    block = min(next_power_of_2(count), _absmax.BLOCK_ROWS) if columnwise else parts_block(count)
     in_vectors = rows % VECTOR == 0 and cols % VECTOR == 0
-    block_cols = BLOCK_COLS if in_vectors else BLOCK_COLS_ODD
-    launch(
-        quantize_transpose_kernel,
-        # At least one program a block of columns: without rows there is still an absmax to store.
-        (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, block_cols)),),
+    tile = TransposeTile(
+        COLUMNWISE=columnwise,
+        STORE_PLAIN=codes is not None,
+        STORE_ABSMAX=absmax is not None,
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_COLS=BLOCK_COLS if in_vectors else BLOCK_COLS_ODD,
+        BLOCK_PARTS=min(next_power_of_2(count), _absmax.BLOCK_ROWS) if columnwise else parts_block(count),
+        GROUP_ROWS=GROUP_ROWS,
+        num_warps=NUM_WARPS if in_vectors else NUM_WARPS_ODD,
+    )
+    args = (
         x,
         parts,
         codes_t if codes is None else codes,
@@ -109,15 +129,9 @@ def quantize_transpose(
         rows,
         cols,
         count,
-        x.stride(0),
-        x.stride(1),
+        *x.stride(),
         *(parts.stride() if columnwise else (1, 1)),
-        COLUMNWISE=columnwise,
-        STORE_PLAIN=codes is not None,
-        STORE_ABSMAX=absmax is not None,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLS=block_cols,
-        BLOCK_PARTS=block,
-        GROUP_ROWS=GROUP_ROWS,
-        num_warps=NUM_WARPS if in_vectors else NUM_WARPS_ODD,
     )
+    # At least one program per block of columns: without rows there is still an absmax to store.
+    grid = (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, tile.BLOCK_COLS)),)
+    launch(quantize_transpose_kernel, grid, args, tile)

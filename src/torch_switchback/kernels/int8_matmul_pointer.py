@@ -1,13 +1,16 @@
-"""The product as a kernel on pointers, a tile a program: for every GPU, and for outputs that TMA cannot store."""
+"""The matmul as a kernel on pointers, one tile per program: for every GPU, and for outputs that TMA cannot store."""
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..tuning import MatmulConfig
-from ._launch import launch, waits
-from ._product import FOLD, count_tiles, dequantize_tile, load_bias, tile_constants
+from ._matmul import K_CHUNK, dequantize_tile, load_bias
 from ._tiles import tile_position
+from .device import supports_pdl
+from .launch import ceil_div, launch
 
 
 @triton.jit(do_not_specialize=["M", "has_bias"])
@@ -29,10 +32,10 @@ def int8_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    FOLD: tl.constexpr,  # sum chunks of this many products in int32 and the chunks in int64; 0: all in int32
-    WAITS: tl.constexpr,
+    K_CHUNK: tl.constexpr,  # sum chunks of this many products in int32 and the chunks in int64; 0: all in int32
+    PDL_WAIT: tl.constexpr,  # this kernel may start before the one ahead of it ends
 ):
-    if WAITS:
+    if PDL_WAIT:
         tl.extra.cuda.gdc_wait()
     block_m, block_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m = block_m.to(tl.int64) * BLOCK_M
@@ -46,11 +49,11 @@ def int8_matmul_kernel(
     a_rows = a_ptr + start_m * stride_a + row[:, None].to(tl.int64) * stride_a
     b_rows = b_ptr + start_n * stride_b + col[None, :].to(tl.int64) * stride_b
 
-    if FOLD:
+    if K_CHUNK:
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int64)
-        for start in range(0, K, FOLD):
+        for start in range(0, K, K_CHUNK):
             total += inner_product(
-                a_rows, b_rows, in_a, in_b, start, tl.minimum(start + FOLD, K), BLOCK_M, BLOCK_N, BLOCK_K
+                a_rows, b_rows, in_a, in_b, start, tl.minimum(start + K_CHUNK, K), BLOCK_M, BLOCK_N, BLOCK_K
             ).to(tl.int64)
     else:
         total = inner_product(a_rows, b_rows, in_a, in_b, 0, K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -97,6 +100,38 @@ def inner_product(
     return acc
 
 
+class Constants(NamedTuple):
+    """Constants of :func:`int8_matmul_kernel`."""
+
+    ABSMAX_PER_COL: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    K_CHUNK: int
+    PDL_WAIT: bool
+    num_warps: int
+    num_stages: int
+
+
+def plan(
+    config: MatmulConfig, device: torch.device, k: int, absmax_per_col: bool, has_bias: bool, out_dtype: torch.dtype
+) -> tuple[Constants, None]:
+    """Return the kernel's constants. Each tile has a program of its own."""
+    constants = Constants(
+        absmax_per_col,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.group_m,
+        K_CHUNK if k > K_CHUNK else 0,
+        supports_pdl(device),
+        config.num_warps,
+        config.num_stages,
+    )
+    return constants, None
+
+
 def launch_pointer(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -104,15 +139,14 @@ def launch_pointer(
     absmax_b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    absmax_per_col: bool,
-    config: MatmulConfig,
+    constants: Constants,
+    max_programs: None,
 ) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K], the inner dimension contiguous in both."""
+    """Fill out [M, N] with the product of a [M, K] and b [N, K], in both of which K is contiguous."""
     M, K = a.shape
     N = b.shape[0]
-    launch(
-        int8_matmul_kernel,
-        (count_tiles(config, M, N),),
+    has_bias = int(bias is not None)
+    args = (
         a,
         b,
         out,
@@ -124,10 +158,7 @@ def launch_pointer(
         K,
         a.stride(0),
         b.stride(0),
-        int(bias is not None),
-        **tile_constants(config, absmax_per_col),
-        FOLD=FOLD if K > FOLD else 0,
-        **waits(a.device),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        has_bias,
     )
+    tiles = ceil_div(M, constants.BLOCK_M) * ceil_div(N, constants.BLOCK_N)
+    launch(int8_matmul_kernel, (tiles,), args, constants)

@@ -1,4 +1,6 @@
-"""The product as a persistent kernel on TMA descriptors that the host makes."""
+"""The matmul as a persistent kernel on TMA descriptors that the CPU makes."""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -6,12 +8,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._launch import launch, multiprocessors, waits
-from ._product import FOLD, count_tiles, dequantize_tile, product_constants
+from ._matmul import K_CHUNK, dequantize_tile
 from ._tiles import tile_position
+from .device import num_sms, supports_pdl
+from .launch import ceil_div, launch
 
 # Two accumulators a thread: with 4 warps they spill.
-FOLDING = MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=4, num_warps=8)
+WIDE_SUMS = MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=4, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -31,23 +34,23 @@ def int8_matmul_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    FOLD: tl.constexpr,  # carry what is above 16 bits out of acc before each chunk of this many products; 0: never
-    WAITS: tl.constexpr,
+    K_CHUNK: tl.constexpr,  # carry what is above 16 bits out of acc before each chunk of this many products; 0: never
+    PDL_WAIT: tl.constexpr,  # this kernel may start before the one ahead of it ends
 ):
-    if WAITS:
+    if PDL_WAIT:
         tl.extra.cuda.gdc_wait()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FOLD == 0):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=K_CHUNK == 0):
         block_m, block_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         start_m = block_m * BLOCK_M
         start_n = block_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         high = acc
-        if FOLD:  # the sum is acc + 2**16 * high; in int64 it would not fit the registers
-            for start in range(0, K, FOLD):
+        if K_CHUNK:  # the sum is acc + 2**16 * high; in int64 it would not fit the registers
+            for start in range(0, K, K_CHUNK):
                 high += acc >> 16
                 acc = acc & 0xFFFF
-                for k in range(start, tl.minimum(start + FOLD, K), BLOCK_K):
+                for k in range(start, tl.minimum(start + K_CHUNK, K), BLOCK_K):
                     a = a_desc.load([start_m, k])
                     b = b_desc.load([start_n, k])
                     acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
@@ -65,10 +68,46 @@ def int8_matmul_tma_kernel(
             start = start_n + half * (BLOCK_N // 2)
             col = start + tl.arange(0, BLOCK_N // 2)
             total = halves[half]
-            if FOLD:
+            if K_CHUNK:
                 total = total.to(tl.int64) + (high_halves[half].to(tl.int64) << 16)
             out = dequantize_tile(total, row, col, absmax_a_ptr, absmax_b_ptr, bias_ptr, M, N, ABSMAX_PER_COL, HAS_BIAS)
             out_desc.store([start_m, start], out.to(out_desc.dtype))
+
+
+class Constants(NamedTuple):
+    """Constants of :func:`int8_matmul_tma_kernel`."""
+
+    ABSMAX_PER_COL: bool
+    HAS_BIAS: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    K_CHUNK: int
+    PDL_WAIT: bool
+    num_warps: int
+    num_stages: int
+
+
+def plan(
+    config: MatmulConfig, device: torch.device, k: int, absmax_per_col: bool, has_bias: bool, out_dtype: torch.dtype
+) -> tuple[Constants, int]:
+    """Return the kernel's constants, and how many programs share the tiles."""
+    if k > K_CHUNK:
+        config = WIDE_SUMS
+    constants = Constants(
+        absmax_per_col,
+        has_bias,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.group_m,
+        K_CHUNK if k > K_CHUNK else 0,
+        supports_pdl(device),
+        config.num_warps,
+        config.num_stages,
+    )
+    return constants, config.programs_per_multiprocessor * num_sms(device)
 
 
 def launch_tma(
@@ -78,40 +117,30 @@ def launch_tma(
     absmax_b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    absmax_per_col: bool,
-    config: MatmulConfig,
+    constants: Constants,
+    max_programs: int,
 ) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K]; all three fit TMA.
-
-    A K beyond FOLD takes a tile of its own, whichever was configured.
-    """
+    """Fill out [M, N] with the product of a [M, K] and b [N, K]. All three fit TMA."""
     M, K = a.shape
     N = b.shape[0]
-    if K > FOLD:
-        config = FOLDING
-    launch(
-        int8_matmul_tma_kernel,
-        (min(count_tiles(config, M, N), config.programs_per_multiprocessor * multiprocessors(a.device)),),
-        _descriptor(a, config.block_m, config.block_k),
-        _descriptor(b, config.block_n, config.block_k),
-        _descriptor(out, config.block_m, config.block_n // 2),
+    block_m, block_n = constants.BLOCK_M, constants.BLOCK_N
+    tiles = ceil_div(M, block_m) * ceil_div(N, block_n)
+    args = (
+        descriptor(TensorDescriptor, a, block_m, constants.BLOCK_K),
+        descriptor(TensorDescriptor, b, block_n, constants.BLOCK_K),
+        descriptor(TensorDescriptor, out, block_m, block_n // 2),
         absmax_a,
         absmax_b,
         absmax_b if bias is None else bias,
         M,
         N,
         K,
-        **product_constants(config, absmax_per_col, bias),
-        FOLD=FOLD if K > FOLD else 0,
-        **waits(a.device),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
+    launch(int8_matmul_tma_kernel, (min(tiles, max_programs),), args, constants)
 
 
-def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
-    """TensorDescriptor.from_tensor without its checks, which take longer than the launch."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = x, x.shape, x.stride()
-    descriptor.block_shape, descriptor.padding = list(block), "zero"
-    return descriptor
+def descriptor(kind: type, x: torch.Tensor, rows: int, cols: int) -> Any:
+    """Return a tensor descriptor of x for blocks of [rows, cols], without the validation that takes 3 µs."""
+    result: Any = object.__new__(kind)
+    result.base, result.shape, result.strides, result.block_shape = x, x.shape, x.stride(), [rows, cols]
+    return result

@@ -1,12 +1,12 @@
-"""The product for Hopper in Gluon: one warp loads tiles by TMA, two warp groups multiply and store.
+"""The matmul for Hopper in Gluon: one warp loads tiles by TMA, two warp groups multiply and store.
 
-Plain Triton gives every warp the same program, so that loads, products and epilogues of a tile wait for one another.
-Here the loading warp runs ahead, also into the next tile, and each warp group owns half of a tile's rows and takes its
-own time. Both share one tile of b, so that a product needs three quarters of the L2 traffic of 128 × 128 tiles.
+Plain Triton gives every warp the same program, so that the loads, products and epilogue of a tile wait for one another.
+Here the loading warp runs ahead, also into the next tile. Each warp group owns half of a tile's rows and does not wait
+for the other. Both share one tile of b, which takes three quarters of the L2 traffic of 128 × 128 tiles.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -16,9 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._launch import launch, multiprocessors
-from ._product import count_tiles, dequantize, load_bias, load_scale, product_constants
+from ._matmul import dequantize, load_bias, load_scale
 from ._tiles import tile_position
+from .device import num_sms
+from .int8_matmul_tma import descriptor
+from .launch import ceil_div, launch
 
 GROUPS = gl.constexpr(2)  # warp groups that multiply
 OUT_BUFFERS = gl.constexpr(2)  # of a warp group: one is stored while the next is filled
@@ -219,6 +221,38 @@ def int8_matmul_warp_specialized_kernel(
     )
 
 
+class Constants(NamedTuple):
+    """Constants of :func:`int8_matmul_warp_specialized_kernel`."""
+
+    ABSMAX_PER_COL: bool
+    HAS_BIAS: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    STAGES: int
+    WIDTH: int
+    num_warps: int
+
+
+def plan(
+    config: MatmulConfig, device: torch.device, k: int, absmax_per_col: bool, has_bias: bool, out_dtype: torch.dtype
+) -> tuple[Constants, int]:
+    """Return the kernel's constants, and how many programs share the tiles."""
+    constants = Constants(
+        absmax_per_col,
+        has_bias,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.group_m,
+        config.num_stages,
+        out_width(config, absmax_per_col + has_bias, out_dtype.itemsize),
+        num_warps=4,
+    )
+    return constants, num_sms(device)
+
+
 def launch_warp_specialized(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -226,36 +260,33 @@ def launch_warp_specialized(
     absmax_b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    absmax_per_col: bool,
-    config: MatmulConfig,
+    constants: Constants,
+    max_programs: int,
 ) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K], all of which fit TMA."""
+    """Fill out [M, N] with the product of a [M, K] and b [N, K]. All three fit TMA."""
     M, K = a.shape
     N = b.shape[0]
-    half = config.block_m // GROUPS.value
-    width = out_width(config, absmax_per_col + (bias is not None), out.element_size())
-    launch(
-        int8_matmul_warp_specialized_kernel,
-        (min(count_tiles(config, M, N), multiprocessors(a.device)),),
-        _descriptor(a, half, config.block_k),
-        _descriptor(b, config.block_n, config.block_k),
-        _descriptor(out, half, width),
+    half = constants.BLOCK_M // GROUPS.value
+    args = (
+        _descriptor(a, half, constants.BLOCK_K),
+        _descriptor(b, constants.BLOCK_N, constants.BLOCK_K),
+        _descriptor(out, half, constants.WIDTH),
         absmax_a,
         absmax_b,
         absmax_b if bias is None else bias,
         M,
         N,
         K,
-        **product_constants(config, absmax_per_col, bias),
-        STAGES=config.num_stages,
-        WIDTH=width,
-        num_warps=4,
     )
+    tiles = ceil_div(M, constants.BLOCK_M) * ceil_div(N, constants.BLOCK_N)
+    launch(int8_matmul_warp_specialized_kernel, (min(tiles, max_programs),), args, constants)
 
 
-@functools.cache
 def out_width(config: MatmulConfig, vectors: int, out_bytes: int) -> int:
-    """Columns of the output that a buffer holds: 128 bytes, TMA's widest box, or what is left room for, 32 at least."""
+    """Return the columns of the output that one buffer holds: 128 bytes, the widest TMA box, or what there is room for.
+
+    vectors: how many of absmax_b and bias there are per column. The least is 32 bytes.
+    """
     operands = config.num_stages * (config.block_m + config.block_n) * config.block_k
     left = SHARED_MEMORY - BARRIERS - operands - 4 * config.block_n * max(GROUPS.value * vectors, 1)
     width_bytes = 128
@@ -265,14 +296,12 @@ def out_width(config: MatmulConfig, vectors: int, out_bytes: int) -> int:
 
 
 @functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+def _layout(rows: int, cols: int, dtype: torch.dtype) -> Any:
     types = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
-    return gl.NVMMASharedLayout.get_default_for(list(block), types[dtype])
+    return gl.NVMMASharedLayout.get_default_for([rows, cols], types[dtype])
 
 
-def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
-    """TensorDescriptor.from_tensor without its checks, which take longer than the launch."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = x, x.shape, x.stride()
-    descriptor.block_shape, descriptor.layout, descriptor.padding = list(block), _layout(block, x.dtype), "zero"
-    return descriptor
+def _descriptor(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+    result = descriptor(TensorDescriptor, x, rows, cols)
+    result.layout = _layout(rows, cols, x.dtype)
+    return result

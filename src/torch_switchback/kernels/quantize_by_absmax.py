@@ -1,11 +1,13 @@
 """Quantisation by known absmaxes in one pass."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import ceil_div, launch, next_power_of_2
 from ._numerics import inverse_scale, quantize
+from .launch import ceil_div, launch, next_power_of_2
 
 BLOCK = 4096
 
@@ -31,22 +33,17 @@ def quantize_by_absmax_kernel(
     tl.store(codes_ptr + row[:, None] * cols + col[None, :], quantize(x, inverse[:, None]), mask=mask)
 
 
+class Tile(NamedTuple):
+    """Constants of :func:`quantize_by_absmax_kernel`."""
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    num_warps: int
+
+
 def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
     rows, cols = x.shape
-    block_cols = min(next_power_of_2(max(cols, 1)), 1024)
-    block_rows = BLOCK // block_cols
-    launch(
-        quantize_by_absmax_kernel,
-        (ceil_div(rows, block_rows), ceil_div(cols, block_cols)),
-        x,
-        absmax,
-        codes,
-        rows,
-        cols,
-        x.stride(0),
-        x.stride(1),
-        0 if absmax.numel() == 1 else absmax.stride(0),
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=8,
-    )
+    block_cols = min(next_power_of_2(cols), 1024)
+    tile = Tile(BLOCK // block_cols, block_cols, num_warps=8)
+    args = (x, absmax, codes, rows, cols, *x.stride(), 0 if absmax.numel() == 1 else absmax.stride(0))
+    launch(quantize_by_absmax_kernel, (ceil_div(rows, tile.BLOCK_ROWS), ceil_div(cols, block_cols)), args, tile)

@@ -1,13 +1,15 @@
 """Global quantisation: absmax of parts; then reduce the parts, quantise and store, plain, transposed or both."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ._absmax import partial_absmax, parts_block, reduce_absmax, whole_vectors
-from ._launch import VECTOR, ceil_div, launch
 from ._numerics import inverse_scale, quantize
 from ._transpose import quantize_transpose
+from .launch import VECTOR, ceil_div, launch
 
 BLOCK = 4096
 
@@ -39,25 +41,23 @@ def quantize_global_kernel(
         tl.store(codes_ptr + rest, quantize(last, inverse), mask=rest < elements)
 
 
+class Tile(NamedTuple):
+    """Constants of :func:`quantize_global_kernel`."""
+
+    BLOCK: int
+    BLOCK_PARTS: int
+    VECTOR: int
+    num_warps: int
+
+
 def quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     x = x.contiguous()
     parts = partial_absmax(x)
-    whole = whole_vectors(x.numel())
-    launch(
-        quantize_global_kernel,
-        (max(1, ceil_div(whole, BLOCK)),),
-        x,
-        parts,
-        codes,
-        absmax,
-        x.numel(),
-        whole,
-        parts.numel(),
-        BLOCK=BLOCK,
-        BLOCK_PARTS=parts_block(parts.numel()),
-        VECTOR=VECTOR,
-        num_warps=4,
-    )
+    elements, count = x.numel(), parts.numel()
+    whole = whole_vectors(elements)
+    args = (x, parts, codes, absmax, elements, whole, count)
+    tile = Tile(BLOCK, parts_block(count), VECTOR, num_warps=4)
+    launch(quantize_global_kernel, (max(1, ceil_div(whole, BLOCK)),), args, tile)
 
 
 def quantize_global_transpose(input: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:

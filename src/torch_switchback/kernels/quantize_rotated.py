@@ -5,20 +5,22 @@ rows, so that the row-wise codes cost no further pass. An absmax is gathered by 
 (see ``magnitude_bits``), which is exact in any order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
-from ._launch import ceil_div, launch, multiprocessors
 from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
-from ._replay import zero
+from .device import num_sms
+from .launch import ceil_div, launch
 
 TILE_ROWS = 64  # at least: what one instruction of tensor cores wants
 TILE = 8192  # elements
 NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
 NUM_STAGES = 3
-PROGRAMS = 16  # a multiprocessor, so that the last of them to end are few
+CTAS_PER_SM = 16  # many, so that few of them run alone at the end
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -108,25 +110,24 @@ def quantize_rotated_kernel(
             )
 
 
+class Tile(NamedTuple):
+    """Constants of both kernels."""
+
+    ROWWISE: bool
+    BLOCK: int
+    TILE_ROWS: int
+    TILE_COLS: int
+    num_warps: int
+    num_stages: int
+
+
 def quantize_rotated_columnwise_and_transpose(
     x: torch.Tensor, rotate_tokens: int, codes: torch.Tensor, absmax: torch.Tensor
 ) -> None:
-    _quantize(x, rotate_tokens, None, None, codes, absmax)
+    quantize_rowwise_and_rotated_columnwise(x, rotate_tokens, None, None, codes, absmax)
 
 
 def quantize_rowwise_and_rotated_columnwise(
-    x: torch.Tensor,
-    rotate_tokens: int,
-    row_codes: torch.Tensor,
-    row_absmax: torch.Tensor,
-    col_codes: torch.Tensor,
-    col_absmax: torch.Tensor,
-) -> None:
-    zero(row_absmax)
-    _quantize(x, rotate_tokens, row_codes, row_absmax, col_codes, col_absmax)
-
-
-def _quantize(
     x: torch.Tensor,
     rotate_tokens: int,
     row_codes: torch.Tensor | None,
@@ -136,48 +137,19 @@ def _quantize(
 ) -> None:
     rows, cols = x.shape
     tile_rows = max(TILE_ROWS, rotate_tokens)
-    tile_cols = TILE // tile_rows
-    col_tiles = ceil_div(cols, tile_cols)
-    row_tiles = ceil_div(rows, tile_rows)
-    tiles = max(1, row_tiles * col_tiles // (PROGRAMS * multiprocessors(x.device)))
-    grid = (ceil_div(row_tiles, tiles) * col_tiles,)
     rowwise = row_absmax is not None
-    row_absmax = col_absmax if row_absmax is None else row_absmax
-    constants = {
-        "ROWWISE": rowwise,
-        "BLOCK": rotate_tokens,
-        "TILE_ROWS": tile_rows,
-        "TILE_COLS": tile_cols,
-        "num_warps": NUM_WARPS[x.element_size()],
-        "num_stages": NUM_STAGES,
-    }
-    zero(col_absmax)
-    launch(
-        rotated_absmax_kernel,
-        grid,
-        x,
-        row_absmax.view(torch.int32),
-        col_absmax.view(torch.int32),
-        rows,
-        cols,
-        x.stride(0),
-        x.stride(1),
-        tiles,
-        **constants,
-    )
-    launch(
-        quantize_rotated_kernel,
-        grid,
-        x,
-        row_absmax,
-        col_absmax,
-        col_codes if row_codes is None else row_codes,
-        col_codes,
-        rows,
-        cols,
-        col_codes.shape[1],
-        x.stride(0),
-        x.stride(1),
-        tiles,
-        **constants,
-    )
+    tile = Tile(rowwise, rotate_tokens, tile_rows, TILE // tile_rows, NUM_WARPS[x.element_size()], NUM_STAGES)
+    col_tiles = ceil_div(cols, tile.TILE_COLS)
+    row_tiles = ceil_div(rows, tile_rows)
+    tiles = max(1, row_tiles * col_tiles // (CTAS_PER_SM * num_sms(x.device)))
+    grid = (ceil_div(row_tiles, tiles) * col_tiles,)
+    col_absmax.zero_()
+    if row_absmax is None:
+        row_absmax = col_absmax
+    else:
+        row_absmax.zero_()
+    args = (x, row_absmax.view(torch.int32), col_absmax.view(torch.int32), rows, cols, *x.stride(), tiles)
+    launch(rotated_absmax_kernel, grid, args, tile)
+    row_codes = col_codes if row_codes is None else row_codes
+    args = (x, row_absmax, col_absmax, row_codes, col_codes, rows, cols, col_codes.shape[1], *x.stride(), tiles)
+    launch(quantize_rotated_kernel, grid, args, tile)

@@ -1,14 +1,15 @@
 """Row-wise quantisation of x rotated along its columns: x is read once where a row fits a program."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
-from ._launch import ceil_div, launch
 from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
+from .launch import ceil_div, launch
 from .quantize_rowwise import load_chunk
 
 SIZE = 64  # columns that one matrix rotates, or one block of 128
@@ -74,29 +75,28 @@ def quantize_rotated_rowwise_kernel(
             tl.store(code_rows + col, codes, mask=in_rows & (col < padded_cols))
 
 
+class Tile(NamedTuple):
+    """Constants of :func:`quantize_rotated_rowwise_kernel`."""
+
+    BLOCK: int
+    SIZE: int
+    TILE_ROWS: int
+    ACROSS: int
+    TILES: int
+    num_warps: int
+
+
 def quantize_rotated_rowwise(x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     rows, cols = x.shape
-    tile = rotated_row_tile(cols, max(SIZE, rotate_features))
-    launch(
-        quantize_rotated_rowwise_kernel,
-        (ceil_div(rows, tile["TILE_ROWS"] // tile["ACROSS"]),),
-        x,
-        codes,
-        absmax,
-        rows,
-        cols,
-        codes.shape[1],
-        x.stride(0),
-        x.stride(1),
-        BLOCK=rotate_features,
-        **tile,
-        num_warps=NUM_WARPS[x.element_size()],
-    )
+    tile = rotated_row_tile(cols, rotate_features, NUM_WARPS[x.element_size()])
+    args = (x, codes, absmax, rows, cols, codes.shape[1], *x.stride())
+    launch(quantize_rotated_rowwise_kernel, (ceil_div(rows, tile.TILE_ROWS // tile.ACROSS),), args, tile)
 
 
-@functools.lru_cache
-def rotated_row_tile(cols: int, size: int) -> dict[str, int]:
-    """The kernel's constants: as few idle lanes as there can be, then as few tiles; as many rows as HELD allows."""
+@functools.lru_cache(1024)
+def rotated_row_tile(cols: int, rotate_features: int, num_warps: int) -> Tile:
+    """Return the tile with the fewest idle lanes, of those the fewest tiles, and as many rows as HELD allows."""
+    size = max(SIZE, rotate_features)
     blocks = max(1, ceil_div(cols, size))
     most = HELD // size
     choices = []
@@ -108,8 +108,8 @@ def rotated_row_tile(cols: int, size: int) -> dict[str, int]:
             choices.append((tiles * across, tiles, across, tile_rows))
         across *= 2
     if not choices:
-        return {"SIZE": size, "TILE_ROWS": TILE_ROWS, "ACROSS": TILE_ROWS, "TILES": 0}
+        return Tile(rotate_features, size, TILE_ROWS, ACROSS=TILE_ROWS, TILES=0, num_warps=num_warps)
     _, tiles, across, tile_rows = min(choices)
     while 2 * tile_rows * tiles * size <= HELD:
         tile_rows *= 2
-    return {"SIZE": size, "TILE_ROWS": tile_rows, "ACROSS": across, "TILES": tiles}
+    return Tile(rotate_features, size, tile_rows, across, tiles, num_warps)

@@ -1,13 +1,15 @@
 """Row-wise quantisation and dequantisation: memory-bound, so x is read once where a row fits a program."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import ceil_div, launch, next_power_of_2, overlaps
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
+from .device import supports_pdl
+from .launch import ceil_div, launch, next_power_of_2
 
 # Measured on an H200 (docs/performance.md): one row a program, few warps with much to do each, and rows whose length is
 # no power of two in blocks that fit it.
@@ -15,9 +17,9 @@ SMALLEST_TILE = 1024  # elements of x that a program holds at least; shorter row
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
 MAX_CHUNKS = 8  # blocks that a row is held in at most,
 SMALLEST_CHUNK = 128  # none smaller than this
-ELEMENTS_A_THREAD = 80  # about
+ELEMENTS_PER_THREAD = 80  # about
 FEW_ROWS = 128  # at most: they leave multiprocessors idle, and the gap before the product counts
-ELEMENTS_A_THREAD_OF_FEW_ROWS = 16  # about
+ELEMENTS_PER_THREAD_OF_FEW_ROWS = 16  # about
 DEQUANTIZE_TILE = 4096
 LONGEST_SHARED = 2048  # columns of rows of codes that share a program
 
@@ -39,9 +41,9 @@ def quantize_rowwise_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_COLS columns, that hold a row; 0: it is too long to be held and is read twice
-    SIGNALS: tl.constexpr,
+    PDL_TRIGGER: tl.constexpr,  # let the next kernel start early
 ):
-    if SIGNALS:
+    if PDL_TRIGGER:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     block = tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :]
@@ -72,30 +74,30 @@ def quantize_rowwise_kernel(
             tl.store(code_rows + col, quantize(x, inverse), mask=in_rows & (col < cols))
 
 
+class RowTile(NamedTuple):
+    """Constants of :func:`quantize_rowwise_kernel`."""
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    CHUNKS: int
+    PDL_TRIGGER: bool
+    num_warps: int
+
+
 def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     rows, cols = x.shape
-    few = rows <= FEW_ROWS
-    tile = row_tile(cols, ELEMENTS_A_THREAD_OF_FEW_ROWS if few else ELEMENTS_A_THREAD)
-    launch(
-        quantize_rowwise_kernel,
-        (ceil_div(rows, tile["BLOCK_ROWS"]),),
-        x,
-        codes,
-        absmax,
-        rows,
-        cols,
-        x.stride(0),
-        x.stride(1),
-        **tile,
-        SIGNALS=few and overlaps(x.device),  # of many small programs each would pay for it
-    )
+    few_rows = rows <= FEW_ROWS
+    # With many small programs, letting the next kernel start early costs each of them more than it saves.
+    tile = row_tile(cols, few_rows, few_rows and supports_pdl(x.device))
+    args = (x, codes, absmax, rows, cols, *x.stride())
+    launch(quantize_rowwise_kernel, (ceil_div(rows, tile.BLOCK_ROWS),), args, tile)
 
 
-@functools.lru_cache
-def row_tile(cols: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> dict[str, int]:
-    """The kernel's constants: as few idle lanes as up to MAX_CHUNKS chunks allow, and then as few chunks."""
+@functools.lru_cache(1024)
+def row_tile(cols: int, few_rows: bool = False, pdl_trigger: bool = False) -> RowTile:
+    """Return the tile with the fewest idle lanes that up to MAX_CHUNKS chunks allow, and of those the fewest chunks."""
     if cols > MAX_BLOCK_COLS:
-        return {"BLOCK_ROWS": 1, "BLOCK_COLS": MAX_BLOCK_COLS, "CHUNKS": 0, "num_warps": 4}
+        return RowTile(1, MAX_BLOCK_COLS, CHUNKS=0, PDL_TRIGGER=pdl_trigger, num_warps=4)
     whole = next_power_of_2(cols)
     sizes = [whole]
     while sizes[-1] > max(whole // MAX_CHUNKS, SMALLEST_CHUNK):
@@ -103,8 +105,9 @@ def row_tile(cols: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> dict[str,
     block_cols = min(sizes, key=lambda size: ceil_div(cols, size) * size)
     chunks = max(1, ceil_div(cols, block_cols))
     block_rows = next_power_of_2(ceil_div(SMALLEST_TILE, block_cols * chunks))
-    num_warps = min(next_power_of_2(ceil_div(block_rows * block_cols * chunks, 32 * elements_a_thread)), 8)
-    return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "CHUNKS": chunks, "num_warps": num_warps}
+    per_thread = ELEMENTS_PER_THREAD_OF_FEW_ROWS if few_rows else ELEMENTS_PER_THREAD
+    num_warps = min(next_power_of_2(ceil_div(block_rows * block_cols * chunks, 32 * per_thread)), 8)
+    return RowTile(block_rows, block_cols, chunks, pdl_trigger, num_warps)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -132,28 +135,28 @@ def dequantize_rowwise_kernel(
         tl.store(out_ptr + row * cols + col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+class DequantizeTile(NamedTuple):
+    """Constants of :func:`dequantize_rowwise_kernel`."""
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    CHUNKS: int
+    num_warps: int
+
+
 def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
     rows, cols = x.shape
-    tile = dequantized_tile(cols)
-    launch(
-        dequantize_rowwise_kernel,
-        (ceil_div(rows, tile["BLOCK_ROWS"]), ceil_div(cols, tile["BLOCK_COLS"] * tile["CHUNKS"])),
-        x,
-        absmax,
-        out,
-        rows,
-        cols,
-        x.stride(0),
-        x.stride(1),
-        absmax.stride(0),
-        **tile,
-    )
+    tile = dequantize_tile(cols)
+    grid = ceil_div(rows, tile.BLOCK_ROWS), ceil_div(cols, tile.BLOCK_COLS * tile.CHUNKS)
+    args = (x, absmax, out, rows, cols, *x.stride(), absmax.stride(0))
+    launch(dequantize_rowwise_kernel, grid, args, tile)
 
 
-@functools.lru_cache
-def dequantized_tile(cols: int) -> dict[str, int]:
-    """The kernel's constants: short rows share a program, whose lanes may idle; a long one is done in whole chunks."""
+@functools.lru_cache(1024)
+def dequantize_tile(cols: int) -> DequantizeTile:
+    """Return the tile for rows of some length: short rows share a program, long ones are done in whole chunks."""
     block_cols = next_power_of_2(cols)
     if block_cols <= LONGEST_SHARED:
-        return {"BLOCK_ROWS": DEQUANTIZE_TILE // block_cols, "BLOCK_COLS": block_cols, "CHUNKS": 1, "num_warps": 4}
-    return row_tile(min(cols, MAX_BLOCK_COLS))
+        return DequantizeTile(DEQUANTIZE_TILE // block_cols, block_cols, CHUNKS=1, num_warps=4)
+    tile = row_tile(min(cols, MAX_BLOCK_COLS))
+    return DequantizeTile(tile.BLOCK_ROWS, tile.BLOCK_COLS, tile.CHUNKS, tile.num_warps)

@@ -41,7 +41,7 @@ def int8_matmul_mixed_dequantize(
         ValueError: shapes do not match, or the arguments are on different devices.
     """
     _check("int8_matmul_mixed_dequantize", a, b, state_x, state_w, 1, bias, out_dtype)
-    return int8_matmul_mixed_dequantize_op.dispatched(a, b, state_x, state_w, bias, out_dtype)
+    return int8_matmul_mixed_dequantize_op(a, b, state_x, state_w, bias, out_dtype)
 
 
 def int8_matmul_rowwise_dequantize(
@@ -72,7 +72,7 @@ def int8_matmul_rowwise_dequantize(
         ValueError: shapes do not match, or the arguments are on different devices.
     """
     _check("int8_matmul_rowwise_dequantize", a, b, state_x, state_w, b.shape[-1], bias, out_dtype)
-    return int8_matmul_rowwise_dequantize_op.dispatched(a, b, state_x, state_w, bias, out_dtype)
+    return int8_matmul_rowwise_dequantize_op(a, b, state_x, state_w, bias, out_dtype)
 
 
 def _check(
@@ -101,7 +101,7 @@ def _check(
     check_same_device(op, a, b=b, state_x=state_x, state_w=state_w, bias=bias)
 
 
-def _allocate(
+def _fake(
     a: torch.Tensor,
     b: torch.Tensor,
     state_x: torch.Tensor,
@@ -112,7 +112,7 @@ def _allocate(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-def _dequantize_product_in_torch(
+def _dequantize_product_reference(
     a: torch.Tensor,
     b: torch.Tensor,
     state_x: torch.Tensor,
@@ -181,15 +181,15 @@ def _int_mm_is_exact() -> bool:
 int8_matmul_mixed_dequantize_op = define(
     "int8_matmul_mixed_dequantize("
     "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    allocate=_allocate,
-    meaning=_dequantize_product_in_torch,
+    fake=_fake,
+    reference=_dequantize_product_reference,
     kernels="int8_matmul",
 )
 
 int8_matmul_rowwise_dequantize_op = define(
     "int8_matmul_rowwise_dequantize("
     "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    allocate=_allocate,
-    meaning=_dequantize_product_in_torch,
+    fake=_fake,
+    reference=_dequantize_product_reference,
     kernels="int8_matmul",
 )

@@ -31,10 +31,10 @@ def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     if tuple(absmax.shape) not in ((1,), (x.shape[0],)):
         raise ValueError(f"{op}: absmax must have shape (1,) or ({x.shape[0]},), got {tuple(absmax.shape)}")
     check_same_device(op, x, absmax=absmax)
-    return quantize_by_absmax_op.dispatched(x, absmax)
+    return quantize_by_absmax_op(x, absmax)
 
 
-def _quantize_by_absmax_in_torch(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def _quantize_by_absmax_reference(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     codes = x.new_empty(x.shape, dtype=torch.int8)
     absmax = absmax.expand(x.shape[0])[:, None]
     for block in row_blocks(x):
@@ -44,7 +44,7 @@ def _quantize_by_absmax_in_torch(x: torch.Tensor, absmax: torch.Tensor) -> torch
 
 quantize_by_absmax_op = define(
     "quantize_by_absmax(Tensor x, Tensor absmax) -> Tensor",
-    allocate=lambda x, absmax: x.new_empty(x.shape, dtype=torch.int8),
-    meaning=_quantize_by_absmax_in_torch,
+    fake=lambda x, absmax: x.new_empty(x.shape, dtype=torch.int8),
+    reference=_quantize_by_absmax_reference,
     kernels="quantize_by_absmax",
 )

@@ -36,18 +36,18 @@ def quantize_columnwise_and_transpose(
     check_float("quantize_columnwise_and_transpose", "x", x)
     check_2d("quantize_columnwise_and_transpose", "x", x)
     if rotate_tokens is None:
-        return quantize_columnwise_and_transpose_op.dispatched(x)
+        return quantize_columnwise_and_transpose_op(x)
     check_rotation("quantize_columnwise_and_transpose", "rotate_tokens", rotate_tokens)
-    return quantize_rotated_columnwise_and_transpose_op.dispatched(x, rotate_tokens)
+    return quantize_rotated_columnwise_and_transpose_op(x, rotate_tokens)
 
 
-def _allocate(x: torch.Tensor, rotate_tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: torch.Tensor, rotate_tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
     padded_rows = (rows + rotate_tokens - 1) // rotate_tokens * rotate_tokens
     return x.new_empty((cols, padded_rows), dtype=torch.int8), x.new_empty((cols,), dtype=torch.float32)
 
 
-def _quantize_columnwise_and_transpose_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_columnwise_and_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = x.new_zeros(x.shape[1], dtype=torch.float32)
     for block in row_blocks(x):
         absmax = torch.maximum(absmax, absmax_of(x[block], dim=0))
@@ -56,13 +56,13 @@ def _quantize_columnwise_and_transpose_in_torch(x: torch.Tensor) -> tuple[torch.
 
 quantize_columnwise_and_transpose_op = define(
     "quantize_columnwise_and_transpose(Tensor x) -> (Tensor, Tensor)",
-    allocate=_allocate,
-    meaning=_quantize_columnwise_and_transpose_in_torch,
+    fake=_fake,
+    reference=_quantize_columnwise_and_transpose_reference,
     kernels="quantize_columnwise",
 )
 
 
-def _quantize_rotated_columnwise_and_transpose_in_torch(
+def _quantize_rotated_columnwise_and_transpose_reference(
     x: torch.Tensor, rotate_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
@@ -71,13 +71,13 @@ def _quantize_rotated_columnwise_and_transpose_in_torch(
     at_once = max(1, 2**18 // max(1, cols * rotate_tokens)) * rotate_tokens  # as row_blocks, in whole blocks
     for part in rotated.split(at_once):
         part.copy_(rotate(part, rotate_tokens))
-    return _quantize_columnwise_and_transpose_in_torch(rotated)
+    return _quantize_columnwise_and_transpose_reference(rotated)
 
 
 quantize_rotated_columnwise_and_transpose_op = define(
     "quantize_rotated_columnwise_and_transpose(Tensor x, int rotate_tokens) -> (Tensor, Tensor)",
-    allocate=_allocate,
-    meaning=_quantize_rotated_columnwise_and_transpose_in_torch,
+    fake=_fake,
+    reference=_quantize_rotated_columnwise_and_transpose_reference,
     kernels="quantize_rotated",
 )
 
@@ -101,27 +101,25 @@ def quantize_rowwise_and_rotated_columnwise(
     check_float("quantize_rowwise_and_rotated_columnwise", "x", x)
     check_2d("quantize_rowwise_and_rotated_columnwise", "x", x)
     check_rotation("quantize_rowwise_and_rotated_columnwise", "rotate_tokens", rotate_tokens)
-    return quantize_rowwise_and_rotated_columnwise_op.dispatched(x, rotate_tokens)
+    return quantize_rowwise_and_rotated_columnwise_op(x, rotate_tokens)
 
 
-def _allocate_both(
-    x: torch.Tensor, rotate_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake_both(x: torch.Tensor, rotate_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
     codes, absmax = x.new_empty((rows, cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
-    return codes, absmax, *_allocate(x, rotate_tokens)
+    return codes, absmax, *_fake(x, rotate_tokens)
 
 
-def _quantize_rowwise_and_rotated_columnwise_in_torch(
+def _quantize_rowwise_and_rotated_columnwise_reference(
     x: torch.Tensor, rotate_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rowwise = quantize_rowwise_op.dispatched(x)
-    return *rowwise, *_quantize_rotated_columnwise_and_transpose_in_torch(x, rotate_tokens)
+    rowwise = quantize_rowwise_op(x)
+    return *rowwise, *_quantize_rotated_columnwise_and_transpose_reference(x, rotate_tokens)
 
 
 quantize_rowwise_and_rotated_columnwise_op = define(
     "quantize_rowwise_and_rotated_columnwise(Tensor x, int rotate_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
-    allocate=_allocate_both,
-    meaning=_quantize_rowwise_and_rotated_columnwise_in_torch,
+    fake=_fake_both,
+    reference=_quantize_rowwise_and_rotated_columnwise_reference,
     kernels="quantize_rotated",
 )

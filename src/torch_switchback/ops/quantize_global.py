@@ -25,14 +25,14 @@ def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         TypeError: x has another dtype.
     """
     check_float("quantize_global", "x", x)
-    return quantize_global_op.dispatched(x)
+    return quantize_global_op(x)
 
 
-def _allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((1,), dtype=torch.float32)
 
 
-def _quantize_global_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_global_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = absmax_of(x)
     rows = x.flatten(0, -2) if x.dim() > 1 else x.flatten()
     codes = x.new_empty(rows.shape, dtype=torch.int8)
@@ -43,8 +43,8 @@ def _quantize_global_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 quantize_global_op = define(
     "quantize_global(Tensor x) -> (Tensor, Tensor)",
-    allocate=_allocate,
-    meaning=_quantize_global_in_torch,
+    fake=_fake,
+    reference=_quantize_global_reference,
     kernels="quantize_global",
 )
 
@@ -64,23 +64,23 @@ def quantize_global_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.
     """
     check_float("quantize_global_transpose", "input", input)
     check_2d("quantize_global_transpose", "input", input)
-    return quantize_global_transpose_op.dispatched(input)
+    return quantize_global_transpose_op(input)
 
 
-def _allocate_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = input.shape
     return input.new_empty((cols, rows), dtype=torch.int8), input.new_empty((1,), dtype=torch.float32)
 
 
-def _quantize_global_transpose_in_torch(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_global_transpose_reference(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = absmax_of(input)
     return quantize_transposed(input, absmax), absmax
 
 
 quantize_global_transpose_op = define(
     "quantize_global_transpose(Tensor input) -> (Tensor, Tensor)",
-    allocate=_allocate_transpose,
-    meaning=_quantize_global_transpose_in_torch,
+    fake=_fake_transpose,
+    reference=_quantize_global_transpose_reference,
     kernels="quantize_global",
 )
 
@@ -106,13 +106,13 @@ def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch
     check_dtype("quantize_transpose_by_absmax", "absmax", absmax, torch.float32)
     check_shape("quantize_transpose_by_absmax", "absmax", absmax, 1)
     check_same_device("quantize_transpose_by_absmax", x, absmax=absmax)
-    return quantize_transpose_by_absmax_op.dispatched(x, absmax)
+    return quantize_transpose_by_absmax_op(x, absmax)
 
 
 quantize_transpose_by_absmax_op = define(
     "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
-    allocate=lambda x, absmax: _allocate_transpose(x)[0],
-    meaning=quantize_transposed,
+    fake=lambda x, absmax: _fake_transpose(x)[0],
+    reference=quantize_transposed,
     kernels="quantize_global",
 )
 
@@ -132,22 +132,22 @@ def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch
     """
     check_float("quantize_global_with_transpose", "x", x)
     check_2d("quantize_global_with_transpose", "x", x)
-    return quantize_global_with_transpose_op.dispatched(x)
+    return quantize_global_with_transpose_op(x)
 
 
-def _allocate_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, absmax = _allocate(x)
+def _fake_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, absmax = _fake(x)
     return codes, x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), absmax
 
 
-def _quantize_global_with_transpose_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, absmax = _quantize_global_in_torch(x)
+def _quantize_global_with_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, absmax = _quantize_global_reference(x)
     return codes, codes.t().clone(memory_format=torch.contiguous_format), absmax
 
 
 quantize_global_with_transpose_op = define(
     "quantize_global_with_transpose(Tensor x) -> (Tensor, Tensor, Tensor)",
-    allocate=_allocate_with_transpose,
-    meaning=_quantize_global_with_transpose_in_torch,
+    fake=_fake_with_transpose,
+    reference=_quantize_global_with_transpose_reference,
     kernels="quantize_global",
 )

@@ -38,19 +38,19 @@ def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tup
     check_float("quantize_rowwise", "x", x)
     check_2d("quantize_rowwise", "x", x)
     if rotate_features is None:
-        return quantize_rowwise_op.dispatched(x)
+        return quantize_rowwise_op(x)
     check_rotation("quantize_rowwise", "rotate_features", rotate_features)
-    return quantize_rotated_rowwise_op.dispatched(x, rotate_features)
+    return quantize_rotated_rowwise_op(x, rotate_features)
 
 
-def _allocate_quantize(x: torch.Tensor, rotate_features: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_quantize(x: torch.Tensor, rotate_features: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
     padded_cols = (cols + rotate_features - 1) // rotate_features * rotate_features
     return x.new_empty((rows, padded_cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
 
 
-def _quantize_rowwise_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, absmax = _allocate_quantize(x)
+def _quantize_rowwise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, absmax = _fake_quantize(x)
     for block in row_blocks(x):
         absmax[block] = absmax_of(x[block], dim=1)
         codes[block] = quantize(x[block], absmax[block, None])
@@ -59,23 +59,23 @@ def _quantize_rowwise_in_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 quantize_rowwise_op = define(
     "quantize_rowwise(Tensor x) -> (Tensor, Tensor)",
-    allocate=_allocate_quantize,
-    meaning=_quantize_rowwise_in_torch,
+    fake=_fake_quantize,
+    reference=_quantize_rowwise_reference,
     kernels="quantize_rowwise",
 )
 
 
-def _quantize_rotated_rowwise_in_torch(x: torch.Tensor, rotate_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, absmax = _allocate_quantize(x, rotate_features)
+def _quantize_rotated_rowwise_reference(x: torch.Tensor, rotate_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, absmax = _fake_quantize(x, rotate_features)
     for block in row_blocks(x):
-        codes[block], absmax[block] = _quantize_rowwise_in_torch(rotated(x[block], rotate_features))
+        codes[block], absmax[block] = _quantize_rowwise_reference(rotated(x[block], rotate_features))
     return codes, absmax
 
 
 quantize_rotated_rowwise_op = define(
     "quantize_rotated_rowwise(Tensor x, int rotate_features) -> (Tensor, Tensor)",
-    allocate=_allocate_quantize,
-    meaning=_quantize_rotated_rowwise_in_torch,
+    fake=_fake_quantize,
+    reference=_quantize_rotated_rowwise_reference,
     kernels="quantize_rotated_rowwise",
 )
 
@@ -101,21 +101,21 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
     check_shape("dequantize_rowwise", "absmax", absmax, x.shape[0])
     check_out_dtype("dequantize_rowwise", out_dtype)
     check_same_device("dequantize_rowwise", x, absmax=absmax)
-    return dequantize_rowwise_op.dispatched(x, absmax, out_dtype)
+    return dequantize_rowwise_op(x, absmax, out_dtype)
 
 
-def _allocate_dequantize(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def _fake_dequantize(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-def _dequantize_rowwise_in_torch(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_rowwise_reference(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     # contiguous(): a factor 0 * Inf or 0 * NaN is NaN, as it must be.
     return (x.contiguous().float() * (absmax * ONE_OVER_127)[:, None]).to(out_dtype)
 
 
 dequantize_rowwise_op = define(
     "dequantize_rowwise(Tensor x, Tensor absmax, ScalarType out_dtype) -> Tensor",
-    allocate=_allocate_dequantize,
-    meaning=_dequantize_rowwise_in_torch,
+    fake=_fake_dequantize,
+    reference=_dequantize_rowwise_reference,
     kernels="quantize_rowwise",
 )

@@ -6,7 +6,16 @@ import warnings
 
 from ._tables import MatmulConfig, ProductShape, Row, read, served, shipped_table, user_table_path
 
-__all__ = ["MatmulConfig", "ProductShape", "allows_tma", "matmul_config", "matmul_table", "padded", "user_table_path"]
+__all__ = [
+    "MatmulConfig",
+    "ProductShape",
+    "allows_tma",
+    "matmul_config",
+    "matmul_table",
+    "octave",
+    "padded",
+    "user_table_path",
+]
 
 
 def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True) -> MatmulConfig:
@@ -23,7 +32,7 @@ def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True
     Raises:
         ValueError: architecture is no name of that form.
     """
-    return _nearest(architecture, _octave(m), n, padded(k), tma)
+    return _nearest(architecture, octave(m), n, padded(k), tma)
 
 
 def padded(k: int) -> int:
@@ -55,7 +64,7 @@ def matmul_table(architecture: str) -> tuple[tuple[tuple[int, int, int], MatmulC
     rows: dict[tuple[int, int, int], Row] = {}
     for row in (*user, *shipped.rows):
         if row.k == padded(row.k):
-            rows.setdefault((_octave(row.m), row.n, row.k), row)
+            rows.setdefault((octave(row.m), row.n, row.k), row)
     return tuple(((row.m, row.n, row.k), row.config) for row in rows.values())
 
 
@@ -78,16 +87,16 @@ def allows_tma(n: int) -> bool:
     return n % 8 == 0
 
 
-def _octave(m: int) -> int:
-    """log2 of the power of two that m is counted as."""
+def octave(m: int) -> int:
+    """Return log2 of the power of two that m is rounded up to."""
     return (max(m, 1) - 1).bit_length()
 
 
-@functools.cache
-def _nearest(architecture: str, octave: int, n: int, k: int, tma: bool) -> MatmulConfig:
+@functools.lru_cache(4096)
+def _nearest(architecture: str, rows_octave: int, n: int, k: int, tma: bool) -> MatmulConfig:
     def distance(row: tuple[tuple[int, int, int], MatmulConfig]) -> float:
         (row_m, row_n, row_k), _ = row
-        return abs(_octave(row_m) - octave) + _octaves_between(row_n, n) + _octaves_between(row_k, k)
+        return abs(octave(row_m) - rows_octave) + _octaves_between(row_n, n) + _octaves_between(row_k, k)
 
     rows = (row for row in matmul_table(architecture) if (allows_tma(row[0][1]) if tma else not row[1].tma))
     return min(rows, key=distance)[1]

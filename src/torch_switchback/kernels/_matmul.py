@@ -1,15 +1,12 @@
-"""What every product kernel shares: its epilogue's arithmetic and most of its constants."""
+"""The arithmetic that every matmul kernel shares: scales, bias and one rounding."""
 
-import torch
 import triton
 import triton.language as tl
 
-from ..tuning import MatmulConfig
-from ._launch import ceil_div
 from ._numerics import ONE_OVER_127
 
-# Partial sums over this many products of codes fit int32: 131072 * 127² < 2**31 (the limit is 133,144).
-FOLD = 131072
+# Sums of this many products of int8 values fit int32: 131072 * 127² < 2**31 (the limit is 133,144).
+K_CHUNK = 131072
 
 
 @triton.jit
@@ -58,23 +55,3 @@ def dequantize_tile(
         return dequantize(acc, scale_a, scale_b, load_bias(bias_ptr, col, N)[None, :])
     else:
         return dequantize(acc, scale_a, scale_b, None)
-
-
-def count_tiles(config: MatmulConfig, M: int, N: int) -> int:
-    return ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
-
-
-def product_constants(config: MatmulConfig, absmax_per_col: bool, bias: torch.Tensor | None) -> dict[str, int]:
-    """The constants of the kernels on descriptors, of which a product with a bias and one without take two."""
-    return tile_constants(config, absmax_per_col) | {"HAS_BIAS": bias is not None}
-
-
-def tile_constants(config: MatmulConfig, absmax_per_col: bool) -> dict[str, int]:
-    """The constants that all product kernels take."""
-    return {
-        "ABSMAX_PER_COL": absmax_per_col,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-    }

@@ -1,0 +1,307 @@
+"""The linear layer as a function: checks, autocast, and the autograd Function (arXiv 2304.13013, algorithms 1 to 3).
+
+With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
+
+    Y           = X Wᵀ + b    int8
+    grad_input  = G W         int8
+    grad_weight = Gᵀ X        16 bit, as its inner dimension is the tokens, where int8 noise hurts; or int8, rotated
+    grad_bias   = Σ G         float32 accumulation
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from . import _grad_weight
+from .config import SwitchBackConfig
+from .ops._numerics import quantize_traceably
+from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
+from .scaling import Quantized, Scaling, scaling_for
+from .weight_cache import WeightCache
+
+
+def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
+    """Quantize a weight for good, for a layer that keeps no other.
+
+    Args:
+        weight: [out, in], float16, bfloat16 or float32.
+        config: how it is scaled.
+
+    Returns:
+        int8 values [out, in] and their absmax: (1,) if scaling is global, (out,) if rowwise.
+
+    Raises:
+        TypeError: the weight has another dtype.
+        ValueError: the config rotates the features: nothing in a state_dict would tell those values from plain ones.
+    """
+    check_float("quantize_weight", "weight", weight)
+    if config.rotate_features is not None:
+        raise ValueError(
+            f"rotate_features={config.rotate_features}: a rotated weight cannot be quantized for good, as nothing "
+            "would tell its int8 values from plain ones; use a config with rotate_features=None"
+        )
+    return scaling_for(config, weight).quantize_weight(weight)
+
+
+def switchback_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: SwitchBackConfig | None = None,
+    *,
+    weight_absmax: torch.Tensor | None = None,
+    weight_cache: WeightCache | None = None,
+) -> torch.Tensor:
+    """torch.nn.functional.linear with int8 forward and input-gradient products.
+
+    Args:
+        x: (*, in_features), float16, bfloat16 or float32; under autocast it is cast to autocast's dtype.
+        weight: [out_features, in_features], float16, bfloat16 or float32 (not necessarily x's dtype); or int8
+            codes, with weight_absmax.
+        bias: [out_features], float16, bfloat16 or float32, or None.
+        config: how the products are computed; the paper's default if None.
+        weight_absmax: for an int8 weight its absmax, as a prepared layer's ``weight_absmax``.
+        weight_cache: a layer's own, with ``cache_quantized_weight``: where this weight's codes stay until it changes.
+
+    Returns:
+        (*, out_features) in x's dtype, or in autocast's.
+
+    Raises:
+        TypeError: an argument has another dtype, x is no tensor, a NestedTensor or sparse, or config is something else.
+        ValueError: shapes do not match, the arguments are on different devices, or on one that is neither a CPU nor
+            CUDA (ROCm's is) nor meta, or the weight is codes and config rotates the features.
+        RuntimeError: once its gradients are differentiated again.
+    """
+    if config is None:
+        config = SwitchBackConfig()
+    _check_types(x, config)
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    _check(x, weight, bias, weight_absmax, config)
+    if _is_distributed(x) or _is_distributed(weight):
+        from .distributed import tensor_parallel
+
+        return tensor_parallel.switchback_linear(x, weight, bias, config)
+    int8_grad_weight = _grad_weight.runs_in_int8(config, x, weight)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, None, int8_grad_weight)
+
+
+def _is_distributed(x: torch.Tensor) -> bool:
+    """Whether x is a DTensor, without importing torch.distributed.tensor for those that are none."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
+
+
+def _check_types(x: torch.Tensor, config: SwitchBackConfig) -> None:
+    op = "switchback_linear"
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: x must be dense, got layout {x.layout}")
+    if not isinstance(config, SwitchBackConfig):
+        raise TypeError(f"{op}: config must be a SwitchBackConfig, got {config!r}")
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_absmax: torch.Tensor | None,
+    config: SwitchBackConfig,
+) -> None:
+    op = "switchback_linear"
+    check_device(op, "x", x)
+    check_float(op, "x", x)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if weight_absmax is None:
+        check_float(op, "weight", weight)
+    else:
+        check_dtype(op, "weight", weight, torch.int8)
+        check_dtype(op, "weight_absmax", weight_absmax, torch.float32)
+        check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
+        if config.rotate_features is not None:
+            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not codes")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{op}: x must have shape (*, {in_features}) to match weight, got {tuple(x.shape)}")
+    if bias is not None:
+        check_float(op, "bias", bias)
+        check_shape(op, "bias", bias, out_features)
+    check_same_device(op, x, weight=weight, bias=bias, weight_absmax=weight_absmax)
+
+
+class SwitchBackFunction(torch.autograd.Function):
+    """Y = X Wᵀ + b whose backward computes grad_input in int8 and grad_weight in the input's dtype or in int8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_absmax: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        config: SwitchBackConfig,
+        weight_cache: WeightCache | None,
+        scaling: Scaling | None,
+        int8_grad_weight: bool,
+    ) -> torch.Tensor:
+        """Compute the output.
+
+        Args:
+            x: (*, in).
+            weight: [out, in], float, or int8 with weight_absmax.
+            bias: [out] or None.
+            weight_cache: where the weight's int8 values are kept, or None.
+            scaling: None for the config's own; tensor-parallel layers bring another.
+            int8_grad_weight: whether grad_weight is int8.
+        """
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        scheme = scaling_for(config, x, weight, bias) if scaling is None else scaling
+        x_2d = _as_rows(x)
+        saved_x: torch.Tensor | None
+        x_absmax: torch.Tensor | None
+        if int8_grad_weight:
+            x_int8, row_absmax, saved_x, x_absmax = scheme.quantize_rows_and_columns(x_2d, config.rotate_tokens)
+        else:
+            x_int8, row_absmax = scheme.quantize_input(x_2d)
+            saved_x, x_absmax = x_2d if needs_weight else None, None
+            if needs_weight and config.mem_efficient:
+                saved_x, x_absmax = _int8_to_keep(x_2d, x_int8, row_absmax), row_absmax
+
+        transposed_int8, transposed_absmax = None, None
+        if weight_cache is not None:
+            quantized, transposed = weight_cache.get(weight, config, needs_input, weight_absmax)
+            weight_int8, absmax = quantized
+            if transposed is not None:
+                transposed_int8, transposed_absmax = transposed
+        elif weight_absmax is not None:
+            weight_int8, absmax = weight, weight_absmax
+        else:
+            weight_int8, absmax = scheme.quantize_weight(weight)
+        y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
+
+        if needs_input:
+            # The weight is saved also beside its transposed int8 values, so that changing it before backward raises.
+            saved_weight = (weight, absmax if transposed_int8 is None else transposed_absmax, transposed_int8)
+            ctx.save_for_backward(saved_x, x_absmax, *saved_weight)
+        else:
+            ctx.save_for_backward(saved_x, x_absmax, None, None, None)
+        ctx.config, ctx.scaling, ctx.int8_grad_weight = config, scaling, int8_grad_weight
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # A view that autograd does not know as one, so that in-place operations on the output stay allowed.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradients of x, weight and bias that are needed."""
+        saved = ctx.saved_tensors
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            grad_input, grad_weight, grad_bias = _gradients(ctx, grad_output, saved)
+        else:  # create_graph=True
+            with torch.no_grad():
+                grads = _gradients(ctx, grad_output, saved)
+            needs_input, needs_weight, *_ = ctx.needs_input_grad
+            # Stands for x, on which grad_weight depends. Only x's int8 values may be left.
+            x = torch.empty(0, requires_grad=needs_input and needs_weight)
+            weight = saved[2]
+            grad_input, grad_weight, grad_bias = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
+        return grad_input, grad_weight, None, grad_bias, None, None, None, None
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Pass gradients through, and raise when they are differentiated again.
+
+    PyTorch's once_differentiable does so only if the incoming gradient requires one, and drops what x and W contribute.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *grads: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise RuntimeError(
+            "switchback_linear has no double backward: its gradients (create_graph=True) cannot be differentiated again"
+        )
+
+
+def _gradients(
+    ctx: Any, grad_output: torch.Tensor, saved: tuple[Any, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x, weight and bias, or None where none is needed."""
+    saved_x, x_absmax, weight, absmax, transposed_int8 = saved
+    needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    config = ctx.config
+    grad = _as_rows(grad_output)
+    scheme: Scaling = scaling_for(config, grad, weight) if ctx.scaling is None else ctx.scaling
+    int8_grad_weight = needs_weight and ctx.int8_grad_weight
+    grad_input = grad_weight = grad_bias = None
+
+    if int8_grad_weight and needs_input:
+        grad_int8, row_absmax, columns_int8, column_absmax = scheme.quantize_rows_and_columns(
+            grad, config.rotate_tokens
+        )
+    elif int8_grad_weight:
+        columns_int8, column_absmax = scheme.quantize_columns(grad, config.rotate_tokens)
+    elif needs_input:
+        grad_int8, row_absmax = scheme.quantize_grad(grad)
+
+    if needs_input:
+        if transposed_int8 is None:
+            transpose = scheme.transpose_quantized if weight.dtype == torch.int8 else scheme.quantize_weight_transpose
+            transposed_int8, absmax = transpose(weight, absmax)
+        grad_input = scheme.matmul(grad_int8, transposed_int8.t(), row_absmax, absmax, None, ctx.input_dtype)
+        if len(ctx.input_shape) != 2:
+            grad_input = grad_input.view(ctx.input_shape)
+    if int8_grad_weight:
+        grad_weight = scheme.ops.int8_matmul_rowwise_dequantize(
+            columns_int8, saved_x.t(), column_absmax, x_absmax, None, ctx.weight_dtype
+        )
+    elif needs_weight:
+        if x_absmax is not None:
+            saved_x = scheme.ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
+        grad_weight = _high_precision_matmul(grad.t(), saved_x, ctx.weight_dtype)
+    if needs_bias:
+        grad_bias = sum_rows(grad, ctx.bias_dtype)
+    return grad_input, grad_weight, grad_bias
+
+
+def _int8_to_keep(x: torch.Tensor, x_int8: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """Return the int8 values of x; for torch.compile as PyTorch operations on x, not as the quantizer's output.
+
+    The compiler keeps what an operation returns that it does not know. PyTorch's own operations it repeats in the
+    backward where their input is kept anyway, such as a GELU's input. Elsewhere it keeps the int8 values.
+    """
+    # Not is_compiling(), which torch.export is as well: it would record them, though it has no backward. Strict export
+    # does record them: what tells it from torch.compile, is_exporting(), is always true under Dynamo in torch 2.11.
+    return quantize_traceably(x, absmax[:, None]) if torch.compiler.is_dynamo_compiling() else x_int8
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x (*, features) as [tokens, features]."""
+    # Without -1, which does not say how many rows of no features there are.
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _high_precision_matmul(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return a @ b in the operands' dtype, accumulated in float32 and rounded once to out_dtype where PyTorch can."""
+    if out_dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32).to(out_dtype)
+    return torch.mm(a, b).to(out_dtype)
+
+
+def sum_rows(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return the sum [cols] of the rows of x [rows, cols], accumulated in float32 and rounded once to out_dtype."""
+    if x.dtype == out_dtype:
+        return x.sum(0)  # PyTorch accumulates 16-bit sums in float32
+    return x.sum(0, dtype=torch.float32).to(out_dtype)

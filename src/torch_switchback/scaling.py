@@ -1,0 +1,141 @@
+"""How the operands of a layer's matmuls are quantized: one small class per scheme (arXiv 2304.13013, section 2.2).
+
+With X [tokens, in], W [out, in] and G = dL/dY [tokens, out], a scheme says how the rows of X and G, and W and Wᵀ, are
+quantized, and which matmul undoes it. Every method returns int8 values, and their absmax in float32.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from . import ops as _ops  # noqa: F401  (defines the operations)
+from .config import ROTATIONS, SwitchBackConfig
+from .ops._library import can_skip_dispatcher, direct, dispatched
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
+"""int8 values and their absmax."""
+
+
+class Scaling:
+    """What all schemes share: one absmax per row of X and of G.
+
+    Args:
+        ops: the operations to call, :data:`.ops._library.direct` or :data:`.ops._library.dispatched`.
+    """
+
+    # Attributes, not methods, so that they can be operations: every Python function in between costs CPU time.
+    quantize_input: Callable[[torch.Tensor], Quantized]
+    """Quantize the rows of X [tokens, in]: int8 [tokens, in]."""
+    quantize_grad: Callable[[torch.Tensor], Quantized]
+    """Quantize the rows of G [tokens, out]: int8 [tokens, out]."""
+    quantize_weight: Callable[[torch.Tensor], Quantized]
+    """Quantize W [out, in] for the output: int8 [out, in]."""
+    matmul: Callable[..., torch.Tensor]
+    """Multiply the rows of X or G with W or Wᵀ, and dequantize."""
+
+    def __init__(self, ops: SimpleNamespace) -> None:
+        self.ops = ops
+        self.quantize_input = ops.quantize_rowwise
+        self.quantize_grad = ops.quantize_rowwise
+        self.quantize_weight = ops.quantize_rowwise
+        self.matmul = ops.int8_matmul_rowwise_dequantize
+
+    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        """Quantize Wᵀ for grad_input, given W and the absmax that the forward found: int8 [in, out]."""
+        raise NotImplementedError
+
+    def quantize_weight_with_transpose(self, weight: torch.Tensor) -> tuple[Quantized, Quantized]:
+        """Quantize W and Wᵀ together."""
+        quantized = self.quantize_weight(weight)
+        return quantized, self.quantize_weight_transpose(weight, quantized[1])
+
+    def transpose_quantized(self, weight_int8: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        """Return Wᵀ quantized, given W quantized: int8 [in, out]."""
+        raise NotImplementedError
+
+    def quantize_columns(self, x: torch.Tensor, rotate_tokens: int | None) -> Quantized:
+        """Quantize the columns of X or G for an int8 grad_weight, rotated along the tokens: int8 [features, tokens]."""
+        if rotate_tokens is None:
+            return self.ops.quantize_columnwise_and_transpose(x)
+        return self.ops.quantize_rotated_columnwise_and_transpose(x, rotate_tokens)
+
+    def quantize_rows_and_columns(
+        self, x: torch.Tensor, rotate_tokens: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantize the rows of X or G, and its columns as :meth:`quantize_columns` does."""
+        if rotate_tokens is None:
+            return *self.quantize_input(x), *self.quantize_columns(x, None)
+        return self.ops.quantize_rowwise_and_rotated_columnwise(x, rotate_tokens)
+
+
+class GlobalScaling(Scaling):
+    """One absmax for all of W (algorithm 1)."""
+
+    def __init__(self, ops: SimpleNamespace) -> None:
+        super().__init__(ops)
+        self.quantize_weight = ops.quantize_global
+        self.matmul = ops.int8_matmul_mixed_dequantize
+
+    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        return self.ops.quantize_transpose_by_absmax(weight, absmax), absmax
+
+    def quantize_weight_with_transpose(self, weight: torch.Tensor) -> tuple[Quantized, Quantized]:
+        weight_int8, transposed_int8, absmax = self.ops.quantize_global_with_transpose(weight)
+        return (weight_int8, absmax), (transposed_int8, absmax)
+
+    def transpose_quantized(self, weight_int8: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        return weight_int8.t().contiguous(), absmax
+
+
+class RowwiseScaling(Scaling):
+    """One absmax per row of W (out feature), and one per column (in feature) for grad_input (algorithm 3)."""
+
+    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        return self.ops.quantize_columnwise_and_transpose(weight)
+
+    def transpose_quantized(self, weight_int8: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        weight = self.ops.dequantize_rowwise(weight_int8, absmax, torch.float32)
+        return self.ops.quantize_columnwise_and_transpose(weight)
+
+
+class RotatedScaling(Scaling):
+    """Row-wise scaling of operands rotated along each matmul's inner dimension, which leaves the product as it is.
+
+    Args:
+        block: how many features a Hadamard matrix mixes.
+    """
+
+    def __init__(self, ops: SimpleNamespace, block: int) -> None:
+        super().__init__(ops)
+        self.block = block
+        self.quantize_input = self.quantize_grad = self.quantize_weight = self.quantize_rows
+
+    def quantize_rows(self, x: torch.Tensor) -> Quantized:
+        """Quantize the rows of x, rotated along the features."""
+        return self.ops.quantize_rotated_rowwise(x, self.block)
+
+    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+        return self.ops.quantize_rotated_columnwise_and_transpose(weight, self.block)
+
+    def quantize_rows_and_columns(
+        self, x: torch.Tensor, rotate_tokens: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return *self.quantize_rows(x), *self.quantize_columns(x, rotate_tokens)
+
+
+def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
+    schemes: dict[tuple[str, int | None], Scaling] = {
+        ("global", None): GlobalScaling(ops),
+        ("rowwise", None): RowwiseScaling(ops),
+    }
+    return schemes | {("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS}
+
+
+_DIRECT, _DISPATCHED = _schemes(direct), _schemes(dispatched)
+
+
+def scaling_for(config: SwitchBackConfig, *tensors: torch.Tensor | None) -> Scaling:
+    """Return the scheme of a config, for a pass on these tensors: past the dispatcher if nothing can tell."""
+    schemes = _DIRECT if can_skip_dispatcher(*tensors) else _DISPATCHED
+    return schemes[config.weight_scaling, config.rotate_features]

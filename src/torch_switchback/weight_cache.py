@@ -1,0 +1,69 @@
+"""The int8 values of a weight, kept between the microbatches of one optimizer step."""
+
+import functools
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .config import SwitchBackConfig
+from .scaling import Quantized, scaling_for
+
+_generation = object()
+"""A new object after every optimizer step: what a step writes through ``.data`` shows in no version counter."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def begin_generation(*_: Any) -> None:
+        global _generation
+        _generation = object()
+
+    register_optimizer_step_post_hook(begin_generation)
+
+
+class WeightCache:
+    """Cache the int8 values of one weight, and of its transpose, until the weight changes."""
+
+    def __init__(self) -> None:
+        _watch_optimizers()
+        # One tuple (key, alias of the weight, int8 values), replaced as a whole, because threads may share a layer.
+        # The alias shares the weight's version counter and keeps its memory alive, so no other tensor can reuse it.
+        self._kept: tuple[tuple[Any, ...], torch.Tensor, tuple[Quantized, Quantized | None]] | None = None
+
+    @staticmethod
+    def can_hold(weight: torch.Tensor) -> bool:
+        """Return whether a weight's changes can be seen: a parameter or int8 values, not while tracing or capturing."""
+        return (
+            not torch.compiler.is_compiling()
+            and (type(weight) is torch.nn.Parameter or weight.dtype == torch.int8)
+            and not weight.is_inference()
+            and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        )
+
+    def get(
+        self, weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool, absmax: torch.Tensor | None = None
+    ) -> tuple[Quantized, Quantized | None]:
+        """Return W quantized and, with_transpose, Wᵀ quantized. Both are kept until W changes.
+
+        Given absmax, W is int8 itself, and only Wᵀ is computed.
+        """
+        absmax_state = None if absmax is None else (absmax.data_ptr(), absmax._version)
+        generation = _generation if weight.requires_grad else None
+        stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None  # another may not have them yet
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state, generation, stream)
+        kept = self._kept
+        if kept is not None and kept[0] == state and not (with_transpose and kept[2][1] is None):
+            return kept[2]
+        kept = self._kept = None  # its memory serves the next
+        quantized: tuple[Quantized, Quantized | None]
+        with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
+            scaling = scaling_for(config, weight)
+            if absmax is not None:
+                quantized = (weight, absmax), scaling.transpose_quantized(weight, absmax) if with_transpose else None
+            elif with_transpose:
+                quantized = scaling.quantize_weight_with_transpose(weight)
+            else:
+                quantized = scaling.quantize_weight(weight), None
+        self._kept = state, weight.detach(), quantized
+        return quantized
