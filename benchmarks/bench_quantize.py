@@ -4,8 +4,8 @@
 
 Bytes an element are those that the algorithm must move, with a bfloat16 input: 2 read and 1 written; 5 where an absmax
 over more than a row makes it read twice, 6 where it then writes twice as well. Their share is that of the faster of two
-copies: of a tensor of the same size in the same turns, and of a large one. Runs are CUDA graphs: the host's share of a
-call is bench_host's subject.
+copies: of a tensor of the same size in the same turns, and of a large one. Runs are CUDA graphs, so
+that CPU overhead does not count.
 """
 
 from collections.abc import Callable

@@ -18,6 +18,7 @@ def collect(folder: Path) -> dict[str, Record]:
         of each of these by its file's name.
     """
     files = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    files = {name: document for name, document in files.items() if "provenance" in document}
     by_script: dict[str, list[str]] = {}
     for name in sorted(files, key=lambda name: files[name]["provenance"]["date"]):
         by_script.setdefault(Path(files[name]["provenance"]["script"]).stem, []).append(name)

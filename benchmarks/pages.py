@@ -17,7 +17,7 @@ import typer
 from collect import collect
 from measure import Record, find, new_app
 from shapes import Shape
-from summary import GOALS, host_table, markdown, row
+from summary import GOALS, markdown, row
 
 app = new_app()
 ROOT = Path(__file__).parents[1]
@@ -70,30 +70,6 @@ def models(*names: str) -> Callable[[Record], str]:
         return markdown(("compiled", *names), rows)
 
     return table
-
-
-def small_layer(document: Record) -> str:
-    rows = []
-    steps = [record for record in document["results"] if record["what"] == "step" and record["median_ms"] is not None]
-    for mode, meaning in (
-        ("eager", "eager"),
-        ("one thread", "eager, in one thread"),
-        ("graphed", "eager, graphed callable"),
-        ("graph", "CUDA graph"),
-    ):
-        for record in steps:
-            if record["mode"] == mode and record["name"] in ("linear", "switchback"):
-                rows.append((meaning, record["name"], f"{record['median_ms']:.3f}", times(record)))
-    title = f"{Shape(*steps[0]['shape'])}, forward and backward"
-    return markdown((title, "layer", "ms", "over nn.Linear"), rows)
-
-
-def host(document: Record) -> str:
-    """What a step costs when the device has next to nothing to do."""
-    calls = [record for record in document["results"] if record["what"] == "call"]
-    named = {group: find(calls, group=group, name="forward + backward") for group in ("nn.Linear", "SwitchBackLinear")}
-    rows = [(group, f"{record['microseconds']:.0f}") for group, record in named.items() if record is not None]
-    return markdown(("host, forward and backward", "µs"), rows)
 
 
 def losers(documents: Record) -> Iterator[tuple[str, ...]]:
@@ -184,14 +160,6 @@ def steps(document: Record) -> str:
     return markdown(("layer", *names, *FLOAT8, "Amdahl's limit of switchback", "reached"), rows)
 
 
-def first_calls(document: Record) -> str:
-    rows = [
-        (str(Shape(*one["shape"])), f"{one['forward_s']:.2f}", f"{one['backward_s']:.2f}", str(one["compiled"]))
-        for one in document["first_calls"]
-    ]
-    return markdown(("first call, one after another", "forward, s", "backward, s", "kernels compiled"), rows)
-
-
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "goals": ("h200", goals),
     "products": ("h200/bench_matmul", products),
@@ -200,15 +168,11 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "few_tokens": ("h200/bench_inference", few_tokens),
     "steps": ("h200/bench_linear", steps),
     "all_models": ("h200/bench_model", models(*OURS, "int8-grad-weight", *FLOAT8, "torchao int8")),
-    "host_calls": ("h200/bench_host", host_table),
-    "first_calls": ("h200/bench_host", first_calls),
     "layers": ("h200/bench_linear", layers),
     "layers_h100": ("h100/bench_linear", layers),
     "kept": ("h200/bench_linear", kept),
     "models": ("h200/bench_model", models(*OURS)),
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
-    "small_layer": ("h200/bench_host", small_layer),
-    "host": ("h200/bench_host", host),
     "lost": ("h200", lost),
     "shards_narrow": ("h200/fsdp/large.json", shards),
     "shards_wide": ("h200/fsdp/wide.json", shards),

@@ -1,4 +1,4 @@
-"""The goals for one H200 beside what the results say, as a Markdown table; with --host where the host's time goes.
+"""The goals for one H200 beside what the results say, as a Markdown table.
 
     python benchmarks/summary.py benchmarks/results/h200
 
@@ -86,12 +86,6 @@ def model(name: str, value: str, competitor: str = "switchback", mode: Mode = "c
     )
 
 
-def later_first_calls(document: Record) -> Cases:
-    """All but the first, which pays for what is not the shape's: importing and setting up Triton."""
-    for one in document["first_calls"][1:]:
-        yield shape(one), one["forward_s"] + one["backward_s"]
-
-
 PEER = "torch._scaled_mm rowwise"
 GOALS = (
     *(
@@ -151,15 +145,6 @@ GOALS = (
         over("torchao float8 tensorwise", "compiled", "int8-grad-weight", "eager"),
     ),
     Goal("layer step, share of Amdahl's limit", 0.95, "bench_linear", share_of_limit),
-    *(
-        Goal(
-            f"layer step at 8192 tokens, {mode}",
-            reach,
-            "bench_host",
-            by_shape("speed_up", what="step", name="switchback", mode=mode),
-        )
-        for mode, reach in (("eager", 1.0), ("one thread", 1.0), ("graphed", 1.0), ("graph", 1.15))
-    ),
     Goal(
         "peak memory of the ViT-H blocks, memory-efficient, over nn.Linear",
         0.75,
@@ -181,7 +166,6 @@ GOALS = (
         model("GPT", "speed_up", mode="reduce-overhead"),
     ),
     Goal("prepared layer, few tokens", 1.6, "bench_inference", by_shape("speed_up", name="switchback")),
-    Goal("first call on a new shape, s", 1.0, "bench_host", later_first_calls, at_most=True),
 )
 
 
@@ -204,15 +188,6 @@ def table(documents: dict[str, Record]) -> str:
     return markdown(header, (row(goal, documents.get(goal.script)) for goal in GOALS))
 
 
-def host_table(host: Record) -> str:
-    rows = []
-    for record in host["results"]:
-        if record["what"] == "call" and record["median_ms"] is not None:
-            times = [f"{1e3 * record[key]:.1f}" for key in ("median_ms", "p10_ms", "p90_ms")]
-            rows.append((record["group"], record["name"], *times))
-    return markdown(("of", "call", "µs", "10th percentile", "90th"), rows)
-
-
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows))
 
@@ -221,13 +196,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = Path(__file__).parent / "results/h200",
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="a file to write instead")] = None,
-    host: Annotated[bool, typer.Option("--host", help="the host's microseconds instead of the goals")] = False,
 ) -> None:
     documents = collect(folder)
-    if host and "bench_host" not in documents:
-        raise typer.BadParameter(f"{folder} has no bench_host.json")
-    text = host_table(documents["bench_host"]) if host else table(documents)
-    for script in ["bench_host"] if host else documents:
+    text = table(documents)
+    for script in documents:
         for name, origin in documents[script]["runs"].items():
             text += f"\n{name}: {origin['device']}, torch {origin['torch']}, Triton {origin['triton']}, "
             text += f"commit {str(origin['git_commit'])[:7]}, {origin['date'][:10]}"

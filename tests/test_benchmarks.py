@@ -1,6 +1,7 @@
 """The benchmarks run on toy shapes and say where their numbers come from. Nothing here looks at a time."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import typer
 from typer.testing import CliRunner
 
-import bench_host
 import bench_inference
 import bench_linear
 import bench_matmul
@@ -34,10 +34,10 @@ from torch_switchback.advice.saved_bytes import saved_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 SCRIPTS = {
-    script.__name__: script.app
-    for script in (bench_quantize, bench_matmul, bench_linear, bench_inference, bench_model, bench_host)
+    script.__name__: script.app for script in (bench_quantize, bench_matmul, bench_linear, bench_inference, bench_model)
 }
 
 
@@ -126,18 +126,15 @@ def test_memory_efficient_keeps_half(results):
     assert efficient["saved_over_linear"] == efficient["saved_bytes"] / linear["saved_bytes"] < 0.6
 
 
-def test_host_is_measured_from_layer_to_operation_with_first_calls(results):
-    document = load(results, "bench_host")
-    groups = {record["group"] for record in document["results"] if record["what"] == "call"}
-    assert groups >= {"nn.Linear", "SwitchBackLinear", *bench_host.LAUNCHERS}
-    assert {(r["name"], r["mode"]) for r in document["results"] if r["what"] == "step"} >= {
-        ("linear", "eager"),
-        ("switchback", "one thread"),
-        ("switchback", "graphed"),
-        ("switchback", "graph"),
-    }
-    (first,) = document["first_calls"]
-    assert first["forward_s"] > 0 and first["backward_s"] > 0
+def test_runs_of_bench_overhead_share_a_file(tmp_path):
+    output = tmp_path / "out.json"
+    for label in ("before", "after", "after"):
+        command = [sys.executable, BENCHMARKS / "bench_overhead.py", "--tiny", "--label", label, "--output", output]
+        subprocess.run(command, check=True, capture_output=True)
+    document = json.loads(output.read_text())
+    assert list(document["runs"]) == ["before", "after"]
+    assert [row["label"] for row in document["results"]] == ["before"] * 5 + ["after"] * 5
+    assert all("seconds" in row or len(row["ratio"]) == 3 for row in document["results"])
 
 
 def test_pictures_are_drawn_and_missing_files_named(results, tmp_path):
@@ -163,13 +160,6 @@ def test_summary_reads_every_script_of_its_goals(results):
     assert finished.output.count("\n| ") == len(summary.GOALS) + 1
     for goal in summary.GOALS:
         list(goal.cases(load(results, goal.script)))
-
-
-def test_summary_says_where_the_hosts_time_goes(results, tmp_path):
-    finished = CliRunner().invoke(summary.app, [str(results), "--host"])
-    assert finished.exit_code == 0, finished.output
-    assert "| SwitchBackLinear | forward + backward |" in finished.output
-    assert CliRunner().invoke(summary.app, [str(tmp_path), "--host"]).exit_code == 2
 
 
 @pytest.mark.parametrize(
