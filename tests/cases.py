@@ -112,3 +112,12 @@ def patch_scheme(monkeypatch, config, **functions):
         scheme = schemes[config.weight_scaling, config.rotate_features]
         for name, replace in functions.items():
             monkeypatch.setattr(scheme, name, replace(getattr(scheme, name)))
+
+
+def planned(make, **options):
+    """Return a function that plans an operation for its arguments and outputs, and runs it."""
+
+    def run(*args):
+        make(*args, **options)(*args)
+
+    return run

@@ -2,11 +2,10 @@
 
 import importlib
 import pkgutil
-from functools import partial
 
 import torch
 
-from cases import assert_same, assert_same_to_a_code, codes
+from cases import assert_same, assert_same_to_a_code, codes, planned
 from torch_switchback import kernels, ops
 from torch_switchback.kernels import int8_matmul
 
@@ -62,9 +61,9 @@ def launcher_of(name):
     modules = (module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_"))
     for module in modules:
         if module != "int8_matmul_warp_specialized":
-            found = getattr(importlib.import_module(f"{kernels.__name__}.{module}"), name, None)
-            if found is not None:
-                return found
+            make = getattr(importlib.import_module(f"{kernels.__name__}.{module}"), f"plan_{name}", None)
+            if make is not None:
+                return planned(make)
     raise LookupError(name)
 
 
@@ -110,5 +109,5 @@ def check_product(config, shape, dtype, band):
     for absmaxes, op in ((1, ops.int8_matmul_mixed_dequantize), (n, ops.int8_matmul_rowwise_dequantize)):
         for bias in (None, torch.randn(n)):
             args = codes(m, k), codes(n, k).t(), torch.rand(m), torch.rand(absmaxes), bias, dtype
-            launcher = partial(int8_matmul.int8_matmul, absmax_per_col=absmaxes > 1 or n == 1, config=config)
+            launcher = planned(int8_matmul.plan_int8_matmul, absmax_per_col=absmaxes > 1 or n == 1, config=config)
             check(launcher, args, op(*args), band)

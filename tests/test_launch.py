@@ -1,6 +1,6 @@
-"""The cache of compiled kernels, what a launch makes of Triton's errors, and operations whose kernel cannot run.
+"""Plans and the launches they make, what Triton's errors become, and operations whose kernel cannot run.
 
-No GPU is needed: kernels are compiled for a GPU that is not there, or are stand-ins.
+No GPU is needed: Triton's compiler is replaced by stand-ins, and tensors are the CPU's.
 """
 
 import random
@@ -12,42 +12,21 @@ import torch
 
 pytest.importorskip("triton")
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
-from triton.runtime.jit import create_function_from_signature
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from cases import assert_same
-from torch_switchback.kernels import CannotCompile, device, launch
+from cases import assert_same, codes
+from torch_switchback.kernels import CannotCompile, _absmax, device, launch
 from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _fake_quantize, _quantize_rowwise_reference
+from torch_switchback.tuning import MatmulConfig
 
 
 class Constants(NamedTuple):
     BLOCK: int = 64
     PDL_WAIT: bool = False
     num_warps: int = 4
-
-
-class Kernel:
-    """A kernel whose runs end as told: in an exception, or with what compiling returns."""
-
-    __name__ = "kernel"
-
-    def __init__(self, *outcomes, count=1):
-        self.outcomes, self.runs = list(outcomes), []
-        self.arg_names = [f"arg{number}" for number in range(count)] + ["BLOCK", "PDL_WAIT"]
-
-    def __getitem__(self, grid):
-        def run(*args, **options):
-            self.runs.append((grid, args, options))
-            outcome = self.outcomes.pop(0)
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-
-        return run
 
 
 class Compiled:
@@ -58,6 +37,9 @@ class Compiled:
     def __init__(self):
         self.runs, self.hooked = [], []
 
+    def _init_handles(self):
+        pass
+
     def run(self, *args):
         self.runs.append(args)
 
@@ -65,161 +47,250 @@ class Compiled:
         return lambda *args: self.hooked.append((grid, args))
 
 
+class Kernel:
+    """A kernel of two arguments whose compilation ends as told: in an exception, or with its result."""
+
+    __name__, arg_names = "kernel", ("x", "rows", "BLOCK", "PDL_WAIT")
+
+    def __init__(self, outcome):
+        self.outcome, self.compilations, self.runs = outcome, [], []
+
+    def warmup(self, *args, grid, **options):
+        self.compilations.append((args, options))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.runs.append((grid, args, options))
+
+
 @pytest.fixture(autouse=True)
 def a_fresh_process(monkeypatch):
     monkeypatch.setattr(_library, "not_compiled", {})
-    monkeypatch.setattr(launch, "compiled_kernels", {})
+    monkeypatch.setattr(launch, "plans", {})
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
     monkeypatch.setattr(launch, "JITFunction", Kernel)
-    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
     monkeypatch.setattr(launch, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "current_stream", lambda device: 7)
 
 
-# The cache
+X = torch.empty(8)
 
 
-def test_the_second_launch_of_a_key_goes_past_triton():
-    kernel, compiled = Kernel(Compiled()), None
-    x = torch.empty(8)
-    launch.launch(kernel, (3,), (x,), Constants())
-    compiled = kernel.outcomes or next(iter(launch.compiled_kernels.values()))[0]
-    launch.launch(kernel, (5, 2), (x,), Constants())
-    assert kernel.runs == [((3,), (x,), {"BLOCK": 64, "PDL_WAIT": False, "num_warps": 4, "enable_fp_fusion": False})]
-    assert compiled.runs == [(5, 2, 1, 7, "function", "metadata", None, None, None, x.data_ptr(), 64, False)]
+# A launch
 
 
-def test_an_empty_grid_runs_nothing():
-    kernel = Kernel()
-    launch.launch(kernel, (3, 0), (torch.empty(8),), Constants())
-    assert kernel.runs == []
-
-
-def test_another_constant_or_another_setting_is_another_kernel(monkeypatch):
-    kernel = Kernel(Compiled(), Compiled(), Compiled())
-    x = torch.empty(8)
-    launch.launch(kernel, (1,), (x,), Constants())
-    launch.launch(kernel, (1,), (x,), Constants(BLOCK=128))
-    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
-    for _ in range(2):
-        launch.launch(kernel, (1,), (x,), Constants())
-    assert len(kernel.runs) == 3
-
-
-def test_a_kernel_that_waits_is_launched_early():
+def test_a_kernel_is_compiled_once_and_launched_on_the_current_stream(stand_ins):
     kernel = Kernel(Compiled())
-    launch.launch(kernel, (1,), (torch.empty(8),), Constants(PDL_WAIT=True))
-    assert kernel.runs[0][2]["launch_pdl"] is True
+    run = launch.bind(kernel, (X, 3), Constants())
+    run((3, 1, 1), X, 3)
+    run((5, 2, 1), X, 4)
+    options = {"BLOCK": 64, "PDL_WAIT": False, "num_warps": 4, "enable_fp_fusion": False}
+    assert kernel.compilations == [((X, 3), options)]
+    expected = ("function", "metadata", None, None, None, X)
+    assert kernel.outcome.runs == [(3, 1, 1, 7, *expected, 3, 64, False), (5, 2, 1, 7, *expected, 4, 64, False)]
+
+
+def test_an_empty_grid_runs_nothing(stand_ins):
+    kernel = Kernel(Compiled())
+    launch.bind(kernel, (X, 3), Constants())((3, 0, 1), X, 3)
+    assert kernel.outcome.runs == []
+
+
+def test_a_kernel_that_waits_is_launched_early(stand_ins):
+    kernel = Kernel(Compiled())
+    launch.bind(kernel, (X, 3), Constants(PDL_WAIT=True))
+    assert kernel.compilations[0][1]["launch_pdl"] is True
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
-def test_launch_hooks_are_called_by_triton(name):
-    kernel, compiled = Kernel(Compiled()), Compiled()
-    kernel.outcomes = [compiled]
-    x = torch.empty(8)
+def test_launch_hooks_are_called_by_triton(name, stand_ins):
+    kernel = Kernel(Compiled())
+    run = launch.bind(kernel, (X, 3), Constants())
     hooks = getattr(triton.knobs.runtime, name)
-    launch.launch(kernel, (1,), (x,), Constants())
     hooks.add(print)
     try:
-        launch.launch(kernel, (4,), (x,), Constants())
+        run((4, 1, 1), X, 3)
     finally:
         hooks.remove(print)
-    launch.launch(kernel, (4,), (x,), Constants())
-    assert compiled.hooked == [((4, 1, 1), (x, 64, False))]
-    assert len(compiled.runs) == 1
+    run((4, 1, 1), X, 3)
+    assert kernel.outcome.hooked == [((4, 1, 1), (X, 3, 64, False))]
+    assert len(kernel.outcome.runs) == 1
 
 
-def test_a_changed_compiler_pipeline_goes_through_triton(monkeypatch):
-    kernel = Kernel(Compiled(), Compiled())
-    x = torch.empty(8)
-    launch.launch(kernel, (1,), (x,), Constants())
-    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", lambda *args: None)
-    launch.launch(kernel, (1,), (x,), Constants())
-    assert len(kernel.runs) == 2
+def test_a_hook_that_compiles_instead_sees_every_launch(stand_ins):
+    kernel = Kernel(None)
+    run = launch.bind(kernel, (X, 3), Constants())
+    run((4, 1, 1), X, 3)
+    assert [(grid, args) for grid, args, _ in kernel.runs] == [((4, 1, 1), (X, 3))]
+
+
+# A plan
+
+
+def plans_made(calls):
+    """How many plans are made for these first arguments."""
+    made = []
+
+    def make(x, out):
+        made.append(x)
+        return lambda x, out: None
+
+    for x in calls:
+        launch.plan_for(make, (x,), (X,))
+    return len(made)
+
+
+def test_token_counts_share_a_plan_per_power_of_two_and_multiple_of_16():
+    calls = [torch.empty(count, 32) for count in range(65, 129)]
+    assert plans_made(calls) == 2
+    assert plans_made(calls) == 2  # of another operation
+
+
+def test_what_decides_how_a_kernel_is_compiled_makes_its_own_plan():
+    x = torch.empty(64, 32)
+    memory = torch.empty(64 * 33 + 1)
+    others = [
+        x.half(),
+        torch.empty(64, 33),
+        torch.empty(64, 33)[:, :32],
+        torch.empty(32, 64).t(),
+        memory[1 : 64 * 32 + 1].view(64, 32),
+    ]
+    assert plans_made([x, *others, x]) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", ["debug", "add_stages_inspection_hook"])
+def test_triton_settings_that_change_code_make_another_plan(name, monkeypatch):
+    x, made = torch.empty(4, 4), []
+
+    def make(x, out):
+        made.append(x)
+        return lambda *args: None
+
+    monkeypatch.setattr(triton.knobs.runtime, name, None)
+    launch.plan_for(make, (x,), (X,))
+    launch.plan_for(make, (x,), (X,))
+    monkeypatch.setattr(triton.knobs.runtime, name, lambda *args: None)
+    launch.plan_for(make, (x,), (X,))
+    assert len(made) == 2
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(launch, "MAX_PLANS", 3)
+    for cols in range(20):
+        launch.plan_for(lambda x, out: print, (torch.empty(2, cols),), (X,))
+        assert len(launch.plans) <= 3
 
 
 # The key, beside Triton's own
 
 
-@triton.jit(do_not_specialize=["rows"])
-def pointers_kernel(x_ptr, out_ptr, rows, cols, stride, BLOCK: tl.constexpr, PDL_WAIT: tl.constexpr):
-    pass
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+WIDTHS = [1, 5, 80]
 
 
-@triton.jit
-def descriptor_kernel(x_desc, out_ptr, rows, cols, stride, BLOCK: tl.constexpr, PDL_WAIT: tl.constexpr):
-    pass
+def random_matrix(rng, rows, cols, dtype):
+    """Contiguous, transposed, or a slice, aligned or not."""
+    layout = rng.randrange(4)
+    if layout == 0:
+        return torch.empty(cols, rows, dtype=dtype).t()
+    if layout == 1:
+        return torch.empty(rows, cols + 16, dtype=dtype)[:, :cols]
+    memory = torch.empty(rows * cols + 1, dtype=dtype)
+    return memory[layout - 2 : layout - 2 + rows * cols].view(rows, cols)
 
 
-DTYPES = [torch.int8, torch.float16, torch.bfloat16, torch.float32]
-SIZES = [0, 1, 2, 15, 16, 17, 4096, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, 2**40]
+def random_call(name, rng):
+    """Arguments of an operation."""
+    rows, cols, dtype = rng.choice([*range(1, 40), 300]), rng.choice(WIDTHS), rng.choice(DTYPES)
+    x = random_matrix(rng, rows, cols, dtype)
+    if name.startswith("int8_"):
+        n, dtype = rng.choice(WIDTHS), rng.choice(DTYPES[1:])
+        a, state_x = codes(rows, cols), torch.empty(rows)
+        bias = torch.empty(n) if rng.random() < 0.5 else None
+        if name == "int8_linear":
+            return a, state_x, random_matrix(rng, n, cols, dtype), bias, rng.random() < 0.5, dtype
+        if name == "int8_linear_grad_input":
+            rowwise = rng.random() < 0.5
+            return a, state_x, random_matrix(rng, cols, n, dtype), torch.empty(cols if rowwise else 1), rowwise, dtype
+        state_w = torch.empty(n if "rowwise" in name else 1)
+        return a, codes(n, cols).t(), state_x, state_w, bias, dtype
+    if name == "dequantize_rowwise":
+        return codes(rows, cols), torch.empty(rows), dtype
+    if "by_absmax" in name:
+        return x, torch.empty(rows if name == "quantize_by_absmax" and rng.random() < 0.5 else 1)
+    return (x, 16) if "rotated" in name else (x,)
 
 
-def random_arguments(kernel, rng):
-    memory = torch.empty(64)
-    x = memory.view(torch.int8)[rng.choice([0, 1, 4, 16]) :].view(torch.int8)
-    dtype = rng.choice(DTYPES)
-    first = x.view(dtype) if x.data_ptr() % dtype.itemsize == 0 and x.numel() % dtype.itemsize == 0 else x
-    if kernel is descriptor_kernel:
-        dtype = rng.choice(DTYPES[:3])
-        base = torch.empty(256, 256, dtype=dtype)
-        first = TensorDescriptor.from_tensor(base, [rng.choice([32, 64]), rng.choice([32, 64])])
-    second = memory[rng.choice([0, 1, 4]) :]
-    constants = Constants(rng.choice([32, 64]), rng.choice([False, True]), rng.choice([4, 8]))
-    return (first, second, *(rng.choice(SIZES) for _ in range(3))), constants
-
-
-def tritons_key(kernel, backend, args, constants):
+def tritons_key(kernel, args, options):
+    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    _, specialization, options = bind(*args, **constants._asdict(), debug=False)
-    return tuple(specialization), str(options)
+    _, specialization, options = bind(*args, **options)
+    return kernel, tuple(specialization), sorted(options.items())
 
 
-@pytest.mark.parametrize("kernel", [pointers_kernel, descriptor_kernel], ids=lambda kernel: kernel.__name__)
-@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=["cuda", "hip"])
-def test_launches_of_one_key_are_of_one_key_of_tritons(kernel, target):
-    """Over random arguments. The reverse need not hold."""
-    rng = random.Random(0)
-    backend = triton.compiler.make_backend(target)
-    seen = {}
-    for _ in range(3000):
-        args, constants = random_arguments(kernel, rng)
-        key, values = launch.specialization_key(kernel, args, constants)
-        theirs = tritons_key(kernel, backend, args, constants)
-        assert seen.setdefault(key, theirs) == theirs
-        addresses = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        assert all(one is other or one == other for one, other in zip(values, addresses, strict=True))
+@pytest.mark.parametrize("name", sorted(vars(_library.direct)))
+def test_a_plan_launches_only_what_it_compiled(name, monkeypatch):
+    """Over random arguments, by Triton's own key: calls that share a plan share their compiled kernels."""
+    compiled, launched = [], []
 
+    class Checked(Compiled):
+        def __init__(self, kernel, options):
+            super().__init__()
+            self.kernel, self.options = kernel, options
 
-def test_sizes_of_one_kind_share_a_key():
-    """Or the cache would grow with every token count."""
-    x = torch.empty(64)
-    keys = {launch.specialization_key(pointers_kernel, (x, x, n, n, n), Constants())[0] for n in range(2, 10_000)}
-    assert len(keys) == 2  # what 16 divides, and the rest
+        def run(self, *args):
+            launched.append(tritons_key(self.kernel, args[9:], self.options))
+
+    def run(kernel, *args, grid, warmup, **options):
+        assert warmup
+        compiled.append(tritons_key(kernel, args, options))
+        return Checked(kernel, {name: value for name, value in options.items() if name not in kernel.arg_names})
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(_absmax, "MAX_SMALL", 2**11)
+    config = MatmulConfig("tma", 64, 64, 128, group_m=8, num_stages=3, num_warps=4)
+    monkeypatch.setattr("torch_switchback.kernels.int8_matmul.matmul_config", lambda *args, tma: config)
+    operation, rng, of_plan = getattr(_library.direct, name), random.Random(0), {}
+    for _ in range(600):
+        args = random_call(name, rng)
+        compiled.clear()
+        launched.clear()
+        operation(*args)
+        assert name not in _library.not_compiled, _library.not_compiled
+        key = launch.specialization_key(args)
+        assert of_plan.setdefault(key, list(launched)) == launched
+        if compiled:
+            assert launched == compiled
+    assert len(of_plan) < 550  # so that some calls share a plan
 
 
 # Triton's errors
 
 
-def test_a_kernel_that_is_wrong_is_not_tried_again():
-    kernel = Kernel(CompilationError("", None, "no such operation"))
+def test_a_kernel_that_is_wrong_cannot_compile(stand_ins):
     with pytest.raises(CannotCompile, match="no such operation"):
-        launch.launch(kernel, (1,), (1,), Constants())
-    assert len(kernel.runs) == 1
+        launch.bind(Kernel(CompilationError("", None, "no such operation")), (X, 1), Constants())
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("Expecting value: line 1"), PermissionError("read-only"), RuntimeError("no C compiler")]
 )
-def test_what_may_be_the_caches_fault_names_it(error):
+def test_what_may_be_the_caches_fault_names_it(error, stand_ins):
     with pytest.raises(CannotCompile, match="TRITON_CACHE_DIR") as caught:
-        launch.launch(Kernel(error), (1,), (1,), Constants())
+        launch.bind(Kernel(error), (X, 1), Constants())
     assert str(error) in str(caught.value)
     assert triton.knobs.cache.dir in str(caught.value)
 
 
-def test_the_drivers_out_of_memory_is_pytorchs():
+def test_the_drivers_out_of_memory_is_pytorchs(stand_ins):
     with pytest.raises(torch.OutOfMemoryError):
-        launch.launch(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (1,), (1,), Constants())
+        launch.bind(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (X, 1), Constants())
 
 
 @pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
@@ -231,10 +302,9 @@ def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
         tried.append(args)
         raise CannotCompile("no C compiler")
 
-    monkeypatch.setattr("torch_switchback.kernels.quantize_rowwise.launch", refuse)
-    monkeypatch.setattr(_library, "current_device", lambda: -1)  # a CPU tensor's
+    monkeypatch.setattr("torch_switchback.kernels.quantize_rowwise.bind", refuse)
     x = torch.randn(5, 7)
-    run = _library._cuda_implementation("quantize_rowwise", kernels, _fake_quantize, _quantize_rowwise_reference)
+    run = _library._direct_implementation("quantize_rowwise", kernels, _fake_quantize, _quantize_rowwise_reference)
     with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly"):
         first = run(x)
     with warnings.catch_warnings():
@@ -264,7 +334,7 @@ def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
 def test_kernels_start_early_where_it_is_known_to_work(capability, driver, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(device, "driver_version", lambda: driver)
     supports_pdl = device.supports_pdl.__wrapped__  # past its cache
     assert supports_pdl(torch.device("cuda", 0)) is expected
     assert not supports_pdl(torch.device("cpu"))

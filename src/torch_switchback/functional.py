@@ -9,14 +9,22 @@ With X [tokens, in], W [out, in] and G = dL/dY [tokens, out]:
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import _grad_weight
 from .config import SwitchBackConfig
 from .ops._numerics import quantize_traceably
-from .ops._validation import FLOAT_DTYPES, check_device, check_dtype, check_float, check_same_device, check_shape
+from .ops._validation import (
+    DEVICE_TYPES,
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_same_device,
+    check_shape,
+)
 from .scaling import Quantized, Scaling, scaling_for
 from .weight_cache import WeightCache
 
@@ -75,7 +83,10 @@ def switchback_linear(
     """
     if config is None:
         config = SwitchBackConfig()
-    _check_types(x, config)
+    elif not isinstance(config, SwitchBackConfig):
+        raise TypeError(f"switchback_linear: config must be a SwitchBackConfig, got {config!r}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
@@ -84,25 +95,13 @@ def switchback_linear(
         from .distributed import tensor_parallel
 
         return tensor_parallel.switchback_linear(x, weight, bias, config)
-    int8_grad_weight = _grad_weight.runs_in_int8(config, x, weight)
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, config, weight_cache, None, int8_grad_weight)
+    call = Call(config, weight_cache, None, _grad_weight.runs_in_int8(config, x, weight))
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
 
 
 def _is_distributed(x: torch.Tensor) -> bool:
     """Whether x is a DTensor, without importing torch.distributed.tensor for those that are none."""
     return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
-
-
-def _check_types(x: torch.Tensor, config: SwitchBackConfig) -> None:
-    op = "switchback_linear"
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
-    if x.is_nested:
-        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
-    if x.layout != torch.strided:
-        raise TypeError(f"{op}: x must be dense, got layout {x.layout}")
-    if not isinstance(config, SwitchBackConfig):
-        raise TypeError(f"{op}: config must be a SwitchBackConfig, got {config!r}")
 
 
 def _check(
@@ -112,26 +111,51 @@ def _check(
     weight_absmax: torch.Tensor | None,
     config: SwitchBackConfig,
 ) -> None:
+    """Raise if the arguments do not fit. What fits costs no function call: it is CPU time of every forward."""
     op = "switchback_linear"
-    check_device(op, "x", x)
-    check_float(op, "x", x)
+    if x.is_nested:
+        raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: x must be dense, got layout {x.layout}")
+    device = x.device
+    if device.type not in DEVICE_TYPES:
+        check_device(op, "x", x)
+    if x.dtype not in FLOAT_DTYPES:
+        check_float(op, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
-    if weight_absmax is None:
-        check_float(op, "weight", weight)
-    else:
+    if weight_absmax is not None:
         check_dtype(op, "weight", weight, torch.int8)
         check_dtype(op, "weight_absmax", weight_absmax, torch.float32)
         check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
+        check_same_device(op, x, weight_absmax=weight_absmax)
         if config.rotate_features is not None:
             raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not codes")
+    elif weight.dtype not in FLOAT_DTYPES:
+        check_float(op, "weight", weight)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{op}: x must have shape (*, {in_features}) to match weight, got {tuple(x.shape)}")
+    if weight.device != device:
+        check_same_device(op, x, weight=weight)
     if bias is not None:
-        check_float(op, "bias", bias)
-        check_shape(op, "bias", bias, out_features)
-    check_same_device(op, x, weight=weight, bias=bias, weight_absmax=weight_absmax)
+        if bias.dtype not in FLOAT_DTYPES:
+            check_float(op, "bias", bias)
+        if bias.shape != (out_features,):
+            check_shape(op, "bias", bias, out_features)
+        if bias.device != device:
+            check_same_device(op, x, bias=bias)
+
+
+class Call(NamedTuple):
+    """What a call of the autograd Function takes besides tensors."""
+
+    config: SwitchBackConfig
+    weight_cache: WeightCache | None
+    """Where the weight's int8 values are kept, or None."""
+    scaling: Scaling | None
+    """None for the config's own; tensor-parallel layers bring another."""
+    int8_grad_weight: bool
 
 
 class SwitchBackFunction(torch.autograd.Function):
@@ -144,21 +168,10 @@ class SwitchBackFunction(torch.autograd.Function):
         weight: torch.Tensor,
         weight_absmax: torch.Tensor | None,
         bias: torch.Tensor | None,
-        config: SwitchBackConfig,
-        weight_cache: WeightCache | None,
-        scaling: Scaling | None,
-        int8_grad_weight: bool,
+        call: Call,
     ) -> torch.Tensor:
-        """Compute the output.
-
-        Args:
-            x: (*, in).
-            weight: [out, in], float, or int8 with weight_absmax.
-            bias: [out] or None.
-            weight_cache: where the weight's int8 values are kept, or None.
-            scaling: None for the config's own; tensor-parallel layers bring another.
-            int8_grad_weight: whether grad_weight is int8.
-        """
+        """Compute the output (*, out) from x (*, in), weight [out, in], int8 if it has an absmax, and bias [out]."""
+        config, weight_cache, scaling, int8_grad_weight = call
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         scheme = scaling_for(config, x, weight, bias) if scaling is None else scaling
         x_2d = _as_rows(x)
@@ -173,7 +186,10 @@ class SwitchBackFunction(torch.autograd.Function):
                 saved_x, x_absmax = _int8_to_keep(x_2d, x_int8, row_absmax), row_absmax
 
         transposed_int8, transposed_absmax = None, None
-        if weight_cache is not None:
+        fuses = weight_cache is None and weight_absmax is None and _fuses(scheme, weight)
+        if fuses:
+            y, absmax = scheme.ops.int8_linear(x_int8, row_absmax, weight, bias, scheme.fused_rowwise, x.dtype)
+        elif weight_cache is not None:
             quantized, transposed = weight_cache.get(weight, config, needs_input, weight_absmax)
             weight_int8, absmax = quantized
             if transposed is not None:
@@ -182,7 +198,8 @@ class SwitchBackFunction(torch.autograd.Function):
             weight_int8, absmax = weight, weight_absmax
         else:
             weight_int8, absmax = scheme.quantize_weight(weight)
-        y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
+        if not fuses:
+            y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
 
         if needs_input:
             # The weight is saved also beside its transposed int8 values, so that changing it before backward raises.
@@ -190,10 +207,9 @@ class SwitchBackFunction(torch.autograd.Function):
             ctx.save_for_backward(saved_x, x_absmax, *saved_weight)
         else:
             ctx.save_for_backward(saved_x, x_absmax, None, None, None)
-        ctx.config, ctx.scaling, ctx.int8_grad_weight = config, scaling, int8_grad_weight
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
-        ctx.weight_dtype = weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = call
+        ctx.input_shape = x.shape
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         # A view that autograd does not know as one, so that in-place operations on the output stay allowed.
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
@@ -211,7 +227,7 @@ class SwitchBackFunction(torch.autograd.Function):
             x = torch.empty(0, requires_grad=needs_input and needs_weight)
             weight = saved[2]
             grad_input, grad_weight, grad_bias = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
-        return grad_input, grad_weight, None, grad_bias, None, None, None, None
+        return grad_input, grad_weight, None, grad_bias, None
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -239,10 +255,11 @@ def _gradients(
     """Return the gradients of x, weight and bias, or None where none is needed."""
     saved_x, x_absmax, weight, absmax, transposed_int8 = saved
     needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-    config = ctx.config
+    config, _, scaling, int8_grad_weight = ctx.call
+    input_dtype, weight_dtype, bias_dtype = ctx.dtypes
     grad = _as_rows(grad_output)
-    scheme: Scaling = scaling_for(config, grad, weight) if ctx.scaling is None else ctx.scaling
-    int8_grad_weight = needs_weight and ctx.int8_grad_weight
+    scheme = scaling_for(config, grad, weight) if scaling is None else scaling
+    int8_grad_weight = needs_weight and int8_grad_weight
     grad_input = grad_weight = grad_bias = None
 
     if int8_grad_weight and needs_input:
@@ -254,24 +271,37 @@ def _gradients(
     elif needs_input:
         grad_int8, row_absmax = scheme.quantize_grad(grad)
 
-    if needs_input:
+    if needs_input and transposed_int8 is None and _fuses(scheme, weight):
+        grad_input = scheme.ops.int8_linear_grad_input(
+            grad_int8, row_absmax, weight, absmax, scheme.fused_rowwise, input_dtype
+        )
+    elif needs_input:
         if transposed_int8 is None:
             transpose = scheme.transpose_quantized if weight.dtype == torch.int8 else scheme.quantize_weight_transpose
             transposed_int8, absmax = transpose(weight, absmax)
-        grad_input = scheme.matmul(grad_int8, transposed_int8.t(), row_absmax, absmax, None, ctx.input_dtype)
-        if len(ctx.input_shape) != 2:
-            grad_input = grad_input.view(ctx.input_shape)
+        grad_input = scheme.matmul(grad_int8, transposed_int8.t(), row_absmax, absmax, None, input_dtype)
+    if grad_input is not None and len(ctx.input_shape) != 2:
+        grad_input = grad_input.view(ctx.input_shape)
     if int8_grad_weight:
         grad_weight = scheme.ops.int8_matmul_rowwise_dequantize(
-            columns_int8, saved_x.t(), column_absmax, x_absmax, None, ctx.weight_dtype
+            columns_int8, saved_x.t(), column_absmax, x_absmax, None, weight_dtype
         )
     elif needs_weight:
         if x_absmax is not None:
-            saved_x = scheme.ops.dequantize_rowwise(saved_x, x_absmax, ctx.input_dtype)
-        grad_weight = _high_precision_matmul(grad.t(), saved_x, ctx.weight_dtype)
+            saved_x = scheme.ops.dequantize_rowwise(saved_x, x_absmax, input_dtype)
+        grad_weight = _high_precision_matmul(grad.t(), saved_x, weight_dtype)
     if needs_bias:
-        grad_bias = sum_rows(grad, ctx.bias_dtype)
+        grad_bias = sum_rows(grad, bias_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _fuses(scheme: Scaling, weight: torch.Tensor) -> bool:
+    """Return whether the weight is quantized within the matmul's operation."""
+    return (
+        scheme.fused_rowwise is not None
+        and weight.dtype != torch.int8
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+    )
 
 
 def _int8_to_keep(x: torch.Tensor, x_int8: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

@@ -77,14 +77,16 @@ class SwitchBackLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
-        weight, absmax = self.weight, None
+        weight, config = self.weight, self.config
+        if weight is not None and not config.cache_quantized_weight:
+            return switchback_linear(input, weight, self.bias, config)
+        absmax = cache = None
         if weight is None:
             weight, absmax = self.weight_int8, self.weight_absmax
-        cache = None
         is_traced = not isinstance(input, torch.Tensor)  # but torch.fx's Proxy
-        if self.config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):
+        if config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-        return switchback_linear(input, weight, self.bias, self.config, weight_absmax=absmax, weight_cache=cache)
+        return switchback_linear(input, weight, self.bias, config, weight_absmax=absmax, weight_cache=cache)
 
     def prepare_for_eval(self) -> None:
         """Quantise the weight for good and free it: the same output bit for bit, less time and memory.

@@ -33,6 +33,8 @@ class Scaling:
     """Quantize W [out, in] for the output: int8 [out, in]."""
     matmul: Callable[..., torch.Tensor]
     """Multiply the rows of X or G with W or Wᵀ, and dequantize."""
+    fused_rowwise: bool | None = None
+    """The argument of ``int8_linear`` for this scheme, or None if it has none."""
 
     def __init__(self, ops: SimpleNamespace) -> None:
         self.ops = ops
@@ -72,6 +74,8 @@ class Scaling:
 class GlobalScaling(Scaling):
     """One absmax for all of W (algorithm 1)."""
 
+    fused_rowwise = False
+
     def __init__(self, ops: SimpleNamespace) -> None:
         super().__init__(ops)
         self.quantize_weight = ops.quantize_global
@@ -90,6 +94,8 @@ class GlobalScaling(Scaling):
 
 class RowwiseScaling(Scaling):
     """One absmax per row of W (out feature), and one per column (in feature) for grad_input (algorithm 3)."""
+
+    fused_rowwise = True
 
     def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)

@@ -90,13 +90,14 @@ def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
     return "i32" if value < 2**31 else "i64", value % 16 == 0 and not parameter.do_not_specialize
 
 
-def record(launcher: Callable[..., None], *args: Any, **kwargs: Any) -> list[Launch]:
-    """The launches that a launcher makes for CPU tensors, none of them run."""
+def record(make: Callable[..., Callable[..., None]], *args: Any, **options: Any) -> list[Launch]:
+    """Return the launches that a plan for CPU tensors makes, none of them run."""
     launches = []
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch(kernel, args, kwargs))
+        if not warmup:
+            launches.append(Launch(kernel, args, kwargs))
 
     with mock.patch.object(JITFunction, "run", run):
-        launcher(*args, **kwargs)
+        make(*args, **options)(*args)
     return launches

@@ -59,7 +59,7 @@ def test_quantisers(architecture, dtype):
 def test_rotating_quantisers(architecture, dtype, block):
     x, codes = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
     outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
-    launches = record(quantize_rotated.quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
+    launches = record(quantize_rotated.plan_quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
     for cols in (5120, 28_672):  # held in several tiles, and read twice
         launches += rotated_rowwise_launches(65, cols, DTYPES[dtype], block)
     compile_all(launches, architecture)
@@ -67,7 +67,7 @@ def test_rotating_quantisers(architecture, dtype, block):
 
 def rotated_rowwise_launches(rows, cols, dtype, block):
     x, codes = torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols, dtype=torch.int8)
-    return record(quantize_rotated_rowwise.quantize_rotated_rowwise, x, block, codes, torch.empty(rows))
+    return record(quantize_rotated_rowwise.plan_quantize_rotated_rowwise, x, block, codes, torch.empty(rows))
 
 
 @pytest.mark.parametrize("cols", [4096, 5120])
@@ -84,7 +84,9 @@ def test_rotation_of_the_features_is_a_product_of_tensor_cores(cols):
 def test_rotation_is_a_product_of_tensor_cores(block):
     """Tiles are copied to where tensor cores read them while the one before is worked on, codes stored 16 at a time."""
     x, codes = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
-    launches = record(quantize_rotated.quantize_rotated_columnwise_and_transpose, x, block, codes, torch.empty(256))
+    launches = record(
+        quantize_rotated.plan_quantize_rotated_columnwise_and_transpose, x, block, codes, torch.empty(256)
+    )
     for kernel in (compiled := compile_all(launches, "sm_90")):
         assert "wgmma.mma_async" in kernel.asm["ptx"]
         assert "cp.async.cg" in kernel.asm["ptx"]
@@ -97,16 +99,16 @@ def quantiser_launches(dtype, rows, cols):
     codes, codes_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
     absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)
     calls = [
-        (quantize_rowwise.quantize_rowwise, x, codes, absmax_row),
-        (quantize_rowwise.dequantize_rowwise, codes, absmax_row, dtype, x),
-        (quantize_global.quantize_global, x, codes, absmax),
-        (quantize_global.quantize_global_transpose, x, codes_t, absmax),
-        (quantize_global.quantize_transpose_by_absmax, x, absmax, codes_t),
-        (quantize_global.quantize_global_with_transpose, x, codes, codes_t, absmax),
-        (quantize_columnwise.quantize_columnwise_and_transpose, x, codes_t, absmax_col),
-        (quantize_by_absmax.quantize_by_absmax, x, absmax_row, codes),
+        (quantize_rowwise.plan_quantize_rowwise, x, codes, absmax_row),
+        (quantize_rowwise.plan_dequantize_rowwise, codes, absmax_row, dtype, x),
+        (quantize_global.plan_quantize_global, x, codes, absmax),
+        (quantize_global.plan_quantize_global_transpose, x, codes_t, absmax),
+        (quantize_global.plan_quantize_transpose_by_absmax, x, absmax, codes_t),
+        (quantize_global.plan_quantize_global_with_transpose, x, codes, codes_t, absmax),
+        (quantize_columnwise.plan_quantize_columnwise_and_transpose, x, codes_t, absmax_col),
+        (quantize_by_absmax.plan_quantize_by_absmax, x, absmax_row, codes),
     ]
-    return {launcher.__name__: record(launcher, *args) for launcher, *args in calls}
+    return {make.__name__.removeprefix("plan_"): record(make, *args) for make, *args in calls}
 
 
 def test_launches():
@@ -147,7 +149,7 @@ HOPPER = {
 def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
     a, b = torch.empty(m, k, dtype=torch.int8), torch.empty(n, k, dtype=torch.int8)
     return record(
-        int8_matmul.int8_matmul,
+        int8_matmul.plan_int8_matmul,
         a,
         b.t(),
         torch.empty(m),
@@ -224,12 +226,13 @@ def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
     a, b, out = operands(tokens), operands(cols), torch.empty(tokens, cols, dtype=torch.bfloat16)
     absmax = torch.empty(tokens)
     (launch,) = record(
-        int8_matmul.int8_matmul_mixed_dequantize, a, b.t(), absmax, absmax[:1], None, torch.bfloat16, out
+        int8_matmul.plan_int8_matmul_mixed_dequantize, a, b.t(), absmax, absmax[:1], None, torch.bfloat16, out
     )
     assert launch.kernel.__name__ == kernel
     padded = -(-inner // 16) * 16
     for given, arg in zip((a, b), launch.args, strict=False):
         read = getattr(arg, "base", arg)
+        read = read if given is a else read.t()
         assert read.shape == (given.shape[0], padded) and read.stride() == (padded, 1)
         assert read.data_ptr() % 16 == 0
         assert (read.data_ptr() == given.data_ptr()) == (layout == "contiguous" and inner == padded)
@@ -240,14 +243,24 @@ def odd_step_launches(tokens, in_features, out_features):
     """The launches of a step that take longest to compile: the quantiser that transposes and the two products."""
     weight, codes_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
     launches = record(
-        quantize_global.quantize_transpose_by_absmax, weight, torch.empty(1), torch.empty(codes_t, dtype=torch.int8)
+        quantize_global.plan_quantize_transpose_by_absmax,
+        weight,
+        torch.empty(1),
+        torch.empty(codes_t, dtype=torch.int8),
     )
     for n, k, bias in ((out_features, in_features, True), (in_features, out_features, False)):
         a, b = torch.empty(tokens, k, dtype=torch.int8), torch.empty(k, n, dtype=torch.int8)
         bias = torch.empty(n, dtype=torch.bfloat16) if bias else None
         out = torch.empty(tokens, n, dtype=torch.bfloat16)
         launches += record(
-            int8_matmul.int8_matmul_mixed_dequantize, a, b, torch.empty(tokens), torch.empty(1), bias, out.dtype, out
+            int8_matmul.plan_int8_matmul_mixed_dequantize,
+            a,
+            b,
+            torch.empty(tokens),
+            torch.empty(1),
+            bias,
+            out.dtype,
+            out,
         )
     return launches
 
@@ -310,9 +323,9 @@ def step_launches(tokens, in_features=256, out_features=384):
     x_codes, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
     config = matmul_config("sm_90", tokens, out_features, in_features)
     return [
-        *record(quantize_rowwise.quantize_rowwise, x, x_codes, absmax),
-        *record(quantize_rowwise.quantize_rowwise, grad, grad.to(torch.int8), absmax),
-        *record(quantize_rowwise.dequantize_rowwise, x_codes, absmax, x.dtype, x),
+        *record(quantize_rowwise.plan_quantize_rowwise, x, x_codes, absmax),
+        *record(quantize_rowwise.plan_quantize_rowwise, grad, grad.to(torch.int8), absmax),
+        *record(quantize_rowwise.plan_dequantize_rowwise, x_codes, absmax, x.dtype, x),
         *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
         *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
     ]

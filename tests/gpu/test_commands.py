@@ -8,7 +8,7 @@ from torch import nn
 
 import torch_switchback as ts
 from torch_switchback.advice.recommendation import LINEAR
-from torch_switchback.kernels import int8_matmul, int8_matmul_tma
+from torch_switchback.kernels import int8_matmul, int8_matmul_tma, launch
 from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_config
 
@@ -32,18 +32,17 @@ def test_explain_finds_a_kernel_that_does_not_run(monkeypatch):
         raise int8_matmul.CannotCompile("not today")
 
     monkeypatch.setattr(int8_matmul, "_replaced", {})
-    int8_matmul.plan_tuned.cache_clear()
+    monkeypatch.setattr(launch, "plans", {})
     tuned = matmul_config(architecture(torch.device("cuda", 0)), 4096, 4096, 4096)
     if not tuned.tma:
         pytest.skip("the plainest kernel has no fall-back")
     monkeypatch.setattr(int8_matmul, "_warp_specialized", broken)
-    monkeypatch.setattr(int8_matmul_tma, "launch_tma", broken)
+    monkeypatch.setattr(int8_matmul_tma, "plan_tma", broken)
     layer = ts.SwitchBackLinear(4096, 4096, device="cuda", dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="runs .* instead of"):
         (row,) = ts.explain(layer, tokens=4096).layers
     assert {product.kernel for product in row.products[:2]} == {"pointer"}
     assert "output: not today" in row.fallback
-    int8_matmul.plan_tuned.cache_clear()
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -25,7 +25,7 @@ def compiled(monkeypatch) -> list[str]:
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
-    launch.compiled_kernels.clear()
+    launch.plans.clear()
     names: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: names.append(fn.name))
     return names

@@ -67,10 +67,9 @@ def nothing_compiles(monkeypatch):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(launch, "compiled_kernels", {})
+    monkeypatch.setattr(launch, "plans", {})
     monkeypatch.setattr(_library, "not_compiled", {})
     monkeypatch.setattr(int8_matmul, "_replaced", {})
-    int8_matmul.plan_tuned.cache_clear()
 
 
 @strategies

@@ -18,13 +18,12 @@ from cases import (
     assert_same_int8_grad_weight,
     assert_same_to_a_code,
     codes,
+    planned,
     signal_to_noise,
 )
 from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
-from torch_switchback.kernels import (
-    int8_matmul,
-)
+from torch_switchback.kernels import int8_matmul, launch
 from torch_switchback.tuning import MatmulConfig, matmul_table
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -192,7 +191,7 @@ def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulCo
     for bias_ in (bias, None):
         expected = op(a, b, absmax_a, absmax_b, bias_, dtype)
         out = torch.full((m, n), 99, dtype=dtype, device="cuda")
-        int8_matmul.int8_matmul(
+        args = (
             a.cuda(),
             b.cuda(),
             absmax_a.cuda(),
@@ -200,9 +199,8 @@ def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulCo
             None if bias_ is None else bias_.cuda(),
             dtype,
             out,
-            absmax_per_col=rowwise,
-            config=config,
         )
+        planned(int8_matmul.plan_int8_matmul, absmax_per_col=rowwise, config=config)(*args)
         assert_same(out, expected)
 
 
@@ -255,11 +253,10 @@ def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatc
     too_large = MatmulConfig("tma", 128, 256, 128, group_m=8, num_stages=16, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: too_large)
     monkeypatch.setattr(int8_matmul, "_replaced", {})
-    int8_matmul.plan_tuned.cache_clear()
+    monkeypatch.setattr(launch, "plans", {})
     a, absmax = codes(256, 1024), torch.rand(256)
     expected = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
     on_gpu = a.cuda(), a.t().cuda(), absmax.cuda(), absmax[:1].cuda()
     with pytest.warns(UserWarning, match="instead of"):
         assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)
     assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)  # and says so once
-    int8_matmul.plan_tuned.cache_clear()

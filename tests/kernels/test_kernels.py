@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from cases import DTYPES, LAYOUTS, assert_same, codes
+from cases import DTYPES, LAYOUTS, assert_same, codes, planned
 from torch_switchback import ops
 from torch_switchback.kernels import (
     CannotCompile,
@@ -66,7 +66,7 @@ def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
 @dtypes
 def test_quantize_rowwise(dtype, layout, shape):
     x = layout(*shape, dtype)
-    check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, shape, shape[:1])
+    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, shape, shape[:1])
 
 
 @pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
@@ -74,7 +74,7 @@ def test_quantize_rowwise(dtype, layout, shape):
 def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
     assert quantize_rowwise.row_tile(cols).CHUNKS > 1
     x = layout(9, cols, torch.bfloat16)
-    check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (9, cols), (9,))
+    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (9, cols), (9,))
 
 
 def test_the_tile_of_a_row():
@@ -93,7 +93,7 @@ def test_the_tile_of_a_row():
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
 def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     x = torch.randn(2, cols)
-    check_quantiser(quantize_rowwise.quantize_rowwise, ops.quantize_rowwise, x, (2, cols), (2,))
+    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (2, cols), (2,))
 
 
 @shapes
@@ -102,7 +102,7 @@ def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
 def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
     rows, cols = shape
     check_quantiser(
-        quantize_columnwise.quantize_columnwise_and_transpose,
+        planned(quantize_columnwise.plan_quantize_columnwise_and_transpose),
         ops.quantize_columnwise_and_transpose,
         layout(*shape, dtype),
         (cols, rows),
@@ -114,7 +114,7 @@ def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
     monkeypatch.setattr(_absmax, "CTAS_PER_SM", 1)  # so that one does both tiles
     x = far_apart(130, 3)
-    launcher = quantize_columnwise.quantize_columnwise_and_transpose
+    launcher = planned(quantize_columnwise.plan_quantize_columnwise_and_transpose)
     check_quantiser(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
 
 
@@ -122,7 +122,9 @@ def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
 @layouts
 @dtypes
 def test_quantize_global(dtype, layout, shape, passes):
-    check_quantiser(quantize_global.quantize_global, ops.quantize_global, layout(*shape, dtype), shape, (1,))
+    check_quantiser(
+        planned(quantize_global.plan_quantize_global), ops.quantize_global, layout(*shape, dtype), shape, (1,)
+    )
 
 
 @shapes
@@ -130,10 +132,12 @@ def test_quantize_global(dtype, layout, shape, passes):
 @dtypes
 def test_quantize_global_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
-    check_quantiser(quantize_global.quantize_global_transpose, ops.quantize_global_transpose, x, shape[::-1], (1,))
+    check_quantiser(
+        planned(quantize_global.plan_quantize_global_transpose), ops.quantize_global_transpose, x, shape[::-1], (1,)
+    )
     expected, absmax = ops.quantize_global_transpose(x)
     out = poisoned(*shape[::-1])
-    quantize_global.quantize_transpose_by_absmax(x, absmax, out)
+    planned(quantize_global.plan_quantize_transpose_by_absmax)(x, absmax, out)
     assert_same(out, expected)
 
 
@@ -143,7 +147,7 @@ def test_quantize_global_transpose(dtype, layout, shape, passes):
 def test_quantize_global_with_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
     out, out_t, absmax = poisoned(*shape), poisoned(*shape[::-1]), poisoned(1, dtype=torch.float32)
-    quantize_global.quantize_global_with_transpose(x, out, out_t, absmax)
+    planned(quantize_global.plan_quantize_global_with_transpose)(x, out, out_t, absmax)
     for actual, expected in zip((out, out_t, absmax), ops.quantize_global_with_transpose(x), strict=True):
         assert_same(actual, expected)
 
@@ -156,21 +160,21 @@ def test_quantize_by_absmax(by_row, dtype, layout, shape):
     x = layout(*shape, dtype)
     _, absmax = (ops.quantize_rowwise if by_row else ops.quantize_global)(x)
     out = poisoned(*shape)
-    quantize_by_absmax.quantize_by_absmax(x, absmax, out)
+    planned(quantize_by_absmax.plan_quantize_by_absmax)(x, absmax, out)
     assert_same(out, ops.quantize_by_absmax(x, absmax))
 
 
 def test_quantize_by_absmax_of_rows_longer_than_a_block():
     x = torch.randn(7, 2500)
     out, absmax = poisoned(7, 2500), (torch.rand(14) + 5)[::2]
-    quantize_by_absmax.quantize_by_absmax(x, absmax, out)
+    planned(quantize_by_absmax.plan_quantize_by_absmax)(x, absmax, out)
     assert_same(out, ops.quantize_by_absmax(x, absmax))
 
 
 def test_a_nan_of_either_sign_passes_quantize_transpose_by_absmax():
     negative_nan = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
     out = poisoned(5, 3)
-    quantize_global.quantize_transpose_by_absmax(torch.randn(3, 5), negative_nan, out)
+    planned(quantize_global.plan_quantize_transpose_by_absmax)(torch.randn(3, 5), negative_nan, out)
     assert not out.any()
 
 
@@ -182,7 +186,7 @@ def test_dequantize_rowwise(dtype, shape):
     absmax[1:2] = float("nan")
     for x in (codes(rows, cols), codes(cols, rows).t()):
         out = poisoned(rows, cols, dtype=dtype)
-        quantize_rowwise.dequantize_rowwise(x, absmax, dtype, out)
+        planned(quantize_rowwise.plan_dequantize_rowwise)(x, absmax, dtype, out)
         if dtype == torch.bfloat16:
             x = x.clone()
             finite = truncate_to_bfloat16(ops.dequantize_rowwise(x, absmax.nan_to_num(0), torch.float32))
@@ -218,7 +222,9 @@ def test_products(dtype, has_bias, rowwise, shape, config):
     absmax_a, absmax_b = torch.rand(m), torch.rand(n if rowwise else 1)
     bias = torch.randn(n) if has_bias else None
     out = poisoned(m, n, dtype=dtype)
-    int8_matmul.int8_matmul(a, b, absmax_a, absmax_b, bias, out.dtype, out, absmax_per_col=rowwise, config=config)
+    planned(int8_matmul.plan_int8_matmul, absmax_per_col=rowwise, config=config)(
+        a, b, absmax_a, absmax_b, bias, out.dtype, out
+    )
     op = ops.int8_matmul_rowwise_dequantize if rowwise else ops.int8_matmul_mixed_dequantize
     if dtype == torch.bfloat16:
         assert_same(out, truncate_to_bfloat16(op(a, b, absmax_a, absmax_b, bias, torch.float32)))
@@ -233,7 +239,9 @@ def test_a_negative_zero_keeps_its_sign_where_there_is_no_bias(has_bias, config)
     tiny = torch.full((5,), 1e-30)  # whose products with each other are 0
     bias = torch.zeros(16) if has_bias else None
     out = poisoned(5, 16, dtype=torch.float32)
-    int8_matmul.int8_matmul(a, b, tiny, tiny[:1], bias, out.dtype, out, absmax_per_col=False, config=config)
+    planned(int8_matmul.plan_int8_matmul, absmax_per_col=False, config=config)(
+        a, b, tiny, tiny[:1], bias, out.dtype, out
+    )
     expected = ops.int8_matmul_mixed_dequantize(a, b, tiny, tiny[:1], bias, torch.float32)
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
     assert bool(out.signbit().all()) is not has_bias
@@ -247,16 +255,18 @@ def test_products_that_int32_cannot_hold(inner):
     ones = torch.full((3,), 127.0)
     out = poisoned(2, 3, dtype=torch.float32)
     b = torch.full((3, inner), 127, dtype=torch.int8).t()
-    int8_matmul.int8_matmul(a, b, ones[:2], ones[:1], None, out.dtype, out, absmax_per_col=False, config=config)
+    planned(int8_matmul.plan_int8_matmul, absmax_per_col=False, config=config)(
+        a, b, ones[:2], ones[:1], None, out.dtype, out
+    )
     assert_same(out, (a.long() @ b.long()).float())
 
 
 def test_the_launchers_of_both_products_pass_their_arguments_on():
     a, b, out = codes(5, 64), codes(7, 64).t(), poisoned(5, 7, dtype=torch.float32)
     absmax_a, absmax_b = torch.rand(5), torch.rand(7)
-    int8_matmul.int8_matmul_rowwise_dequantize(a, b, absmax_a, absmax_b, None, torch.float32, out)
+    planned(int8_matmul.plan_int8_matmul_rowwise_dequantize)(a, b, absmax_a, absmax_b, None, torch.float32, out)
     assert_same(out, ops.int8_matmul_rowwise_dequantize(a, b, absmax_a, absmax_b, None, torch.float32))
-    int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax_a, absmax_b[:1], None, torch.float32, out)
+    planned(int8_matmul.plan_int8_matmul_mixed_dequantize)(a, b, absmax_a, absmax_b[:1], None, torch.float32, out)
     assert_same(out, ops.int8_matmul_mixed_dequantize(a, b, absmax_a, absmax_b[:1], None, torch.float32))
 
 
@@ -268,15 +278,16 @@ def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
     config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
     monkeypatch.setattr(int8_matmul, "_replaced", {})
-    int8_matmul.plan_tuned.cache_clear()
     a, b, absmax = codes(16, 32), codes(48, 32).t(), torch.rand(16)
     out = torch.empty(16, 48)
     expected = ops.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32)
     with pytest.warns(UserWarning, match="instead of .*warp_specialized.* the interpreter does not run Gluon"):
-        int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
+        planned(int8_matmul.plan_int8_matmul_mixed_dequantize)(a, b, absmax, absmax[:1], None, torch.float32, out)
     assert_same(out, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        int8_matmul.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32, out)
+        planned(int8_matmul.plan_int8_matmul_mixed_dequantize)(a, b, absmax, absmax[:1], None, torch.float32, out)
     with pytest.raises(CannotCompile):
-        int8_matmul.int8_matmul(a, b, absmax, absmax[:1], None, out.dtype, out, absmax_per_col=False, config=config)
+        planned(int8_matmul.plan_int8_matmul, absmax_per_col=False, config=config)(
+            a, b, absmax, absmax[:1], None, out.dtype, out
+        )

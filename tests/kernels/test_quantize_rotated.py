@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_kernels import far_apart, poisoned
 
-from cases import DTYPES, LAYOUTS, assert_same, assert_same_to_a_code
+from cases import DTYPES, LAYOUTS, assert_same, assert_same_to_a_code, planned
 from torch_switchback import ops
 from torch_switchback.kernels import quantize_rotated
 
@@ -17,9 +17,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 def check(x, block, exact=False):
     expected = ops.quantize_rowwise_and_rotated_columnwise(x, block)
     out = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
-    quantize_rotated.quantize_rowwise_and_rotated_columnwise(x, block, *out)
+    planned(quantize_rotated.plan_quantize_rowwise_and_rotated_columnwise)(x, block, *out)
     alone = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected[2:]]
-    quantize_rotated.quantize_rotated_columnwise_and_transpose(x, block, *alone)
+    planned(quantize_rotated.plan_quantize_rotated_columnwise_and_transpose)(x, block, *alone)
     for actual, wanted in zip(out[:2], expected[:2], strict=True):
         assert_same(actual, wanted)
     for columns in (out[2:], alone):

@@ -131,13 +131,14 @@ def _layer_on_the_cpu() -> bool:
 
 
 def _product_on_the_gpu(config: MatmulConfig, device: torch.device) -> bool:
-    from ..kernels.int8_matmul import int8_matmul
+    from ..kernels.int8_matmul import plan_int8_matmul
 
     (a, a_absmax), (b, b_absmax) = ops.quantize_rowwise(_random(300, 512)), ops.quantize_global(_random(264, 512))
     expected = ops.int8_matmul_mixed_dequantize(a, b.t(), a_absmax, b_absmax, None, torch.bfloat16)
     out = torch.empty_like(expected, device=device)
     operands = (a.to(device), b.to(device).t(), a_absmax.to(device), b_absmax.to(device))
-    int8_matmul(*operands, None, out.dtype, out, absmax_per_col=False, config=config)
+    args = (*operands, None, out.dtype, out)
+    plan_int8_matmul(*args, absmax_per_col=False, config=config)(*args)
     return torch.equal(out.cpu(), expected)
 
 

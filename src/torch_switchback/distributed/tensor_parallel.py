@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..config import SwitchBackConfig
-from ..functional import SwitchBackFunction
+from ..functional import Call, SwitchBackFunction
 from ..scaling import Quantized, Scaling, scaling_for
 from . import sharding_rules  # noqa: F401  (registers them)
 from .absmax import absmax_bits, all_reduce_max
@@ -81,7 +81,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     scaling = scaling_for(config, x)
     if placement != Replicate():
         scaling = ShardedScaling(scaling, config, placement, local_weight, group)
-    y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, config, None, scaling, False)
+    y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, Call(config, None, scaling, False))
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(y, mesh, [y_placement], run_check=False, shape=shape, stride=stride)

@@ -5,6 +5,7 @@ Small x has no first pass: it is its own parts. Of columns there are too many pa
 they are gathered by atomics. An integer max over the bits of float32 (see ``magnitude_bits``) is exact in any order.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ._numerics import bits_to_float, magnitude_bits
-from .device import num_sms
-from .launch import VECTOR, ceil_div, launch
+from .device import empty, num_sms
+from .launch import VECTOR, Plan, bind, ceil_div
 
 BLOCK = 8192
 BLOCK_ROWS, BLOCK_COLS = 128, 64
@@ -98,16 +99,25 @@ class PartialTile(NamedTuple):
     num_warps: int
 
 
-def partial_absmax(x: torch.Tensor) -> torch.Tensor:
-    """Return values whose absmax is that of x (contiguous): x if it is small, else one per part, up to MAX_PARTS."""
+def empty_parts(x: torch.Tensor) -> torch.Tensor:
+    """Return memory for values with the absmax of x, one per part of it, at most MAX_PARTS; x itself if it is small."""
     elements = x.numel()
     if elements <= MAX_SMALL:
         return x
     programs = min(ceil_div(elements, BLOCK), CTAS_PER_SM * num_sms(x.device), MAX_PARTS - 1)
-    parts = x.new_empty(programs + 1, dtype=torch.float32)
-    args = (x, parts, elements, whole_vectors(elements))
-    launch(partial_absmax_kernel, (programs,), args, PartialTile(BLOCK, VECTOR, num_warps=8))
-    return parts
+    return empty(x, (programs + 1,), torch.float32)
+
+
+def bind_partial_absmax(x: torch.Tensor, parts: torch.Tensor) -> Callable[..., None] | None:
+    """Return the launch that fills parts, of :func:`empty_parts`, from x (contiguous); None if x is its own parts.
+
+    Its grid is one program less than there are parts. Its arguments are x, parts, the number of elements, and how many
+    of them are in whole vectors.
+    """
+    if parts is x:
+        return None
+    args = (x, parts, x.numel(), whole_vectors(x.numel()))
+    return bind(partial_absmax_kernel, args, PartialTile(BLOCK, VECTOR, num_warps=8))
 
 
 def whole_vectors(elements: int) -> int:
@@ -120,10 +130,10 @@ def columnwise_absmax_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     absmax_ptr,  # [cols] int32 bits, zeros at first
     rows,
+    tiles,  # below each other, that a program does
     cols,
     stride_row,
     stride_col,
-    tiles,  # below each other, that a program does
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -151,12 +161,20 @@ class ColumnTile(NamedTuple):
     num_warps: int
 
 
-def columnwise_absmax(x: torch.Tensor, absmax: torch.Tensor) -> None:
-    """Fill absmax [cols] with that of each column of x [rows, cols]."""
-    rows, cols = x.shape
-    col_blocks, row_blocks = ceil_div(cols, BLOCK_COLS), ceil_div(rows, BLOCK_ROWS)
-    tiles = max(1, row_blocks * col_blocks // (CTAS_PER_SM * num_sms(x.device)))
-    absmax.zero_()
-    args = (x, absmax.view(torch.int32), rows, cols, *x.stride(), tiles)
-    grid = (ceil_div(row_blocks, tiles) * col_blocks,)
-    launch(columnwise_absmax_kernel, grid, args, ColumnTile(BLOCK_ROWS, BLOCK_COLS, NUM_STAGES, num_warps=4))
+def plan_columnwise_absmax(x: torch.Tensor, absmax: torch.Tensor) -> Plan:
+    """Return the plan that fills absmax [cols] with that of each column of x [rows, cols]."""
+    cols = x.shape[1]
+    sizes = cols, *x.stride()
+    col_blocks, most_programs = ceil_div(cols, BLOCK_COLS), CTAS_PER_SM * num_sms(x.device)
+    tile = ColumnTile(BLOCK_ROWS, BLOCK_COLS, NUM_STAGES, num_warps=4)
+    launch = bind(columnwise_absmax_kernel, (x, absmax.view(torch.int32), x.shape[0], 1, *sizes), tile)
+
+    def run(x: torch.Tensor, absmax: torch.Tensor) -> None:
+        rows = x.shape[0]
+        row_blocks = ceil_div(rows, BLOCK_ROWS)
+        tiles = max(1, row_blocks * col_blocks // most_programs)
+        absmax.zero_()
+        grid = (ceil_div(row_blocks, tiles) * col_blocks, 1, 1)
+        launch(grid, x, absmax.view(torch.int32), rows, tiles, *sizes)
+
+    return run

@@ -10,7 +10,7 @@ from . import _absmax
 from ._absmax import parts_block, reduce_absmax, reduce_columnwise_absmax
 from ._numerics import inverse_scale, quantize
 from ._tiles import tile_position
-from .launch import VECTOR, ceil_div, launch, next_power_of_2
+from .launch import VECTOR, Plan, bind, ceil_div, next_power_of_2
 
 BLOCK_ROWS = 64
 BLOCK_COLS, NUM_WARPS = 128, 4
@@ -27,9 +27,9 @@ def quantize_transpose_kernel(
     codes_ptr,  # [rows, cols] int8, contiguous; unused unless STORE_PLAIN
     codes_t_ptr,  # [cols, rows] int8, contiguous
     absmax_ptr,  # [cols] if COLUMNWISE, else [1], fp32; unused unless STORE_ABSMAX
+    parts,
     rows,
     cols,
-    parts,
     stride_row,
     stride_col,
     stride_part,
@@ -94,16 +94,16 @@ class TransposeTile(NamedTuple):
     num_warps: int
 
 
-def quantize_transpose(
+def plan_quantize_transpose(
     x: torch.Tensor,
     parts: torch.Tensor,
     codes_t: torch.Tensor,
     absmax: torch.Tensor | None,
-    codes: torch.Tensor | None = None,
+    codes: torch.Tensor | None,
     *,
     columnwise: bool = False,
-) -> None:
-    """Fill codes_t [cols, rows], and absmax and codes [rows, cols] if they are given, from x [rows, cols].
+) -> Plan:
+    """Return the plan that fills codes_t [cols, rows], and absmax and codes [rows, cols] if given, from x [rows, cols].
 
     parts: values with the absmax of x, contiguous; if columnwise, [parts, cols] with that of each column, any strides.
     """
@@ -120,18 +120,33 @@ def quantize_transpose(
         GROUP_ROWS=GROUP_ROWS,
         num_warps=NUM_WARPS if in_vectors else NUM_WARPS_ODD,
     )
-    args = (
-        x,
-        parts,
-        codes_t if codes is None else codes,
-        codes_t,
-        codes_t if absmax is None else absmax,
-        rows,
-        cols,
-        count,
-        *x.stride(),
-        *(parts.stride() if columnwise else (1, 1)),
-    )
+    strides = (*x.stride(), *(parts.stride() if columnwise else (1, 1)))
     # At least one program per block of columns: without rows there is still an absmax to store.
-    grid = (max(1, ceil_div(rows, BLOCK_ROWS)) * max(1, ceil_div(cols, tile.BLOCK_COLS)),)
-    launch(quantize_transpose_kernel, grid, args, tile)
+    col_blocks = max(1, ceil_div(cols, tile.BLOCK_COLS))
+    unused = codes_t
+    tensors = x, parts, unused if codes is None else codes, codes_t, unused if absmax is None else absmax
+    launch = bind(quantize_transpose_kernel, (*tensors, count, rows, cols, *strides), tile)
+
+    def run(
+        x: torch.Tensor,
+        parts: torch.Tensor,
+        codes_t: torch.Tensor,
+        absmax: torch.Tensor | None,
+        codes: torch.Tensor | None,
+    ) -> None:
+        rows = x.shape[0]
+        count = parts.shape[0] if columnwise else parts.numel()
+        launch(
+            (max(1, ceil_div(rows, BLOCK_ROWS)) * col_blocks, 1, 1),
+            x,
+            parts,
+            codes_t if codes is None else codes,
+            codes_t,
+            codes_t if absmax is None else absmax,
+            count,
+            rows,
+            cols,
+            *strides,
+        )
+
+    return run

@@ -1,5 +1,6 @@
 """Device queries that kernels need. Nothing here imports Triton."""
 
+import ctypes
 import functools
 from collections.abc import Callable
 
@@ -13,6 +14,24 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda:
 
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 """Device index -> the handle of its current stream."""
+
+
+_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a contiguous tensor on the device of another, uninitialized.
+
+    For a plain CUDA tensor, whose device must be the current one, it skips PyTorch's dispatcher as torch.compile's code
+    does: 1.5 µs instead of 2.6 (H200 host).
+    """
+    if like.is_cuda and type(like) in (torch.Tensor, torch.nn.Parameter) and _empty_strided_cuda is not None:
+        if len(shape) == 2:
+            rows, cols = shape
+            return _empty_strided_cuda((rows, cols), (cols, 1), dtype)  # tuples alone: it refuses a torch.Size
+        if len(shape) == 1:
+            return _empty_strided_cuda((shape[0],), (1,), dtype)
+    return like.new_empty(shape, dtype=dtype)
 
 
 @functools.cache
@@ -34,6 +53,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def driver_version() -> int:
+    """Return the newest CUDA that the driver supports, as 1000 × major + 10 × minor, or 0 if it does not say."""
+    version = ctypes.c_int(0)  # PyTorch 2.11 has no function for it
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
 @functools.cache
 def supports_pdl(device: torch.device) -> bool:
     """Return whether a kernel may start before the one ahead of it ends, also in CUDA graphs.
@@ -45,5 +74,5 @@ def supports_pdl(device: torch.device) -> bool:
         device.type == "cuda"
         and not torch.version.hip
         and torch.cuda.get_device_capability(device) == (9, 0)
-        and torch._C._cuda_getDriverVersion() >= PDL_DRIVER  # type: ignore[attr-defined]
+        and driver_version() >= PDL_DRIVER
     )

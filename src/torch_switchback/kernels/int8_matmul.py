@@ -8,15 +8,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 
-from ..tuning import MatmulConfig, matmul_config, octave, padded
+from ..tuning import MatmulConfig, matmul_config, padded
 from . import CannotCompile, int8_matmul_pointer, int8_matmul_tma
 from ._matmul import K_CHUNK
 from .device import architecture
+from .launch import VECTOR, Plan
 
 # The next plainer kernel, for a configuration that this Triton or this GPU cannot run.
 _LAST_RESORT = MatmulConfig("pointer", 64, 64, 64, group_m=8, num_stages=3, num_warps=4)
@@ -28,15 +29,7 @@ _PLAINER = {
 _replaced: dict[MatmulConfig, tuple[MatmulConfig, str]] = {}
 
 
-class Plan(NamedTuple):
-    """How one class of matmuls is launched: everything but the tensors and the number of rows."""
-
-    launch: Callable[..., None]
-    constants: Any  # of the kernel
-    max_programs: int | None  # that share the tiles of a persistent kernel
-
-
-def int8_matmul(
+def plan_int8_matmul(
     a: torch.Tensor,
     b: torch.Tensor,
     absmax_a: torch.Tensor,
@@ -47,55 +40,70 @@ def int8_matmul(
     *,
     absmax_per_col: bool,
     config: MatmulConfig | None = None,
-) -> None:
-    """Fill out [M, N] with the dequantized product of a [M, K] and b [K, N].
+) -> Plan:
+    """Return the plan that fills out [M, N] with the dequantized product of a [M, K] and b [K, N].
 
     Args:
         config: the configuration to run; the tuned one if None. Warns (once per configuration) if the tuned one cannot
-            run, and runs a plainer one.
+            run, and takes a plainer one.
 
     Raises:
         CannotCompile: the given configuration does not compile, or none does.
     """
-    a, b = _in_whole_vectors(a), _in_whole_vectors(b.t())
-    (m, k), n = a.shape, b.shape[0]
-    kind = (a.device, n, k, k > 0 and out.numel() > 0 and _fits_tma(out), absmax_per_col, bias is not None, out_dtype)
-    if bias is not None:
-        bias = bias.contiguous()
-    operands = a, b, absmax_a.contiguous(), absmax_b.contiguous(), bias, out
-    try:
-        plan = plan_tuned(octave(m), *kind) if config is None else make_plan(config, *kind)
-        plan.launch(*operands, plan.constants, plan.max_programs)
-    except CannotCompile as error:
-        if config is not None:
-            raise
-        _fall_back(octave(m), kind, error)
-        int8_matmul(a, b.t(), absmax_a, absmax_b, bias, out_dtype, out, absmax_per_col=absmax_per_col)
+    k = padded(a.shape[1])
+    pads_a, pads_b = not _in_whole_vectors(a), not _in_whole_vectors(b.t())
+
+    def prepare(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+        if pads_a:
+            a = _copy_padded(a, k)
+        if pads_b:
+            b = _copy_padded(b.t(), k).t()
+        return a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous(), out
+
+    operands = prepare(a, b, absmax_a, absmax_b, bias, out)
+    multiply = _plan_kernel(operands, absmax_per_col, config)
+    is_prepared = all(one is other for one, other in zip(operands, (a, b, absmax_a, absmax_b, bias, out), strict=True))
+
+    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
+        if is_prepared:
+            multiply(a, b, absmax_a, absmax_b, bias, out)
+        else:
+            multiply(*prepare(a, b, absmax_a, absmax_b, bias, out))
+
+    return run
 
 
-int8_matmul_mixed_dequantize = functools.partial(int8_matmul, absmax_per_col=False)
-int8_matmul_rowwise_dequantize = functools.partial(int8_matmul, absmax_per_col=True)
+plan_int8_matmul_mixed_dequantize = functools.partial(plan_int8_matmul, absmax_per_col=False)
+plan_int8_matmul_rowwise_dequantize = functools.partial(plan_int8_matmul, absmax_per_col=True)
 
 
-@functools.lru_cache(4096)
-def plan_tuned(rows_octave: int, device: torch.device, n: int, k: int, fits_tma: bool, *epilogue: Any) -> Plan:
-    """Return the plan for any number of rows in one octave. At most one kernel is compiled per plan."""
-    config, _ = chosen(architecture(device), 1 << rows_octave, n, k, fits_tma=fits_tma)
-    return make_plan(config, device, n, k, fits_tma, *epilogue)
+def _plan_kernel(operands: tuple[Any, ...], absmax_per_col: bool, config: MatmulConfig | None) -> Plan:
+    """Return the plan of one kernel: of a configuration, or of the tuned one, or of the first plainer one that runs."""
+    a, b, _, _, _, out = operands
+    (m, k), n = a.shape, b.shape[1]
+    fits_tma = k > 0 and out.numel() > 0 and n * out.element_size() % VECTOR == 0 and out.data_ptr() % VECTOR == 0
+    if config is not None:
+        return _planner(config, fits_tma, k)(*operands, absmax_per_col, config)
+    tuned = matmul_config(architecture(a.device), m, n, k, tma=fits_tma)
+    while True:
+        config, _ = _replaced.get(tuned, (tuned, ""))
+        try:
+            return _planner(config, fits_tma, k)(*operands, absmax_per_col, config)
+        except CannotCompile as error:
+            plainer = _PLAINER[config.kernel]
+            if config == plainer:
+                raise
+            _replaced[tuned] = plainer, str(error)
+            warnings.warn(f"torch_switchback runs {plainer} instead of {tuned}: {error}", stacklevel=2)
 
 
-def make_plan(config: MatmulConfig, device: torch.device, n: int, k: int, fits_tma: bool, *epilogue: Any) -> Plan:
-    """Return the plan for a configuration. It takes another kernel where the matmul does not allow the configured one.
-
-    Raises:
-        CannotCompile: the kernel is written in Gluon, and this Triton has another Gluon, or interprets.
-    """
+def _planner(config: MatmulConfig, fits_tma: bool, k: int) -> Callable[..., Plan]:
+    """Return what plans a configuration: another kernel than its own where the matmul does not allow that."""
     if config.kernel == "pointer" or not fits_tma:
-        return Plan(int8_matmul_pointer.launch_pointer, *int8_matmul_pointer.plan(config, device, k, *epilogue))
+        return int8_matmul_pointer.plan_pointer
     if config.kernel == "tma" or k > K_CHUNK:
-        return Plan(int8_matmul_tma.launch_tma, *int8_matmul_tma.plan(config, device, k, *epilogue))
-    module = _warp_specialized()
-    return Plan(module.launch_warp_specialized, *module.plan(config, device, k, *epilogue))
+        return int8_matmul_tma.plan_tma
+    return _warp_specialized().plan_warp_specialized
 
 
 def chosen(architecture: str, m: int, n: int, k: int, *, fits_tma: bool) -> tuple[MatmulConfig, str]:
@@ -105,23 +113,6 @@ def chosen(architecture: str, m: int, n: int, k: int, *, fits_tma: bool) -> tupl
     if config.kernel == "warp_specialized" and k > K_CHUNK:
         return replace(config, kernel="tma"), f"int32 sums are carried over at an inner dimension above {K_CHUNK}"
     return config, reason
-
-
-def _fall_back(rows_octave: int, kind: tuple[Any, ...], error: CannotCompile) -> None:
-    """Replace the tuned configuration by a plainer one from now on.
-
-    Raises:
-        CannotCompile: there is no plainer one.
-    """
-    device, n, k, fits_tma, *_ = kind
-    tuned = matmul_config(architecture(device), 1 << rows_octave, n, k, tma=fits_tma)
-    config, _ = _replaced.get(tuned, (tuned, ""))
-    plainer = _PLAINER[config.kernel]
-    if config == plainer:
-        raise error
-    _replaced[tuned] = plainer, str(error)
-    plan_tuned.cache_clear()
-    warnings.warn(f"torch_switchback runs {plainer} instead of {tuned}: {error}", stacklevel=3)
 
 
 @functools.cache
@@ -140,23 +131,20 @@ def _warp_specialized() -> ModuleType:
     return int8_matmul_warp_specialized
 
 
-def _in_whole_vectors(x: torch.Tensor) -> torch.Tensor:
-    """Return x [rows, inner] if its rows are whole vectors that do not overlap, else a copy padded with zeros.
+def _in_whole_vectors(x: torch.Tensor) -> bool:
+    """Return whether the rows of x [rows, inner], int8, are whole vectors, aligned, and do not overlap."""
+    inner, (pitch, step) = x.shape[1], x.stride()
+    return inner % VECTOR == 0 and step == 1 and pitch >= inner and pitch % VECTOR == 0 and x.data_ptr() % VECTOR == 0
+
+
+def _copy_padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Return a copy of x [rows, inner], padded with zeros to the width.
 
     Zeros add nothing. Without them every byte is a load of its own: 16384 × 4095 → 4096 took 3.5 ms and takes 0.5
     (docs/performance.md).
     """
     rows, inner = x.shape
-    width = padded(inner)
-    if inner == width and _fits_tma(x):
-        return x
     copy = x.new_empty(rows, width)
     copy[:, inner:].zero_()
     copy[:, :inner].copy_(x)
     return copy
-
-
-def _fits_tma(x: torch.Tensor) -> bool:
-    """Return whether a TMA descriptor can describe x [rows, cols]: 16-byte aligned rows that do not overlap."""
-    pitch, step = x.stride()
-    return step == 1 and pitch >= x.shape[1] and pitch * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0

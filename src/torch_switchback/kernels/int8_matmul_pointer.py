@@ -1,6 +1,6 @@
 """The matmul as a kernel on pointers, one tile per program: for every GPU, and for outputs that TMA cannot store."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from ..tuning import MatmulConfig
 from ._matmul import K_CHUNK, dequantize_tile, load_bias
 from ._tiles import tile_position
 from .device import supports_pdl
-from .launch import ceil_div, launch
+from .launch import Plan, bind, ceil_div
 
 
 @triton.jit(do_not_specialize=["M", "has_bias"])
@@ -22,11 +22,11 @@ def int8_matmul_kernel(
     absmax_b_ptr,  # [N] or [1] fp32
     bias_ptr,  # [N] fp16/bf16/fp32; unused unless has_bias
     M,
+    has_bias,  # 0 or 1, and no constant: a layer's forward and its backward share a compiled kernel
     N,
     K,
     stride_a,
     stride_b,
-    has_bias,  # 0 or 1, and no constant: a layer's forward and its backward share a compiled kernel
     ABSMAX_PER_COL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,51 +114,40 @@ class Constants(NamedTuple):
     num_stages: int
 
 
-def plan(
-    config: MatmulConfig, device: torch.device, k: int, absmax_per_col: bool, has_bias: bool, out_dtype: torch.dtype
-) -> tuple[Constants, None]:
-    """Return the kernel's constants. Each tile has a program of its own."""
-    constants = Constants(
-        absmax_per_col,
-        config.block_m,
-        config.block_n,
-        config.block_k,
-        config.group_m,
-        K_CHUNK if k > K_CHUNK else 0,
-        supports_pdl(device),
-        config.num_warps,
-        config.num_stages,
-    )
-    return constants, None
-
-
-def launch_pointer(
+def plan_pointer(
     a: torch.Tensor,
     b: torch.Tensor,
     absmax_a: torch.Tensor,
     absmax_b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    constants: Constants,
-    max_programs: None,
-) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K], in both of which K is contiguous."""
-    M, K = a.shape
-    N = b.shape[0]
-    has_bias = int(bias is not None)
-    args = (
-        a,
-        b,
-        out,
-        absmax_a,
-        absmax_b,
-        out if bias is None else bias,
-        M,
-        N,
-        K,
-        a.stride(0),
-        b.stride(0),
-        has_bias,
+    absmax_per_col: bool,
+    config: MatmulConfig,
+) -> Plan:
+    """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous.
+
+    It takes a, b, absmax_a, absmax_b, bias and out.
+    """
+    K, N = b.shape
+    constants = Constants(
+        ABSMAX_PER_COL=absmax_per_col,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        K_CHUNK=K_CHUNK if K > K_CHUNK else 0,
+        PDL_WAIT=supports_pdl(a.device),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    tiles = ceil_div(M, constants.BLOCK_M) * ceil_div(N, constants.BLOCK_N)
-    launch(int8_matmul_kernel, (tiles,), args, constants)
+    sizes = int(bias is not None), N, K, a.stride(0), b.stride(1)
+    block_m, blocks_n = config.block_m, ceil_div(N, config.block_n)
+    tensors = a, b, out, absmax_a, absmax_b, out if bias is None else bias
+    launch = bind(int8_matmul_kernel, (*tensors, a.shape[0], *sizes), constants)
+
+    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> None:
+        M = a.shape[0]
+        grid = (ceil_div(M, block_m) * blocks_n, 1, 1)
+        launch(grid, a, b, out, absmax_a, absmax_b, out if bias is None else bias, M, *sizes)
+
+    return run

@@ -11,7 +11,7 @@ from ..tuning import MatmulConfig
 from ._matmul import K_CHUNK, dequantize_tile
 from ._tiles import tile_position
 from .device import num_sms, supports_pdl
-from .launch import ceil_div, launch
+from .launch import Plan, bind, ceil_div
 
 # Two accumulators a thread: with 4 warps they spill.
 WIDE_SUMS = MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=4, num_warps=8)
@@ -89,58 +89,67 @@ class Constants(NamedTuple):
     num_stages: int
 
 
-def plan(
-    config: MatmulConfig, device: torch.device, k: int, absmax_per_col: bool, has_bias: bool, out_dtype: torch.dtype
-) -> tuple[Constants, int]:
-    """Return the kernel's constants, and how many programs share the tiles."""
-    if k > K_CHUNK:
-        config = WIDE_SUMS
-    constants = Constants(
-        absmax_per_col,
-        has_bias,
-        config.block_m,
-        config.block_n,
-        config.block_k,
-        config.group_m,
-        K_CHUNK if k > K_CHUNK else 0,
-        supports_pdl(device),
-        config.num_warps,
-        config.num_stages,
-    )
-    return constants, config.programs_per_multiprocessor * num_sms(device)
-
-
-def launch_tma(
+def plan_tma(
     a: torch.Tensor,
     b: torch.Tensor,
     absmax_a: torch.Tensor,
     absmax_b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    constants: Constants,
-    max_programs: int,
-) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K]. All three fit TMA."""
-    M, K = a.shape
-    N = b.shape[0]
-    block_m, block_n = constants.BLOCK_M, constants.BLOCK_N
-    tiles = ceil_div(M, block_m) * ceil_div(N, block_n)
-    args = (
-        descriptor(TensorDescriptor, a, block_m, constants.BLOCK_K),
-        descriptor(TensorDescriptor, b, block_n, constants.BLOCK_K),
-        descriptor(TensorDescriptor, out, block_m, block_n // 2),
-        absmax_a,
-        absmax_b,
-        absmax_b if bias is None else bias,
-        M,
-        N,
-        K,
+    absmax_per_col: bool,
+    config: MatmulConfig,
+) -> Plan:
+    """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous. All three fit TMA.
+
+    It takes a, b, absmax_a, absmax_b, bias and out.
+    """
+    K, N = b.shape
+    if K > K_CHUNK:
+        config = WIDE_SUMS
+    constants = Constants(
+        ABSMAX_PER_COL=absmax_per_col,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        K_CHUNK=K_CHUNK if K > K_CHUNK else 0,
+        PDL_WAIT=supports_pdl(a.device),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    launch(int8_matmul_tma_kernel, (min(tiles, max_programs),), args, constants)
+    block_a, block_b = [config.block_m, config.block_k], [config.block_n, config.block_k]
+    block_out = [config.block_m, config.block_n // 2]
+    strides_a, strides_b = (a.stride(0), 1), (b.stride(1), 1)
+    max_programs, blocks_n = config.programs_per_multiprocessor * num_sms(a.device), ceil_div(N, config.block_n)
+
+    def arguments(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+        M = a.shape[0]
+        return (
+            descriptor(TensorDescriptor, a, (M, K), strides_a, block_a),
+            descriptor(TensorDescriptor, b, (N, K), strides_b, block_b),
+            descriptor(TensorDescriptor, out, (M, N), (N, 1), block_out),
+            absmax_a,
+            absmax_b,
+            absmax_b if bias is None else bias,
+            M,
+            N,
+            K,
+        )
+
+    launch = bind(int8_matmul_tma_kernel, arguments(a, b, absmax_a, absmax_b, bias, out), constants)
+
+    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> None:
+        programs = min(ceil_div(a.shape[0], config.block_m) * blocks_n, max_programs)
+        launch((programs, 1, 1), *arguments(a, b, absmax_a, absmax_b, bias, out))
+
+    return run
 
 
-def descriptor(kind: type, x: torch.Tensor, rows: int, cols: int) -> Any:
-    """Return a tensor descriptor of x for blocks of [rows, cols], without the validation that takes 3 µs."""
+def descriptor(
+    kind: type, base: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int], block_shape: list[int]
+) -> Any:
+    """Return a tensor descriptor, without the validation that takes 3 µs."""
     result: Any = object.__new__(kind)
-    result.base, result.shape, result.strides, result.block_shape = x, x.shape, x.stride(), [rows, cols]
+    result.base, result.shape, result.strides, result.block_shape = base, shape, strides, block_shape
     return result

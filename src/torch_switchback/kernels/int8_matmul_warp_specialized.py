@@ -20,7 +20,7 @@ from ._matmul import dequantize, load_bias, load_scale
 from ._tiles import tile_position
 from .device import num_sms
 from .int8_matmul_tma import descriptor
-from .launch import ceil_div, launch
+from .launch import Plan, bind, ceil_div
 
 GROUPS = gl.constexpr(2)  # warp groups that multiply
 OUT_BUFFERS = gl.constexpr(2)  # of a warp group: one is stored while the next is filled
@@ -235,51 +235,57 @@ class Constants(NamedTuple):
     num_warps: int
 
 
-def plan(
-    config: MatmulConfig, device: torch.device, k: int, absmax_per_col: bool, has_bias: bool, out_dtype: torch.dtype
-) -> tuple[Constants, int]:
-    """Return the kernel's constants, and how many programs share the tiles."""
-    constants = Constants(
-        absmax_per_col,
-        has_bias,
-        config.block_m,
-        config.block_n,
-        config.block_k,
-        config.group_m,
-        config.num_stages,
-        out_width(config, absmax_per_col + has_bias, out_dtype.itemsize),
-        num_warps=4,
-    )
-    return constants, num_sms(device)
-
-
-def launch_warp_specialized(
+def plan_warp_specialized(
     a: torch.Tensor,
     b: torch.Tensor,
     absmax_a: torch.Tensor,
     absmax_b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    constants: Constants,
-    max_programs: int,
-) -> None:
-    """Fill out [M, N] with the product of a [M, K] and b [N, K]. All three fit TMA."""
-    M, K = a.shape
-    N = b.shape[0]
-    half = constants.BLOCK_M // GROUPS.value
-    args = (
-        _descriptor(a, half, constants.BLOCK_K),
-        _descriptor(b, constants.BLOCK_N, constants.BLOCK_K),
-        _descriptor(out, half, constants.WIDTH),
-        absmax_a,
-        absmax_b,
-        absmax_b if bias is None else bias,
-        M,
-        N,
-        K,
+    absmax_per_col: bool,
+    config: MatmulConfig,
+) -> Plan:
+    """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous. All three fit TMA.
+
+    It takes a, b, absmax_a, absmax_b, bias and out.
+    """
+    K, N = b.shape
+    half = config.block_m // GROUPS.value
+    width = out_width(config, absmax_per_col + (bias is not None), out.element_size())
+    constants = Constants(
+        ABSMAX_PER_COL=absmax_per_col,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        STAGES=config.num_stages,
+        WIDTH=width,
+        num_warps=4,
     )
-    tiles = ceil_div(M, constants.BLOCK_M) * ceil_div(N, constants.BLOCK_N)
-    launch(int8_matmul_warp_specialized_kernel, (min(tiles, max_programs),), args, constants)
+    block_a, block_b, block_out = [half, config.block_k], [config.block_n, config.block_k], [half, width]
+    layouts = _layout(*block_a, a.dtype), _layout(*block_b, b.dtype), _layout(*block_out, out.dtype)
+    strides_a, strides_b = (a.stride(0), 1), (b.stride(1), 1)
+    max_programs, blocks_n = num_sms(a.device), ceil_div(N, config.block_n)
+
+    def arguments(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+        M = a.shape[0]
+        descriptors = (
+            descriptor(TensorDescriptor, a, (M, K), strides_a, block_a),
+            descriptor(TensorDescriptor, b, (N, K), strides_b, block_b),
+            descriptor(TensorDescriptor, out, (M, N), (N, 1), block_out),
+        )
+        for each, layout in zip(descriptors, layouts, strict=True):
+            each.layout = layout
+        return (*descriptors, absmax_a, absmax_b, absmax_b if bias is None else bias, M, N, K)
+
+    launch = bind(int8_matmul_warp_specialized_kernel, arguments(a, b, absmax_a, absmax_b, bias, out), constants)
+
+    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> None:
+        programs = min(ceil_div(a.shape[0], config.block_m) * blocks_n, max_programs)
+        launch((programs, 1, 1), *arguments(a, b, absmax_a, absmax_b, bias, out))
+
+    return run
 
 
 def out_width(config: MatmulConfig, vectors: int, out_bytes: int) -> int:
@@ -299,9 +305,3 @@ def out_width(config: MatmulConfig, vectors: int, out_bytes: int) -> int:
 def _layout(rows: int, cols: int, dtype: torch.dtype) -> Any:
     types = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
     return gl.NVMMASharedLayout.get_default_for([rows, cols], types[dtype])
-
-
-def _descriptor(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
-    result = descriptor(TensorDescriptor, x, rows, cols)
-    result.layout = _layout(rows, cols, x.dtype)
-    return result

@@ -1,15 +1,15 @@
-"""The one place that launches kernels: a cache of compiled kernels in front of Triton's launcher.
+"""The one place that launches kernels: plans, which are made once per kind of arguments, over Triton's launcher.
 
-``kernel[grid](*args)`` takes 16 µs of CPU time, most of it to find the compiled kernel. A lookup by
-:func:`specialization_key` and Triton's launcher behind it take 7 µs (H200 host, Triton 3.6; docs/performance.md).
+A plan is a function that runs one operation on all arguments with the same :func:`specialization_key`. Tiles and
+compiled kernels are chosen when the plan is made. Running it computes grids and launches. ``kernel[grid](*args)`` takes
+16 µs, most of it to find the compiled kernel; a bound launch takes 6 (H200 host, Triton 3.6; docs/performance.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
-from triton.compiler import CompiledKernel
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
@@ -22,107 +22,145 @@ VECTOR = 16
 
 INT32_MAX = 2**31 - 1
 
-compiled_kernels: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
-"""Specialization key -> compiled kernel and the values of its constexpr parameters.
+MAX_PLANS = 10_000
+"""A few per layer shape are in use. All are forgotten at once before they could grow without bound."""
 
-It is bounded: keys hold no sizes, only what Triton specializes on.
-"""
+Plan = Callable[..., None]
+"""It takes an operation's arguments and then its empty outputs, which it fills."""
+
+plans: dict[tuple[Any, ...], Plan] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: Any) -> None:
-    """Run a kernel on the current device and stream. An empty grid runs nothing.
+def plan_for(make: Callable[..., Plan], args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> Plan:
+    """Return the plan of an operation for arguments of this kind, and make it at the first.
+
+    Args:
+        make: from the arguments and the outputs to a plan.
+        args: the operation's arguments, on the current device.
+        outputs: its outputs, contiguous and aligned as PyTorch's allocator does.
+
+    Raises:
+        CannotCompile: Triton cannot compile or load a kernel.
+        torch.OutOfMemoryError: there is no GPU memory to load one.
+    """
+    knobs = triton.knobs
+    key = (
+        make,
+        current_device(),
+        knobs.runtime.debug,
+        knobs.compilation.instrumentation_mode,
+        specialization_key(args),
+    )
+    plan = plans.get(key)
+    if plan is None or knobs.runtime.add_stages_inspection_hook is not None:
+        plan = make(*args, *outputs)
+        if len(plans) >= MAX_PLANS:
+            plans.clear()
+        plans[key] = plan
+    return plan
+
+
+def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what decides which kernels an operation launches on these arguments, and how they are compiled.
+
+    The first argument's rows are usually tokens, whose number changes from call to call: only its power of two and
+    whether 16 divides it count. Of other matrices the whole shape does. Vectors have as many elements as a matrix has
+    rows or columns. Two calls with the same key launch kernels with the same key in Triton's own cache.
+    """
+    first = args[0]
+    rows, elements = first.shape[0] if first.dim() else 1, first.numel()
+    key = [
+        octave(rows),
+        rows % 16 == 0,
+        octave(elements),
+        elements > INT32_MAX,
+        first.shape[1:],
+        first.dtype,
+        first.stride(),
+        first.data_ptr() % 16,
+    ]
+    for arg in args[1:]:
+        if not isinstance(arg, torch.Tensor):
+            key.append(arg)
+        elif arg.dim() == 1:
+            key += arg.dtype, arg.stride(), arg.data_ptr() % 16, arg.shape[0] == 1
+        else:
+            key += arg.dtype, arg.stride(), arg.data_ptr() % 16, arg.shape
+    return tuple(key)
+
+
+def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., None]:
+    """Compile a kernel, or load it from Triton's cache, and return a function that launches it.
 
     Args:
         kernel: a ``triton.jit`` function whose constexpr parameters come last.
-        grid: the number of programs along one to three axes.
-        args: the values of all other parameters in order: tensors, tensor descriptors and ints.
-        constants: a NamedTuple of the constexpr parameters in order, followed by Triton's options, such as
-            ``num_warps``. Kernels are compiled without fused multiply-adds, on which the bitwise guarantees rest.
+        args: values of all other parameters, of the kind that it will be launched with.
+        constants: a NamedTuple of the constexprs in order, then of Triton's options, such as ``num_warps``. A kernel
+            whose ``PDL_WAIT`` is set is launched early. No kernel is compiled with fused multiply-adds, on which the
+            bitwise guarantees rest.
+
+    Returns:
+        ``launch(grid, *args)``, where grid is three numbers of programs. An empty grid runs nothing. The current device
+        must be the one of now; the stream is the current one.
 
     Raises:
         CannotCompile: Triton cannot compile or load the kernel.
         torch.OutOfMemoryError: there is no GPU memory to load it.
     """
-    if 0 in grid:
-        return
-    key, values = specialization_key(kernel, args, constants)
-    cached = compiled_kernels.get(key)
-    knobs = triton.knobs.runtime
-    if cached is None or knobs.add_stages_inspection_hook is not None:
-        compiled = _compile_and_run(kernel, grid, args, constants)
-        if isinstance(compiled, CompiledKernel):
-            compiled_kernels[key] = compiled, tuple(constants[: len(kernel.arg_names) - len(args)])
-        return
-    compiled, constexprs = cached
-    grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
-    if _has_calls(knobs.launch_enter_hook) or _has_calls(knobs.launch_exit_hook):
-        compiled[grid_x, grid_y, grid_z](*args, *constexprs)
-        return
-    # What compiled[grid](*args) does, without the 5 µs that it spends on absent hooks and on looking up the stream.
-    compiled.run(
-        grid_x,
-        grid_y,
-        grid_z,
-        current_stream(key[0]),
-        compiled.function,
-        compiled.packed_metadata,
-        None,  # launch metadata and the two hooks
-        None,
-        None,
-        *values,
-        *constexprs,
-    )
-
-
-def specialization_key(kernel: Any, args: Sequence[Any], constants: Any) -> tuple[tuple[Any, ...], list[Any]]:
-    """Return what selects a compiled kernel, and args with addresses in place of tensors.
-
-    Two launches with the same key have the same key in Triton's own cache. The reverse need not hold: a miss here only
-    costs a lookup there.
-    """
-    knobs = triton.knobs
-    # Hashing a kernel takes Triton microseconds. Its id will do, as the compiled kernel keeps it alive.
-    key = [current_device(), id(kernel), constants, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
-    values = []
-    for arg in args:
-        if type(arg) is int:
-            key.append((arg == 1, arg % 16 == 0, arg > INT32_MAX))
-            values.append(arg)
-        elif isinstance(arg, torch.Tensor):
-            address = arg.data_ptr()
-            key.append(arg.dtype)
-            key.append(address % 16 == 0)
-            values.append(address)
-        else:  # a tensor descriptor
-            key.append((arg.base.dtype, *arg.block_shape, getattr(arg, "layout", None)))
-            values.append(arg)
-    return tuple(key), values
-
-
-def _compile_and_run(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: Any) -> Any:
-    """Have Triton compile a kernel, or load it from its cache on disk, and run it."""
     options = constants._asdict()
+    if not isinstance(kernel, JITFunction):  # the interpreter, which compiles nothing
+
+        def interpret(grid: tuple[int, int, int], *args: Any) -> None:
+            if 0 not in grid:
+                kernel[grid](*args, **options)
+
+        return interpret
+
     if options.get("PDL_WAIT"):
         options["launch_pdl"] = True
-    if not isinstance(kernel, JITFunction):  # the interpreter, which compiles nothing
-        return kernel[grid](*args, **options)
+    options["enable_fp_fusion"] = False
+    compiled = _compile(kernel, args, options)
+    if compiled is None:  # a hook of Triton's compiles instead, and wants to see every launch
+        return lambda grid, *args: kernel[grid](*args, **options)
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    constexprs = constants[: len(kernel.arg_names) - len(args)]
+    device, knobs = current_device(), triton.knobs.runtime
+
+    def launch(grid: tuple[int, int, int], *args: Any) -> None:
+        if 0 in grid:
+            return
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook  # by default chains that are empty
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            compiled[grid](*args, *constexprs)
+        else:  # the same, without the 5 µs for absent hooks and for the stream
+            run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)
+
+    return launch
+
+
+def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Return Triton's compiled kernel, loaded onto the current device, or None if a hook of Triton's said so."""
     try:
-        compiled = kernel[grid](*args, **options, enable_fp_fusion=False)
-        return compiled.result() if hasattr(compiled, "result") else compiled  # a future under AsyncCompileMode
+        compiled = kernel.warmup(*args, grid=(1, 1, 1), **options)
+        if hasattr(compiled, "result"):  # a future under Triton's AsyncCompileMode
+            compiled = compiled.result()
+        if compiled is not None:
+            compiled._init_handles()
+        return compiled
     except (CompilationError, OutOfResources) as error:
-        raise CannotCompile(f"{kernel.__name__} with {constants}: {type(error).__name__}: {error}") from error
+        raise CannotCompile(f"{kernel.__name__} with {options}: {type(error).__name__}: {error}") from error
     except Exception as error:  # Triton has no common base class for what its cache, its launcher and the driver raise
         if "out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise CannotCompile(
-            f"{kernel.__name__} with {constants}: {type(error).__name__}: {error}. If Triton's cache "
+            f"{kernel.__name__} with {options}: {type(error).__name__}: {error}. If Triton's cache "
             f"{triton.knobs.cache.dir} is damaged or read-only, remove it or set TRITON_CACHE_DIR"
         ) from error
 
 
-def _has_calls(hook: Any) -> bool:
-    """Return whether a launch hook does anything: by default Triton has a chain of hooks that is empty."""
-    return bool(getattr(hook, "calls", hook))
+def octave(n: int) -> int:
+    """Return log2 of the power of two that n is rounded up to, or -1 for 0."""
+    return (n - 1).bit_length() if n else -1
 
 
 def ceil_div(n: int, divisor: int) -> int:

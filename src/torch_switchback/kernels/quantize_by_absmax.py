@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from ._numerics import inverse_scale, quantize
-from .launch import ceil_div, launch, next_power_of_2
+from .launch import Plan, bind, ceil_div, next_power_of_2
 
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_by_absmax_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     absmax_ptr,  # [1] or [rows] fp32
@@ -41,9 +41,16 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
+def plan_quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> Plan:
     rows, cols = x.shape
     block_cols = min(next_power_of_2(cols), 1024)
     tile = Tile(BLOCK // block_cols, block_cols, num_warps=8)
-    args = (x, absmax, codes, rows, cols, *x.stride(), 0 if absmax.numel() == 1 else absmax.stride(0))
-    launch(quantize_by_absmax_kernel, (ceil_div(rows, tile.BLOCK_ROWS), ceil_div(cols, block_cols)), args, tile)
+    sizes = (cols, *x.stride(), 0 if absmax.numel() == 1 else absmax.stride(0))
+    grid_cols = ceil_div(cols, block_cols)
+    launch = bind(quantize_by_absmax_kernel, (x, absmax, codes, rows, *sizes), tile)
+
+    def run(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
+        rows = x.shape[0]
+        launch((ceil_div(rows, tile.BLOCK_ROWS), grid_cols, 1), x, absmax, codes, rows, *sizes)
+
+    return run

@@ -1,15 +1,27 @@
-"""Column-wise quantisation: the absmax of each column; then quantise and store transposed."""
+"""Column-wise quantization: the absmax of each column; then quantize and store transposed."""
 
 import torch
 
 from . import _absmax
-from ._absmax import columnwise_absmax
-from ._transpose import quantize_transpose
+from ._absmax import plan_columnwise_absmax
+from ._transpose import plan_quantize_transpose
+from .launch import Plan
 
 
-def quantize_columnwise_and_transpose(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+def plan_quantize_columnwise_and_transpose(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
     if x.numel() <= _absmax.MAX_SMALL:
-        quantize_transpose(x, x, codes, absmax, columnwise=True)
-    else:
-        columnwise_absmax(x, absmax)
-        quantize_transpose(x, absmax[None], codes, None, columnwise=True)
+        transpose = plan_quantize_transpose(x, x, codes, absmax, None, columnwise=True)
+
+        def run_once(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+            transpose(x, x, codes, absmax, None)
+
+        return run_once
+
+    find_absmax = plan_columnwise_absmax(x, absmax)
+    transpose = plan_quantize_transpose(x, absmax[None], codes, None, None, columnwise=True)
+
+    def run(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        find_absmax(x, absmax)
+        transpose(x, absmax[None], codes, None, None)
+
+    return run

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._absmax import partial_absmax, parts_block, reduce_absmax, whole_vectors
+from ._absmax import bind_partial_absmax, empty_parts, parts_block, reduce_absmax, whole_vectors
 from ._numerics import inverse_scale, quantize
-from ._transpose import quantize_transpose
-from .launch import VECTOR, ceil_div, launch
+from ._transpose import plan_quantize_transpose
+from .launch import VECTOR, Plan, bind, ceil_div
 
 BLOCK = 4096
 
@@ -21,8 +21,8 @@ def quantize_global_kernel(
     codes_ptr,  # [elements] int8
     absmax_ptr,  # [1] fp32
     elements,
-    whole,  # elements in whole vectors
     parts,
+    whole,  # elements in whole vectors
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -50,25 +50,57 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    x = x.contiguous()
-    parts = partial_absmax(x)
+def plan_quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
+    is_contiguous, x = x.is_contiguous(), x.contiguous()
+    parts = empty_parts(x)
+    find_parts = bind_partial_absmax(x, parts)
     elements, count = x.numel(), parts.numel()
-    whole = whole_vectors(elements)
-    args = (x, parts, codes, absmax, elements, whole, count)
     tile = Tile(BLOCK, parts_block(count), VECTOR, num_warps=4)
-    launch(quantize_global_kernel, (max(1, ceil_div(whole, BLOCK)),), args, tile)
+    launch = bind(quantize_global_kernel, (x, parts, codes, absmax, elements, count, whole_vectors(elements)), tile)
+
+    def run(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        if not is_contiguous:
+            x = x.contiguous()
+        parts, elements = empty_parts(x), x.numel()
+        whole = whole_vectors(elements)
+        if find_parts is not None:
+            find_parts((parts.numel() - 1, 1, 1), x, parts, elements, whole)
+        launch((max(1, ceil_div(whole, BLOCK)), 1, 1), x, parts, codes, absmax, elements, parts.numel(), whole)
+
+    return run
 
 
-def quantize_global_transpose(input: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    quantize_transpose(input, partial_absmax(input.contiguous()), codes, absmax)
+def plan_quantize_global_transpose(input: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
+    transpose = plan_quantize_global_with_transpose(input, None, codes, absmax)
+
+    def run(input: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        transpose(input, None, codes, absmax)
+
+    return run
 
 
-def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
-    quantize_transpose(x, absmax, codes, None)
+def plan_quantize_global_with_transpose(
+    x: torch.Tensor, codes: torch.Tensor | None, codes_t: torch.Tensor, absmax: torch.Tensor
+) -> Plan:
+    contiguous = x.contiguous()
+    parts = empty_parts(contiguous)
+    find_parts = bind_partial_absmax(contiguous, parts)
+    transpose = plan_quantize_transpose(x, parts, codes_t, absmax, codes)
+
+    def run(x: torch.Tensor, codes: torch.Tensor | None, codes_t: torch.Tensor, absmax: torch.Tensor) -> None:
+        contiguous = x.contiguous()
+        parts, elements = empty_parts(contiguous), x.numel()
+        if find_parts is not None:
+            find_parts((parts.numel() - 1, 1, 1), contiguous, parts, elements, whole_vectors(elements))
+        transpose(x, parts, codes_t, absmax, codes)
+
+    return run
 
 
-def quantize_global_with_transpose(
-    x: torch.Tensor, codes: torch.Tensor, codes_t: torch.Tensor, absmax: torch.Tensor
-) -> None:
-    quantize_transpose(x, partial_absmax(x.contiguous()), codes_t, absmax, codes)
+def plan_quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> Plan:
+    transpose = plan_quantize_transpose(x, absmax, codes, None, None)
+
+    def run(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
+        transpose(x, absmax, codes, None, None)
+
+    return run

@@ -14,7 +14,7 @@ import triton.language as tl
 from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
 from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
 from .device import num_sms
-from .launch import ceil_div, launch
+from .launch import Plan, bind, ceil_div
 
 TILE_ROWS = 64  # at least: what one instruction of tensor cores wants
 TILE = 8192  # elements
@@ -29,10 +29,10 @@ def rotated_absmax_kernel(
     row_absmax_ptr,  # [rows] int32 bits, zeros at first; unused unless ROWWISE
     col_absmax_ptr,  # [cols] int32 bits, zeros at first
     rows,
+    tiles,  # below each other, that a program does
     cols,
     stride_row,
     stride_col,
-    tiles,  # below each other, that a program does
     ROWWISE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -68,11 +68,11 @@ def quantize_rotated_kernel(
     row_codes_ptr,  # [rows, cols] int8, contiguous; unused unless ROWWISE
     col_codes_ptr,  # [cols, padded_rows] int8, contiguous
     rows,
+    tiles,  # below each other, that a program does
     cols,
     padded_rows,
     stride_row,
     stride_col,
-    tiles,  # below each other, that a program does
     ROWWISE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -121,35 +121,60 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def quantize_rotated_columnwise_and_transpose(
+def plan_quantize_rotated_columnwise_and_transpose(
     x: torch.Tensor, rotate_tokens: int, codes: torch.Tensor, absmax: torch.Tensor
-) -> None:
-    quantize_rowwise_and_rotated_columnwise(x, rotate_tokens, None, None, codes, absmax)
+) -> Plan:
+    quantize = plan_quantize_rowwise_and_rotated_columnwise(x, rotate_tokens, None, None, codes, absmax)
+
+    def run(x: torch.Tensor, rotate_tokens: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        quantize(x, rotate_tokens, None, None, codes, absmax)
+
+    return run
 
 
-def quantize_rowwise_and_rotated_columnwise(
+def plan_quantize_rowwise_and_rotated_columnwise(
     x: torch.Tensor,
     rotate_tokens: int,
     row_codes: torch.Tensor | None,
     row_absmax: torch.Tensor | None,
     col_codes: torch.Tensor,
     col_absmax: torch.Tensor,
-) -> None:
+) -> Plan:
     rows, cols = x.shape
+    strides = x.stride()
     tile_rows = max(TILE_ROWS, rotate_tokens)
     rowwise = row_absmax is not None
     tile = Tile(rowwise, rotate_tokens, tile_rows, TILE // tile_rows, NUM_WARPS[x.element_size()], NUM_STAGES)
     col_tiles = ceil_div(cols, tile.TILE_COLS)
-    row_tiles = ceil_div(rows, tile_rows)
-    tiles = max(1, row_tiles * col_tiles // (CTAS_PER_SM * num_sms(x.device)))
-    grid = (ceil_div(row_tiles, tiles) * col_tiles,)
-    col_absmax.zero_()
-    if row_absmax is None:
-        row_absmax = col_absmax
-    else:
-        row_absmax.zero_()
-    args = (x, row_absmax.view(torch.int32), col_absmax.view(torch.int32), rows, cols, *x.stride(), tiles)
-    launch(rotated_absmax_kernel, grid, args, tile)
+    most_programs = CTAS_PER_SM * num_sms(x.device)
+
+    row_absmax = col_absmax if row_absmax is None else row_absmax
     row_codes = col_codes if row_codes is None else row_codes
-    args = (x, row_absmax, col_absmax, row_codes, col_codes, rows, cols, col_codes.shape[1], *x.stride(), tiles)
-    launch(quantize_rotated_kernel, grid, args, tile)
+    absmaxes = row_absmax.view(torch.int32), col_absmax.view(torch.int32)
+    find_absmax = bind(rotated_absmax_kernel, (x, *absmaxes, rows, 1, cols, *strides), tile)
+    tensors = x, row_absmax, col_absmax, row_codes, col_codes
+    quantize = bind(quantize_rotated_kernel, (*tensors, rows, 1, cols, col_codes.shape[1], *strides), tile)
+
+    def run(
+        x: torch.Tensor,
+        rotate_tokens: int,
+        row_codes: torch.Tensor | None,
+        row_absmax: torch.Tensor | None,
+        col_codes: torch.Tensor,
+        col_absmax: torch.Tensor,
+    ) -> None:
+        rows = x.shape[0]
+        row_tiles = ceil_div(rows, tile_rows)
+        tiles = max(1, row_tiles * col_tiles // most_programs)
+        grid = (ceil_div(row_tiles, tiles) * col_tiles, 1, 1)
+        col_absmax.zero_()
+        if row_absmax is None:
+            row_absmax = col_absmax
+        else:
+            row_absmax.zero_()
+        row_codes = col_codes if row_codes is None else row_codes
+        find_absmax(grid, x, row_absmax.view(torch.int32), col_absmax.view(torch.int32), rows, tiles, cols, *strides)
+        padded_rows = col_codes.shape[1]
+        quantize(grid, x, row_absmax, col_absmax, row_codes, col_codes, rows, tiles, cols, padded_rows, *strides)
+
+    return run

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ._hadamard import hadamard_matrix, rotate_transposed, unshuffle
 from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
-from .launch import ceil_div, launch
+from .launch import Plan, bind, ceil_div
 from .quantize_rowwise import load_chunk
 
 SIZE = 64  # columns that one matrix rotates, or one block of 128
@@ -86,11 +86,20 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def quantize_rotated_rowwise(x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+def plan_quantize_rotated_rowwise(
+    x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor
+) -> Plan:
     rows, cols = x.shape
     tile = rotated_row_tile(cols, rotate_features, NUM_WARPS[x.element_size()])
-    args = (x, codes, absmax, rows, cols, codes.shape[1], *x.stride())
-    launch(quantize_rotated_rowwise_kernel, (ceil_div(rows, tile.TILE_ROWS // tile.ACROSS),), args, tile)
+    sizes = (cols, codes.shape[1], *x.stride())
+    block_rows = tile.TILE_ROWS // tile.ACROSS
+    launch = bind(quantize_rotated_rowwise_kernel, (x, codes, absmax, rows, *sizes), tile)
+
+    def run(x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        rows = x.shape[0]
+        launch((ceil_div(rows, block_rows), 1, 1), x, codes, absmax, rows, *sizes)
+
+    return run
 
 
 @functools.lru_cache(1024)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bits, quantize
 from .device import supports_pdl
-from .launch import ceil_div, launch, next_power_of_2
+from .launch import Plan, bind, ceil_div, next_power_of_2
 
 # Measured on an H200 (docs/performance.md): one row a program, few warps with much to do each, and rows whose length is
 # no power of two in blocks that fit it.
@@ -84,13 +84,20 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
-def quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+def plan_quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
     rows, cols = x.shape
+    stride_row, stride_col = x.stride()
     few_rows = rows <= FEW_ROWS
     # With many small programs, letting the next kernel start early costs each of them more than it saves.
     tile = row_tile(cols, few_rows, few_rows and supports_pdl(x.device))
-    args = (x, codes, absmax, rows, cols, *x.stride())
-    launch(quantize_rowwise_kernel, (ceil_div(rows, tile.BLOCK_ROWS),), args, tile)
+    block_rows = tile.BLOCK_ROWS
+    launch = bind(quantize_rowwise_kernel, (x, codes, absmax, rows, cols, stride_row, stride_col), tile)
+
+    def run(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        rows = x.shape[0]
+        launch((ceil_div(rows, block_rows), 1, 1), x, codes, absmax, rows, cols, stride_row, stride_col)
+
+    return run
 
 
 @functools.lru_cache(1024)
@@ -144,12 +151,18 @@ class DequantizeTile(NamedTuple):
     num_warps: int
 
 
-def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
+def plan_dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> Plan:
     rows, cols = x.shape
+    sizes = cols, *x.stride(), absmax.stride(0)
     tile = dequantize_tile(cols)
-    grid = ceil_div(rows, tile.BLOCK_ROWS), ceil_div(cols, tile.BLOCK_COLS * tile.CHUNKS)
-    args = (x, absmax, out, rows, cols, *x.stride(), absmax.stride(0))
-    launch(dequantize_rowwise_kernel, grid, args, tile)
+    grid_cols = ceil_div(cols, tile.BLOCK_COLS * tile.CHUNKS)
+    launch = bind(dequantize_rowwise_kernel, (x, absmax, out, rows, *sizes), tile)
+
+    def run(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
+        rows = x.shape[0]
+        launch((ceil_div(rows, tile.BLOCK_ROWS), grid_cols, 1), x, absmax, out, rows, *sizes)
+
+    return run
 
 
 @functools.lru_cache(1024)

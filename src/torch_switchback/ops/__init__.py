@@ -1,5 +1,6 @@
-"""The operations: one file a family, each with its check, schema, fake and meaning in plain torch."""
+"""The operations: one file a family, each with its check, schema, fake and reference in plain PyTorch."""
 
+from . import int8_linear  # noqa: F401  (defines its operations)
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
 from .quantize_by_absmax import quantize_by_absmax
 from .quantize_columnwise import quantize_columnwise_and_transpose, quantize_rowwise_and_rotated_columnwise

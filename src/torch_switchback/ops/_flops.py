@@ -1,5 +1,7 @@
 """What torch.utils.flop_counter counts for the products."""
 
+from typing import Any
+
 import torch
 
 
@@ -10,10 +12,17 @@ def register_flop_formulas() -> None:
     """
     from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
-    products = [
+    matmuls = [
         torch.ops.torch_switchback.int8_matmul_mixed_dequantize,
         torch.ops.torch_switchback.int8_matmul_rowwise_dequantize,
     ]
-    new = [product for product in products if product not in flop_registry]
+    new = [matmul for matmul in matmuls if matmul not in flop_registry]
     if new:
         register_flop_formula(new, get_raw=True)(mm_flop)  # which takes tensors by now, not shapes
+        register_flop_formula(torch.ops.torch_switchback.int8_linear)(_int8_linear_flop)
+        register_flop_formula(torch.ops.torch_switchback.int8_linear_grad_input)(_int8_linear_flop)
+
+
+def _int8_linear_flop(rows: tuple[int, int], absmax: Any, weight: tuple[int, int], *args: Any, **kwargs: Any) -> int:
+    """Count 2 per multiplication of a token's features with the weight's, whichever of its two sides they are on."""
+    return 2 * rows[0] * weight[0] * weight[1]

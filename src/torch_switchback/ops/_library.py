@@ -1,4 +1,4 @@
-"""How every operation reaches PyTorch: one schema, one fake, a reference in plain PyTorch and a Triton launcher."""
+"""How every operation reaches PyTorch: one schema, one fake, a reference in plain PyTorch, and kernels."""
 
 import importlib
 import warnings
@@ -20,7 +20,10 @@ dispatched = SimpleNamespace()
 """Operations by name, called through PyTorch's dispatcher."""
 
 direct = SimpleNamespace()
-"""The CUDA implementations by name. Skipping the dispatcher saves 3 to 5 µs per call (H200 host)."""
+"""The CUDA implementations by name, for tensors on the current device.
+
+Skipping the dispatcher saves 3 to 5 µs per call (H200 host).
+"""
 
 
 def define(
@@ -34,32 +37,32 @@ def define(
 
     Args:
         schema: the operation's signature in torch.library's language. Its first argument is a tensor.
-        fake: from the operation's arguments to its empty outputs. The launcher fills the same outputs, so the two
-            cannot differ in shape, dtype or layout.
+        fake: from the operation's arguments to its empty outputs. Its kernels fill the same outputs, so the two cannot
+            differ in shape, dtype or layout.
         reference: the operation in plain PyTorch. It runs on the CPU, and on CUDA where the kernel cannot. Kernels
             equal it bit for bit, except where an operation's docstring says otherwise.
-        kernels: the module of ``torch_switchback.kernels`` with the launcher, which has the operation's name and takes
-            its arguments and then its outputs. The first CUDA call imports it, and Triton.
+        kernels: the module of ``torch_switchback.kernels`` whose function ``plan_`` and the operation's name takes its
+            arguments and then its outputs, and returns a plan. The first CUDA call imports it, and Triton.
     """
     name = schema.partition("(")[0]
     reference = torch.no_grad()(reference)  # or autograd would track what it does to a parameter in place
-    cuda = _cuda_implementation(name, kernels, fake, reference)
+    run = _direct_implementation(name, kernels, fake, reference)
     # needs_fixed_stride_order: the compiler must hand over the very strides that the program had.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, reference, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, _on_its_device(run), "CUDA")
     torch.library.register_fake(f"torch_switchback::{name}", fake, lib=LIBRARY)
     operation = getattr(torch.ops.torch_switchback, name).default
     setattr(dispatched, name, operation)
-    setattr(direct, name, cuda)
+    setattr(direct, name, run)
     return operation
 
 
 def can_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
     """Return whether ``direct`` and ``dispatched`` cannot be told apart in a pass on these tensors.
 
-    The dispatcher serves compiling, tracing, modes, transforms such as vmap, profiling, and tensors that are more than
-    their memory: subclasses, those with a pending negation, and zeros without storage.
+    The dispatcher serves compiling, tracing, modes, transforms such as vmap, profiling, other devices than the current
+    one, and tensors that are more than their memory: subclasses, a pending negation, and zeros without storage.
     """
     if (
         torch.compiler.is_compiling()
@@ -69,43 +72,40 @@ def can_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
+    device = current_device()
     for tensor in tensors:
-        if tensor is not None and not (
-            tensor.is_cuda
-            and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-            and not tensor.is_neg()
-            and not tensor._is_zerotensor()
+        if tensor is not None and (
+            tensor.get_device() != device
+            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
         ):
             return False
-    return True
+    return device >= 0  # -1 is the CPU's
 
 
-def _cuda_implementation(
+def _direct_implementation(
     name: str, kernels: str, fake: Callable[..., Any], reference: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return an operation for CUDA tensors: its kernel, or the reference if the kernel cannot run.
+    """Return an operation for tensors on the current CUDA device: its kernel, or the reference if that cannot run.
 
     Warns (once per operation) of the latter: the result is the same, the time is not.
     """
-    launcher: Callable[..., None] | None = None
+    plan_for: Any = None  # kernels.launch.plan_for, which needs Triton
+    make: Any = None
 
     def run(*args: Any) -> Any:
-        nonlocal launcher
-        device = args[0].get_device()
-        if device != current_device():
-            with torch.cuda.device(device):
-                return run(*args)
+        nonlocal plan_for, make
         if name in not_compiled:  # trying again would take seconds, at every call
             return reference(*args)
         try:
-            if launcher is None:
-                launcher = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), name)
-            outputs = fake(*args)
-            if isinstance(outputs, tuple):
-                launcher(*args, *outputs)
-            else:
-                launcher(*args, outputs)
-            return outputs
+            if make is None:
+                make = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), f"plan_{name}")
+                plan_for = importlib.import_module("torch_switchback.kernels.launch").plan_for
+            results = fake(*args)
+            outputs = results if isinstance(results, tuple) else (results,)
+            plan_for(make, args, outputs)(*args, *outputs)
+            return results
         except (CannotCompile, ImportError) as error:
             not_compiled[name] = str(error)
             warnings.warn(
@@ -114,3 +114,15 @@ def _cuda_implementation(
             return reference(*args)
 
     return run
+
+
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes the device of its first argument the current one, and then runs."""
+
+    def cuda(*args: Any) -> Any:
+        if args[0].get_device() == current_device():
+            return run(*args)
+        with torch.cuda.device(args[0].device):
+            return run(*args)
+
+    return cuda

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from ..kernels.device import empty
 from ._library import define
 from ._numerics import ONE_OVER_127, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
@@ -109,7 +110,7 @@ def _fake(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+    return empty(a, (a.shape[0], b.shape[1]), out_dtype)
 
 
 def _dequantize_product_reference(

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..kernels.device import empty
 from ._library import define
 from ._numerics import quantize, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_same_device
@@ -44,7 +45,7 @@ def _quantize_by_absmax_reference(x: torch.Tensor, absmax: torch.Tensor) -> torc
 
 quantize_by_absmax_op = define(
     "quantize_by_absmax(Tensor x, Tensor absmax) -> Tensor",
-    fake=lambda x, absmax: x.new_empty(x.shape, dtype=torch.int8),
+    fake=lambda x, absmax: empty(x, x.shape, torch.int8),
     reference=_quantize_by_absmax_reference,
     kernels="quantize_by_absmax",
 )

@@ -6,6 +6,7 @@ With R an orthogonal block Hadamard matrix, (R G)ᵀ (R X) = Gᵀ X, and R sprea
 
 import torch
 
+from ..kernels.device import empty
 from ._hadamard import rotate
 from ._library import define
 from ._numerics import absmax_of, quantize_transposed, row_blocks
@@ -44,7 +45,7 @@ def quantize_columnwise_and_transpose(
 def _fake(x: torch.Tensor, rotate_tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
     padded_rows = (rows + rotate_tokens - 1) // rotate_tokens * rotate_tokens
-    return x.new_empty((cols, padded_rows), dtype=torch.int8), x.new_empty((cols,), dtype=torch.float32)
+    return empty(x, (cols, padded_rows), torch.int8), empty(x, (cols,), torch.float32)
 
 
 def _quantize_columnwise_and_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +107,7 @@ def quantize_rowwise_and_rotated_columnwise(
 
 def _fake_both(x: torch.Tensor, rotate_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
-    codes, absmax = x.new_empty((rows, cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
+    codes, absmax = empty(x, (rows, cols), torch.int8), empty(x, (rows,), torch.float32)
     return codes, absmax, *_fake(x, rotate_tokens)
 
 

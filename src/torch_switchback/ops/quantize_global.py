@@ -6,6 +6,7 @@ is the weight's rows, so its codes are stored transposed.
 
 import torch
 
+from ..kernels.device import empty
 from ._library import define
 from ._numerics import absmax_of, quantize, quantize_transposed, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_same_device, check_shape
@@ -29,7 +30,7 @@ def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((1,), dtype=torch.float32)
+    return empty(x, x.shape, torch.int8), empty(x, (1,), torch.float32)
 
 
 def _quantize_global_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +70,7 @@ def quantize_global_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def _fake_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = input.shape
-    return input.new_empty((cols, rows), dtype=torch.int8), input.new_empty((1,), dtype=torch.float32)
+    return empty(input, (cols, rows), torch.int8), empty(input, (1,), torch.float32)
 
 
 def _quantize_global_transpose_reference(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +112,7 @@ def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch
 
 quantize_transpose_by_absmax_op = define(
     "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
-    fake=lambda x, absmax: _fake_transpose(x)[0],
+    fake=lambda x, absmax: empty(x, (x.shape[1], x.shape[0]), torch.int8),
     reference=quantize_transposed,
     kernels="quantize_global",
 )
@@ -137,7 +138,7 @@ def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def _fake_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes, absmax = _fake(x)
-    return codes, x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), absmax
+    return codes, empty(x, (x.shape[1], x.shape[0]), torch.int8), absmax
 
 
 def _quantize_global_with_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..kernels.device import empty
 from ._hadamard import rotate_features as rotated
 from ._library import define
 from ._numerics import ONE_OVER_127, absmax_of, quantize, row_blocks
@@ -46,7 +47,7 @@ def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tup
 def _fake_quantize(x: torch.Tensor, rotate_features: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
     padded_cols = (cols + rotate_features - 1) // rotate_features * rotate_features
-    return x.new_empty((rows, padded_cols), dtype=torch.int8), x.new_empty((rows,), dtype=torch.float32)
+    return empty(x, (rows, padded_cols), torch.int8), empty(x, (rows,), torch.float32)
 
 
 def _quantize_rowwise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +106,7 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
 
 
 def _fake_dequantize(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=out_dtype)
+    return empty(x, x.shape, out_dtype)
 
 
 def _dequantize_rowwise_reference(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

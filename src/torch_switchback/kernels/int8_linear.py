@@ -1,0 +1,72 @@
+"""A weight's quantization and its matmul, one after the other."""
+
+from typing import Any
+
+import torch
+
+from .device import empty
+from .int8_matmul import plan_int8_matmul
+from .launch import Plan
+from .quantize_columnwise import plan_quantize_columnwise_and_transpose
+from .quantize_global import plan_quantize_global, plan_quantize_transpose_by_absmax
+from .quantize_rowwise import plan_quantize_rowwise
+
+
+def plan_int8_linear(
+    x_int8: torch.Tensor,
+    x_absmax: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rowwise: bool,
+    out_dtype: torch.dtype,
+    out: torch.Tensor,
+    weight_absmax: torch.Tensor,
+) -> Plan:
+    shape = tuple(weight.shape)
+    weight_int8 = empty(weight, shape, torch.int8)
+    quantize = (plan_quantize_rowwise if rowwise else plan_quantize_global)(weight, weight_int8, weight_absmax)
+    operands = x_int8, weight_int8.t(), x_absmax, weight_absmax, bias, out_dtype, out
+    multiply = plan_int8_matmul(*operands, absmax_per_col=rowwise)
+
+    def run(
+        x_int8: Any, x_absmax: Any, weight: Any, bias: Any, rowwise: Any, out_dtype: Any, out: Any, weight_absmax: Any
+    ) -> None:
+        weight_int8 = empty(weight, shape, torch.int8)
+        quantize(weight, weight_int8, weight_absmax)
+        multiply(x_int8, weight_int8.t(), x_absmax, weight_absmax, bias, out_dtype, out)
+
+    return run
+
+
+def plan_int8_linear_grad_input(
+    grad_int8: torch.Tensor,
+    grad_absmax: torch.Tensor,
+    weight: torch.Tensor,
+    weight_absmax: torch.Tensor,
+    rowwise: bool,
+    out_dtype: torch.dtype,
+    out: torch.Tensor,
+) -> Plan:
+    out_features, in_features = weight.shape
+    shape = in_features, out_features
+    transposed = empty(weight, shape, torch.int8)
+    absmax = empty(weight, (in_features,), torch.float32) if rowwise else weight_absmax
+    if rowwise:
+        quantize = plan_quantize_columnwise_and_transpose(weight, transposed, absmax)
+    else:
+        quantize = plan_quantize_transpose_by_absmax(weight, absmax, transposed)
+    operands = grad_int8, transposed.t(), grad_absmax, absmax, None, out_dtype, out
+    multiply = plan_int8_matmul(*operands, absmax_per_col=rowwise)
+
+    def run(
+        grad_int8: Any, grad_absmax: Any, weight: Any, weight_absmax: Any, rowwise: bool, out_dtype: Any, out: Any
+    ) -> None:
+        transposed = empty(weight, shape, torch.int8)
+        if rowwise:
+            weight_absmax = empty(weight, (in_features,), torch.float32)
+            quantize(weight, transposed, weight_absmax)
+        else:
+            quantize(weight, weight_absmax, transposed)
+        multiply(grad_int8, transposed.t(), grad_absmax, weight_absmax, None, out_dtype, out)
+
+    return run
