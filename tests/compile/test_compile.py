@@ -211,7 +211,7 @@ def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
     [
         (16384, 4096, 4096, "int8_matmul_warp_specialized_kernel"),
         (16384, 4095, 4096, "int8_matmul_warp_specialized_kernel"),
-        (333, 1000, 1000, "int8_matmul_tma_kernel"),
+        (4000, 1000, 4096, "int8_matmul_tma_kernel"),
         (333, 1000, 999, "int8_matmul_kernel"),
     ],
 )

@@ -68,24 +68,24 @@ def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     rows or columns. Two calls with the same key launch kernels with the same key in Triton's own cache.
     """
     first = args[0]
-    rows, elements = first.shape[0] if first.dim() else 1, first.numel()
+    shape, elements = first.shape, first.numel()
+    rows = shape[0] if shape else 1
     key = [
         octave(rows),
-        rows % 16 == 0,
+        rows & 15 == 0,
         octave(elements),
         elements > INT32_MAX,
-        first.shape[1:],
+        shape[1] if len(shape) == 2 else shape[1:],
         first.dtype,
         first.stride(),
-        first.data_ptr() % 16,
+        first.data_ptr() & 15,
     ]
     for arg in args[1:]:
-        if not isinstance(arg, torch.Tensor):
-            key.append(arg)
-        elif arg.dim() == 1:
-            key += arg.dtype, arg.stride(), arg.data_ptr() % 16, arg.shape[0] == 1
+        if isinstance(arg, torch.Tensor):
+            size = arg.numel() == 1 if arg.dim() == 1 else arg.shape
+            key.append((arg.dtype, size, arg.stride(), arg.data_ptr() & 15))
         else:
-            key += arg.dtype, arg.stride(), arg.data_ptr() % 16, arg.shape
+            key.append(arg)
     return tuple(key)
 
 
@@ -129,8 +129,11 @@ def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., No
     def launch(grid: tuple[int, int, int], *args: Any) -> None:
         if 0 in grid:
             return
-        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook  # by default chains that are empty
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        try:
+            is_hooked = knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls
+        except AttributeError:  # a hook in place of Triton's chain of hooks
+            is_hooked = True
+        if is_hooked:
             compiled[grid](*args, *constexprs)
         else:  # the same, without the 5 µs for absent hooks and for the stream
             run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)

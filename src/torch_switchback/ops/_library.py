@@ -51,6 +51,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, reference, "CPU")
     LIBRARY.impl(name, _on_its_device(run), "CUDA")
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # outputs require no gradient
     torch.library.register_fake(f"torch_switchback::{name}", fake, lib=LIBRARY)
     operation = getattr(torch.ops.torch_switchback, name).default
     setattr(dispatched, name, operation)
