@@ -4,7 +4,7 @@ RUN = $(VENV)/bin
 INTEGRATIONS = $(VENV)-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz test-gpu test-gpu-sanitizer soak lint docs clean
+.PHONY: help demo test test-oldest-triton test-wheel test-integrations fuzz test-gpu test-gpu-sanitizer soak lint tables docs clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,9 +31,12 @@ lint: $(VENV)/.test  ## style and types
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+tables: $(VENV)/.test  ## the tables of the documentation are those of the committed results
+	$(RUN)/python benchmarks/pages.py --check
+
 # Interpreted kernels want TRITON_INTERPRET before Triton is imported, compiled ones must not have it; and the
 # tests of the bitsandbytes bridge run once without bitsandbytes and once with it.
-test: lint docs  ## lint, types, the site and every test that needs no GPU
+test: lint tables docs  ## lint, types, the site and every test that needs no GPU
 	$(RUN)/pip uninstall --quiet --yes bitsandbytes
 	$(RUN)/pytest -n 2 --dist loadgroup tests
 	TRITON_INTERPRET=1 $(RUN)/pytest -n 2 tests/kernels

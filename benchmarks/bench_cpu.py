@@ -1,4 +1,4 @@
-"""A layer's training step on the CPU, in float32: ratios to nn.Linear in the same run.
+"""A layer's training step on the CPU, in float32, against nn.Linear.
 
 python benchmarks/bench_cpu.py
 """
@@ -7,29 +7,13 @@ from functools import partial
 
 import torch
 
-from measure import (
-    Bench,
-    Contestant,
-    OutputFlag,
-    SecondsFlag,
-    TinyFlag,
-    find,
-    new_app,
-    new_table,
-    speed_up,
-    spread,
-    text,
-)
+from measure import SPEED_UP, Bench, Candidate, find, run, speed_up
 from peers import RECIPES, convert, gradients
-from shapes import Shape
+from results_file import Record
+from shapes import TINY, Shape
 
-app = new_app()
 
-
-@app.command(help="A layer's float32 training step on the CPU.")
-def main(seconds: SecondsFlag = 30.0, tiny: TinyFlag = False, output: OutputFlag = None) -> None:
-    bench = Bench("bench_cpu", device="cpu", seconds=seconds, tiny=tiny, output=output, for_cpu=True)
-    shape = Shape(16, 32, 48) if tiny else Shape(2048, 1024, 4096)
+def measure(bench: Bench, shape: Shape) -> list[Record]:
     x = torch.randn(shape.tokens, shape.in_features, requires_grad=True)
     grad = torch.randn(shape.tokens, shape.out_features)
 
@@ -37,16 +21,19 @@ def main(seconds: SecondsFlag = 30.0, tiny: TinyFlag = False, output: OutputFlag
         layer = convert(torch.nn.Sequential(torch.nn.Linear(shape.in_features, shape.out_features)), name)[0]
         return [partial(gradients, layer, x, grad)]
 
-    records = bench.compare([Contestant(name, partial(build, name)) for name in RECIPES], shape=shape)
-    rows = []
+    records = bench.compare([Candidate(name, partial(build, name)) for name in RECIPES], shape=shape)
     for record in records:
         record |= speed_up(record, find(records, name="linear"))
-        figures = text(record["median_ms"], "{:.1f}"), text(record["speed_up"], "{:.2f} ×"), spread(record)
-        rows.append((record["name"], *figures))
-    numbers = ("ms", "over\nnn.Linear", "10th to 90th\npercentile")
-    bench.report(new_table(f"{shape}, forward and backward", ("layer",), numbers, rows))
-    bench.finish()
+    return records
+
+
+COLUMNS = {"name": ("layer", "{}"), "median_ms": ("ms", "{:.1f}"), **SPEED_UP}
+
+
+def main(argv: list[str] | None = None) -> None:
+    cases = [Shape(2048, 1024, 4096)]
+    run("bench_cpu", measure, cases=cases, tiny=TINY, columns=COLUMNS, seconds=30.0, only_cpu=True, argv=argv)
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -2,12 +2,14 @@
 
     python benchmarks/bench_overhead.py --label after --output benchmarks/results/h200/bench_overhead.json
 
-A step sets all gradients to None and runs forward and backward. Its time is wall time over many steps, between two
-synchronizations: with few tokens the GPU waits for the CPU, so this is CPU overhead. Both layers run in one process on
-the same inputs, in alternating rounds of about 20 ms. A ratio above 1 means that SwitchBackLinear is slower.
+A step sets all gradients to None and runs forward and backward. Its time is wall time over many
+steps, between two synchronizations: with few tokens the GPU waits for the CPU, so this is CPU
+overhead. Both layers run in one process on the same inputs, in alternating rounds of about 20 ms. A
+ratio above 1 means that SwitchBackLinear is slower.
 
-The script uses public functions only. It measures another checkout with ``PYTHONPATH=<checkout>/src``; runs with
-different labels share one output file. A run takes at most 150 seconds on a GPU, compilation included.
+The script uses public functions only. It measures another checkout with
+``PYTHONPATH=<checkout>/src``; runs with different labels share one output file. A run takes at most
+150 seconds on a GPU, compilation included.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def new_model(is_switchback: bool, widths: list[int], config: SwitchBackConfig, 
 
 
 def new_inputs(sizes: tuple[int, ...], widths: list[int], device: str) -> list[tuple[Tensor, Tensor]]:
-    """Return x [tokens, in], which requires a gradient, and the gradient of the output [tokens, out] for each size."""
+    """Return x [tokens, in], which requires a gradient, and G [tokens, out] for each size."""
     x, grad = (torch.randn(max(sizes), width, device=device, dtype=torch.bfloat16) for width in (widths[0], widths[-1]))
     return [(x[:size].detach().requires_grad_(), grad[:size]) for size in sizes]
 
@@ -119,7 +121,7 @@ def seconds(step: Step, count: int) -> float:
 
 
 def measure(case: Case, config: SwitchBackConfig, device: str, tiny: bool) -> dict[str, Any]:
-    """Return microseconds per layer and step as [median, min, max], and the ratio of the two layers in each round."""
+    """Return microseconds per layer and step, and the ratio of the rounds: [median, min, max]."""
     torch.manual_seed(0)
     widths = [case.widths[index % 2] for index in range(case.layers + 1)]
     inputs = new_inputs(case.sizes, widths, device)
@@ -142,7 +144,7 @@ def measure(case: Case, config: SwitchBackConfig, device: str, tiny: bool) -> di
 
 
 def first_calls(config: SwitchBackConfig, device: str) -> list[dict[str, Any]]:
-    """Time the first step of each shape. nn.Linear goes first, so that loading CUDA's own libraries does not count."""
+    """Time the first step of each shape, after one of nn.Linear, which loads CUDA's libraries."""
     rows = []
     for tokens, *widths in FIRST_CALLS:
         inputs = new_inputs((tokens,), widths, device)
@@ -160,13 +162,6 @@ def first_calls_in_new_process() -> list[dict[str, Any]]:
         command = [sys.executable, __file__, "--first-calls", *sys.argv[1:]]
         output = subprocess.check_output(command, env=os.environ | {"TRITON_CACHE_DIR": folder}, text=True)
     return json.loads(output.splitlines()[-1])
-
-
-def save(path: Path, label: str, source: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write this run to a file, and keep the runs with other labels that the file has."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": {}, "results": []}
-    results = [row for row in found["results"] if row["label"] != label] + [{"label": label} | row for row in rows]
-    results_file.write(path, {"runs": found["runs"] | {label: source}, "results": results})
 
 
 def line(row: dict[str, Any]) -> str:
@@ -197,10 +192,10 @@ def main() -> None:
         print(json.dumps(first_calls(config, device)))
         return
 
-    source, rows = results_file.provenance(device) | {"commit": arguments.commit}, []
-    print(f"{arguments.label}: {source}\nµs per layer and step, median of the rounds")
+    run, rows = results_file.provenance(device) | {"commit": arguments.commit}, []
+    print(f"{arguments.label}: {run}\nµs per layer and step, median of the rounds")
     for case in tiny_cases() if arguments.tiny else all_cases():
-        row = {"layers": case.layers, "tokens": case.tokens, "mode": case.mode}
+        row = {"label": arguments.label, "layers": case.layers, "tokens": case.tokens, "mode": case.mode}
         try:
             row |= measure(case, config, device, arguments.tiny)
         except Exception as error:  # the other cases still count
@@ -208,10 +203,10 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
         torch.compiler.reset()
-    rows += first_calls_in_new_process()
+    rows += [{"label": arguments.label} | row for row in first_calls_in_new_process()]
     print(*map(line, rows[-len(FIRST_CALLS) :]), sep="\n")
     if arguments.output is not None:
-        save(arguments.output, arguments.label, source, rows)
+        results_file.save(arguments.output, run, rows)
     sys.exit(any("error" in row for row in rows))
 
 

@@ -1,41 +1,25 @@
-"""How near the quantising kernels come to the speed of memory.
+"""The quantization kernels against the bandwidth of a copy.
 
     python benchmarks/bench_quantize.py
 
-Bytes an element are those that the algorithm must move, with a bfloat16 input: 2 read and 1 written; 5 where an absmax
-over more than a row makes it read twice, 6 where it then writes twice as well. Their share is that of the faster of two
-copies: of a tensor of the same size in the same turns, and of a large one. Runs are CUDA graphs, so
-that CPU overhead does not count.
+Bytes per element are those that the algorithm must move, with a bfloat16 input: 2 read and 1
+written; 5 where an absmax over more than a row makes it read twice, 6 where it then writes twice as
+well. The share is that of the faster of two copies: of a tensor of the same size, interleaved, and
+of 1 GiB. Runs are CUDA graphs, so that CPU overhead does not count.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 
-from measure import (
-    Bench,
-    BudgetFlag,
-    Contestant,
-    DeviceFlag,
-    OutputFlag,
-    QuickFlag,
-    SecondsFlag,
-    TinyFlag,
-    copies,
-    copy_gb_per_s,
-    median_ms,
-    new_app,
-    new_table,
-    ratio,
-    text,
-)
-from shapes import MATRICES, TINY_MATRICES
+from measure import Bench, Candidate, copies, copy_gb_per_s, find, ratio, run
+from results_file import Record
+from shapes import MATRICES, TINY_MATRICES, Matrix
 from torch_switchback import ops
 
-app = new_app()
 COPY = "copy"
-BYTES_AN_ELEMENT = {
+BYTES_PER_ELEMENT = {
     "quantize_rowwise": 3,
     "quantize_global": 5,
     "quantize_global_transpose": 5,
@@ -45,11 +29,11 @@ BYTES_AN_ELEMENT = {
     "dequantize_rowwise": 3,
     COPY: 4,
 }
-OPERATIONS = tuple(BYTES_AN_ELEMENT)
+large_copy = cache(copy_gb_per_s)
 
 
 def calls(name: str, xs: list[torch.Tensor]) -> list[Callable[[], object]]:
-    """One call of an operation for each x [rows, cols]."""
+    """Return one call of an operation for each x [rows, cols]."""
     if name == COPY:
         return [x.clone for x in xs]
     if name == "dequantize_rowwise":
@@ -60,51 +44,33 @@ def calls(name: str, xs: list[torch.Tensor]) -> list[Callable[[], object]]:
     return [partial(operation, x) for x in xs]
 
 
-@app.command(help="The quantising kernels against the bandwidth of a copy.")
-def main(
-    device: DeviceFlag = "cuda",
-    seconds: SecondsFlag = 1.0,
-    budget: BudgetFlag = 40.0,
-    quick: QuickFlag = False,
-    tiny: TinyFlag = False,
-    output: OutputFlag = None,
-) -> None:
-    bench = Bench(
-        "bench_quantize", device=device, seconds=seconds, budget=budget, quick=quick, tiny=tiny, output=output
-    )
-    large_copy = copy_gb_per_s(bench.device, tiny=tiny)
-    bench.report(copy_gb_per_s=large_copy)
-    for shape in bench.cases(MATRICES, TINY_MATRICES):
-        elements = shape[0] * shape[1]
-        # The int8 codes are the smallest input, a byte an element.
-        xs = [
-            torch.randn(shape, device=bench.device, dtype=torch.bfloat16) for _ in range(copies(elements, bench.device))
-        ]
-        records = bench.compare(
-            [Contestant(name, partial(calls, name, xs), "graph") for name in OPERATIONS], shape=shape
-        )
-        copies_gb_per_s = [
-            ratio(BYTES_AN_ELEMENT[COPY] * elements / 1e6, median_ms(records, COPY, "graph")),
-            large_copy,
-        ]
-        ceiling = max(speed for speed in copies_gb_per_s if speed is not None)
-        rows = []
-        for record in records:
-            name, time, size = record["name"], record["median_ms"], BYTES_AN_ELEMENT[record["name"]]
-            record["bytes_an_element"] = size
-            record["gb_per_s"] = ratio(size * elements / 1e6, time)
-            record["share_of_copy"] = ratio(record["gb_per_s"], ceiling)
-            rows.append(
-                (
-                    name,
-                    text(time, "{:.4f}"),
-                    text(record["gb_per_s"], "{:.0f}"),
-                    text(record["share_of_copy"], "{:.0%}"),
-                )
-            )
-        bench.report(new_table(f"{shape[0]} × {shape[1]}", ("operation",), ("ms", "GB/s", "of a copy"), rows))
-    bench.finish()
+def measure(bench: Bench, shape: Matrix) -> list[Record]:
+    elements = shape.rows * shape.cols  # the int8 input is the smallest, one byte per element
+    xs = [torch.randn(shape, device=bench.device, dtype=torch.bfloat16) for _ in range(copies(elements, bench.device))]
+    candidates = [Candidate(name, partial(calls, name, xs), "graph") for name in BYTES_PER_ELEMENT]
+    records = bench.compare(candidates, shape=shape)
+    for record in records:
+        record["bytes_per_element"] = BYTES_PER_ELEMENT[record["name"]]
+        record["gb_per_s"] = ratio(record["bytes_per_element"] * elements / 1e6, record.get("median_ms"))
+    own_copy = find(records, name=COPY)
+    limit = max(own_copy["gb_per_s"] if own_copy else 0.0, large_copy(bench.device) or 0.0)
+    for record in records:
+        record["share_of_copy"] = ratio(record["gb_per_s"], limit)
+    return records
+
+
+COLUMNS = {
+    "name": ("operation", "{}"),
+    "median_ms": ("ms", "{:.4f}"),
+    "gb_per_s": ("GB/s", "{:.0f}"),
+    "share_of_copy": ("of a copy", "{:.0%}"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    cases = {"cases": MATRICES, "tiny": TINY_MATRICES}
+    run("bench_quantize", measure, **cases, columns=COLUMNS, seconds=1.0, budget=40.0, argv=argv)
 
 
 if __name__ == "__main__":
-    app()
+    main()

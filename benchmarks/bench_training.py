@@ -1,209 +1,155 @@
-"""Does it train as well? A GPT on Python sources and a ViT on digits, with every recipe from several seeds.
+"""Where training ends: a GPT on Python sources, with every recipe from several seeds.
 
-    python benchmarks/bench_training.py                  # on all GPUs of this host, a run on each at a time
-    python benchmarks/bench_training.py --device cpu --tiny
+    python benchmarks/bench_training.py
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/bench_training.py --recipe switchback --recipe rowwise
 
-For each seed all recipes start from the same weights and read the same data in the same order, so that differences are
-the recipe's and chance's; nn.Linear runs twice, to show chance alone. docs/training.md says what came out. The JSON is
-written after every run; called again with the same --output, the script goes on with the runs that it lacks.
+Everything but the linear layers is the same for all recipes: for each seed the initial weights, the
+data and their order. nn.Linear runs twice, to show chance alone. docs/training.md has the outcome.
+The results are written after every recipe, and those of other recipes are kept, so that a run can
+be split over several commands and GPUs. A recipe takes about 40 seconds per seed on an H200.
 """
 
-import itertools
-import json
-import os
+import argparse
 import sysconfig
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
-from multiprocessing import get_context
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from demo import PRESETS, load_corpus
-from measure import SKIPPED, Bench, BudgetFlag, DeviceFlag, OutputFlag, Record, TinyFlag, new_app, reason_of
-from training_runs import RECIPES, TASKS, Job, Plan, run_job, save_corpus
+import results_file
+import torch_switchback as ts
+from demo import GPT, PRESETS, Corpus, Run, Settings, load_corpus
+from measure import RESULTS, reason_of
+from peers import compile_in_place, convert
+from results_file import Record
+from torch_switchback import SwitchBackConfig
+from training_statistics import AGAIN
 
-app = new_app()
-
-
-class Workers:
-    """A process for each device, each with one job at a time."""
-
-    def __init__(self, devices: Sequence[str | None]) -> None:
-        """devices: as CUDA_VISIBLE_DEVICES has them, which makes each the only one; None: this process's."""
-        self._pools = []
-        for device in devices:
-            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            previous = os.environ.get("CUDA_VISIBLE_DEVICES")
-            if device is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = device
-            pool.submit(os.getpid)  # starts the process
-            if previous is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = previous
-            elif device is not None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            self._pools.append(pool)
-
-    def run(self, queue: "Queue", plan: Plan, corpus_folder: Path) -> Iterator[Record]:
-        """The records of the queue's jobs, as they are finished."""
-        running: dict[Future[Record], tuple[int, Job]] = {}
-        idle = list(range(len(self._pools)))
-        while True:
-            for worker in idle.copy():
-                job = queue.take(worker, plan.deadline - time.time())
-                if job is not None:
-                    running[self._pools[worker].submit(run_job, job, plan, corpus_folder)] = (worker, job)
-                    idle.remove(worker)
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                worker, job = running.pop(future)
-                try:
-                    record = future.result()
-                    idle.append(worker)
-                except Exception as error:  # the process has died, and takes no more jobs
-                    record = failed(job, reason_of(error))
-                queue.report(record)
-                yield record
-
-    def close(self) -> None:
-        for pool in self._pools:
-            pool.shutdown()
+OURS: dict[str, SwitchBackConfig | None] = {
+    "linear": None,
+    AGAIN: None,  # from weights that are larger by a millionth, to see how far runs of one recipe end apart by chance
+    **{name: ts.RECIPES[name] for name in ("switchback", "switchback_memory_efficient", "rowwise")},
+    # The model's layers are so small that "int8" would leave some of them in 16 bit.
+    "all int8": SwitchBackConfig(grad_weight="int8_always"),
+    "all int8, not rotated": SwitchBackConfig(grad_weight="int8_always", rotate_tokens=None),
+}
+RECIPES = (*OURS, "torchao float8 tensorwise")
+SNR_SEED = 0
+to_recipe = partial(convert, recipes=OURS)
 
 
-class Queue:
-    """The jobs that are left, and who should take which."""
+def train(recipe: str, seed: int, corpus: Corpus, preset_name: str, steps: int, final_batches: int) -> Record:
+    """Train once and return the record. If the run fails, the record has a ``reason``."""
+    preset = PRESETS[preset_name]
+    record: Record = {"recipe": recipe, "seed": seed}
+    settings = Settings(preset_name, [recipe], steps, seed, preset.learning_rate, compile=False)
+    checkpoints = {0, steps // 2 // preset.steps_per_sync * preset.steps_per_sync, steps}
+    snr: list[Record] = []
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.left = list(jobs)
-        self._compiled: dict[int, set[str]] = {}
-        self._longest = dict.fromkeys(TASKS, 0.0)  # seconds
+    def on_progress(run: Run) -> None:
+        if (recipe, seed) == ("linear", SNR_SEED) and run.step in checkpoints:
+            snr.extend({"step": run.step} | found for found in gradient_snr(run))
 
-    def take(self, worker: int, seconds_left: float) -> Job | None:
-        """The next job for a worker that fits into the time that is left, going by the longest of its task so far."""
-        fitting = [job for job in self.left if self._longest[job.task] < seconds_left]
-        if not fitting:
-            return None
-        compiled = self._compiled.setdefault(worker, set())
-        waiting = [(job.task, job.recipe) for job in fitting]
-        # A recipe that this worker has compiled; else that of which most is left, which others compile least likely.
-        job = min(
-            fitting,
-            key=lambda job: (
-                TASKS.index(job.task),
-                job.recipe not in compiled,
-                -waiting.count((job.task, job.recipe)),
-            ),
-        )
-        self.left.remove(job)
-        compiled.add(job.recipe)
-        return job
-
-    def report(self, record: Record) -> None:
-        if record["reason"] is None:
-            self._longest[record["task"]] = max(self._longest[record["task"]], record["seconds"])
-
-
-def failed(job: Job, why: str) -> Record:
-    return {"task": job.task, "name": job.recipe, "seed": job.seed, "reason": why}
+    try:
+        run = Run(recipe, settings, corpus, convert=to_recipe)
+        if recipe == AGAIN:
+            with torch.no_grad():
+                for parameter in run.model.parameters():
+                    parameter.mul_(1 + 1e-6)
+        for block in run.model.blocks:  # one by one: they share one graph, and so do the seeds
+            compile_in_place(block, "compiled", tiny=preset_name == "tiny")
+        on_progress(run)
+        run.train(lambda: False, on_progress)
+        final_loss = run.validation_loss(final_batches)
+    except Exception as error:  # another library can fail in any way
+        return record | {"reason": reason_of(error)}
+    return record | {
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "tokens": steps * preset.batch_size * preset.model.context,
+        "final_validation_loss": final_loss,
+        "validation_losses": run.curve.validation_losses,
+        "first_loss": run.curve.train_losses[0],
+        "gradient_snr": snr or None,
+    }
 
 
-def job_of(record: Record) -> Job:
-    return Job(record["task"], record["name"], record["seed"])
+def gradient_snr(run: Run) -> list[Record]:
+    """Measure the noise of the whole network's weight gradient, for each recipe.
+
+    All take the gradient at the weights that a run has reached, on the batch that it reads next,
+    under its autocast. The reference is nn.Linear's in float32.
+    """
+    preset = run.preset
+    batch = run.corpus.train_batch(preset.batch_size, preset.model.context, seed=run.settings.seed, step=run.step)
+    inputs, targets = (part.to(run.device) for part in batch)
+
+    def gradients(recipe: str, bf16: bool) -> dict[str, Tensor]:
+        with run.device:
+            model = GPT(preset.model)
+        model.load_state_dict(run.model.state_dict())
+        to_recipe(model, recipe)
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=bf16):
+            F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    with sdpa_kernel(SDPBackend.MATH):  # others may round float32 to TF32
+        exact = gradients("linear", bf16=False)
+    signal = {name: gradient.double().square().sum() for name, gradient in exact.items()}
+    records = []
+    for recipe in RECIPES:
+        if recipe == AGAIN:
+            continue
+        try:
+            found = gradients(recipe, bf16=True)
+        except Exception as error:
+            records.append({"recipe": recipe, "reason": reason_of(error)})
+            continue
+        noise = {name: (gradient.double() - exact[name]).square().sum() for name, gradient in found.items()}
+        worst = min(decibels(signal[name], noise[name]) for name in exact if exact[name].ndim == 2)
+        snr = decibels(sum(signal.values()), sum(noise.values()))
+        records.append({"recipe": recipe, "snr": snr, "worst_layer_snr": worst})
+    return records
 
 
-def visible_devices(device: str) -> list[str | None]:
-    if device == "cpu":
-        return [None]
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return listed.split(",")[:count] if listed else [str(index) for index in range(count)]
+def decibels(signal: Tensor, noise: Tensor) -> float:
+    return round((10 * torch.log10(signal / noise)).item(), 2)
 
 
-def source_roots(tiny: bool) -> list[Path]:
-    """The standard library, and everything that is installed beside torch."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    return roots if tiny else [*roots, Path(torch.__file__).parents[1]]
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a GPT with every recipe from several seeds.")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="may be repeated; by default all")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU; shows only that the script runs")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<device>/bench_training.json")
+    arguments = parser.parse_args(argv)
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --tiny runs on the CPU")
+    run = results_file.provenance("cpu" if arguments.tiny else "cuda")
+    path = arguments.output or (None if arguments.tiny else RESULTS / results_file.folder(run) / "bench_training.json")
 
-
-def earlier_results(path: Path | None, protocol: Record) -> list[Record]:
-    """The finished runs of a file. Raises BadParameter if they followed another protocol."""
-    if path is None or not path.is_file():
-        return []
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("protocol") != protocol:
-        raise typer.BadParameter(f"{path} holds runs of another protocol or corpus; move it away")
-    return [record for record in document["results"] if record["reason"] is None]
-
-
-@app.command(help="A GPT and a ViT trained with every recipe from several seeds.")
-def main(
-    device: DeviceFlag = "cuda",
-    budget: BudgetFlag = 310.0,
-    tiny: TinyFlag = False,
-    output: OutputFlag = None,
-    steps: Annotated[int, typer.Option(min=2, help="of the GPT")] = 1000,
-    digits_steps: Annotated[int, typer.Option(min=2, help="of the ViT")] = 150,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    only: Annotated[str, typer.Option("--only", help="gpt or digits")] = "",
-) -> None:
-    deadline = time.time() + budget
-    bench = Bench(
-        "bench_training",
-        device=device,
-        seconds=0.0,
-        tiny=tiny,
-        output=output,
-        budget=budget,
-        steps=steps,
-        digits_steps=digits_steps,
-        seeds=seeds,
-    )
-    plan = Plan(device, tiny, steps, digits_steps, final_batches=4 if tiny else 128, deadline=deadline)
-    devices = visible_devices(device)
-    workers = Workers(devices)  # before the corpus, so that they import meanwhile
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = load_corpus(*source_roots(tiny))
-        save_corpus(corpus, Path(folder))
-        protocol = {
-            "preset": asdict(PRESETS[plan.preset_name]),
-            "steps": steps,
-            "digits_steps": digits_steps,
-            "final_batches": plan.final_batches,
-            "corpus": {
-                "files": corpus.files,
-                "train_bytes": len(corpus.train),
-                "validation_bytes": len(corpus.validation),
-                "sha256": corpus.sha256,
-            },
-        }
-        del corpus
-        bench.console.print(f"{len(devices)} devices, {protocol['corpus']}")
-        bench.results += earlier_results(bench.output, protocol)
-        done = {job_of(record) for record in bench.results}
-        # The first run also measures the gradients of all recipes, so it starts first.
-        jobs = [Job(*each) for each in itertools.product(TASKS, RECIPES, range(seeds)) if only in each[0]]
-        queue = Queue([job for job in jobs if job not in done])
-        for record in workers.run(queue, plan, Path(folder)):
-            bench.results.append(record)
-            bench.report(protocol=protocol)
-            bench.console.print(progress(record), markup=False, highlight=False)
-        bench.results += [failed(job, SKIPPED) for job in queue.left]
-    bench.report(protocol=protocol)
-    workers.close()
-    bench.finish()
-
-
-def progress(record: Record) -> str:
-    figures = {key: record[key] for key in ("final_validation_loss", "test_loss", "seconds", "reason") if key in record}
-    return f"{record['task']} {record['name']} seed {record['seed']}: {figures}"
+    # The standard library, and everything that is installed beside torch.
+    roots = [Path(sysconfig.get_path("stdlib"))] + ([] if arguments.tiny else [Path(torch.__file__).parents[1]])
+    corpus = load_corpus(*roots)
+    protocol = {"steps": arguments.steps, "final_batches": 4 if arguments.tiny else 128, "files": corpus.files}
+    protocol |= {"train_bytes": len(corpus.train), "validation_bytes": len(corpus.validation), "sha256": corpus.sha256}
+    if path is not None and path.exists():
+        if any(other["protocol"] != protocol for other in results_file.load(path)["runs"]):
+            parser.error(f"{path} has runs with another protocol or corpus; move it away")
+    preset, results = "tiny" if arguments.tiny else "gpu", []
+    for recipe in arguments.recipe or RECIPES:
+        for seed in range(arguments.seeds):
+            results.append(train(recipe, seed, corpus, preset, protocol["steps"], protocol["final_batches"]))
+            print(
+                {key: value for key, value in results[-1].items() if isinstance(value, int | float | str)}, flush=True
+            )
+        if path is not None:
+            results_file.save(path, run | {"protocol": protocol}, results)
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -1,58 +1,79 @@
-"""Write the tables of the documentation's pages from the committed results.
+"""Write the tables of the documentation from the committed results.
 
-python benchmarks/pages.py
+    python benchmarks/pages.py
+    python benchmarks/pages.py --check     # change nothing; fail if a table differs
 
-Each table stands in its page between ``<!-- begin: name -->`` and ``<!-- end -->``; the prose around them stays.
+Each table stands in its page between ``<!-- begin: name -->`` and ``<!-- end -->``. The prose
+around it stays.
 """
 
+import argparse
 import functools
-import json
+import math
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import results_file
+from measure import RESULTS, find
+from results_file import Record, cases_of
+from shapes import Matrix, Shape
+from training_statistics import BASELINE, effects, finished
 
-from collect import collect
-from measure import Record, find, new_app
-from shapes import Shape
-from summary import GOALS, markdown, row
-
-app = new_app()
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "Not measured yet.\n"
+TOLERANCE = 0.002  # relative to nn.Linear's loss: what counts as the same
 
-OURS = ("switchback", "switchback-mem-efficient")
-ROWWISE_FP8 = "torch._scaled_mm rowwise"
+OURS = ("switchback", "switchback_memory_efficient")
 FLOAT8 = tuple(f"torchao float8 {recipe}" for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"))
+ROWWISE_FP8 = "torch._scaled_mm rowwise"
 
 
-def times(record: Record | None, key: str = "speed_up") -> str:
-    return "–" if record is None or record[key] is None else f"{record[key]:.2f}"
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows))
+
+
+def text(value: float | None, form: str = "{:.2f}") -> str:
+    return "–" if value is None or math.isnan(value) else form.format(value)
+
+
+def field(record: Record | None, key: str = "speed_up", form: str = "{:.2f}") -> str:
+    return text(record and record.get(key), form)
 
 
 def layers(document: Record) -> str:
-    names = ("switchback", "rowwise", "switchback-mem-efficient", "rowwise-mem-efficient", "int8-grad-weight")
+    """Speed-ups of layers, eager and in a CUDA graph."""
+    names = (*OURS, "switchback_int8_grad_weight", "rowwise", "rowwise_memory_efficient")
     rows = []
-    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
+    for shape in cases_of(document["results"]):
         cells = []
         for name in names:
-            found = [find(document["results"], shape=list(shape), name=name, mode=mode) for mode in ("eager", "graph")]
-            cells.append(times(found[0]) + (f" ({times(found[1])})" if found[1] else ""))
-        if any(cell != "–" for cell in cells):
-            rows.append((str(Shape(*shape)), *cells))
+            eager, graph = (find(document["results"], shape=shape, name=name, mode=mode) for mode in ("eager", "graph"))
+            cells.append(field(eager) + (f" ({field(graph)})" if graph else ""))
+        rows.append((str(Shape(*shape)), *cells))
     return markdown(("layer", *names), rows)
 
 
+def steps(document: Record) -> str:
+    """Speed-ups of layers beside float8's, and Amdahl's limit of the default."""
+    names = (*OURS, "switchback_int8_grad_weight", "rowwise", "rowwise_rotated_features")
+    rows = []
+    for shape in cases_of(document["results"]):
+        of = {"shape": shape}
+        cells = [field(find(document["results"], **of, name=name, mode="eager")) for name in names]
+        cells += [field(find(document["results"], **of, name=name, mode="compiled")) for name in FLOAT8]
+        default = find(document["results"], **of, name="switchback", mode="eager")
+        limit = field(default, "limit"), field(default, "share_of_limit", "{:.0%}")
+        rows.append((str(Shape(*shape)), *cells, *limit))
+    return markdown(("layer", *names, *FLOAT8, "Amdahl's limit of switchback", "reached"), rows)
+
+
 def kept(document: Record) -> str:
-    """The bytes that memory-efficient layers keep."""
-    shares = [
-        record["saved_over_linear"]
-        for record in document["results"]
-        if record["name"].endswith("mem-efficient") and record.get("saved_over_linear") is not None
-    ]
+    """The bytes that memory-efficient layers keep for the backward."""
+    efficient = (record for record in document["results"] if record["name"].endswith("memory_efficient"))
+    shares = [record["saved_over_linear"] for record in efficient if "saved_over_linear" in record]
     return f"Memory-efficient layers keep {min(shares):.3f} to {max(shares):.3f} of nn.Linear's bytes.\n"
 
 
@@ -61,10 +82,10 @@ def models(*names: str) -> Callable[[Record], str]:
 
     def table(document: Record) -> str:
         rows = []
-        for model in dict.fromkeys(record["model"] for record in document["results"]):
+        for model in cases_of(document["results"]):
             for mode, remark in (("compiled", ""), ("reduce-overhead", ", reduce-overhead")):
                 of = [find(document["results"], model=model, name=name, mode=mode) for name in names]
-                cells = (f"{times(one)} ×, {times(one, 'peak_over_linear')}" if one else "–" for one in of)
+                cells = (f"{field(one)} ×, {field(one, 'peak_over_linear')}" if one else "–" for one in of)
                 if any(of):
                     rows.append((model + remark, *cells))
         return markdown(("compiled", *names), rows)
@@ -72,25 +93,77 @@ def models(*names: str) -> Callable[[Record], str]:
     return table
 
 
-def losers(documents: Record) -> Iterator[tuple[str, ...]]:
-    for record in documents["bench_model"]["results"] + documents["bench_linear"]["results"]:
-        if record["name"] in OURS and record["speed_up"] is not None and record["speed_up"] < 1:
-            what = record["model"] if "model" in record else str(Shape(*record["shape"]))
-            yield what, record["name"], record["mode"], times(record)
+def matmuls(document: Record) -> str:
+    """The INT8 matmul over its peers."""
+    peers = ((ROWWISE_FP8, "interleaved"), (ROWWISE_FP8, "sustained"), ("bf16", "sustained"))
+    rows = []
+    for shape in cases_of(document["results"]):
+        of = {"shape": shape}
+        cells = [
+            field(find(document["results"], **of, name=name, pace=pace), "switchback_speed_up") for name, pace in peers
+        ]
+        ours = find(document["results"], **of, name="switchback", pace="sustained")
+        rows.append((str(Shape(*shape)), field(ours, "tflop_per_s", "{:.0f}"), *cells))
+    header = ("matmul", "TOPS, sustained", "over fp8 row-wise, short turns", "sustained", "over bf16, sustained")
+    return markdown(header, rows)
 
 
-def lost(documents: Record) -> str:
-    return markdown(("model or layer", "strategy", "mode", "over nn.Linear"), losers(documents))
+def quantizers(document: Record) -> str:
+    """Shares of a large copy's bandwidth."""
+    shapes = cases_of(document["results"])
+    rows = []
+    for name in dict.fromkeys(record["name"] for record in document["results"]):
+        of = [find(document["results"], shape=shape, name=name) for shape in shapes]
+        moved = next(record["bytes_per_element"] for record in of if record)
+        rows.append((f"`{name}` ({moved:g})", *(field(record, "share_of_copy") for record in of)))
+    return markdown(("kernel", *(str(Matrix(*shape)) for shape in shapes)), rows)
+
+
+def few_tokens(document: Record) -> str:
+    records = [record for record in document["results"] if record["name"] == "switchback"]
+    cells = [str(record["shape"][0]) for record in records]
+    return markdown(("tokens", *cells), [("over nn.Linear", *map(field, records))])
+
+
+def overhead(document: Record) -> str:
+    """The time per training step that the CPU needs, by code that was measured."""
+    labels = cases_of(document["results"])
+    by_case: dict[tuple[str, ...], dict[str, str]] = {}
+    for record in document["results"]:
+        if "ratio" in record:
+            case = (str(record["layers"]), record["tokens"], record["mode"])
+            times = f"{record['switchback_us'][0]:.0f} / {record['linear_us'][0]:.0f} ({record['ratio'][0]:.2f})"
+            by_case.setdefault(case, {})[record["label"]] = times
+    rows = [(*case, *(cells.get(label, "–") for label in labels)) for case, cells in by_case.items()]
+    return markdown(("layers", "tokens", "mode", *labels), rows)
+
+
+def first_calls(document: Record) -> str:
+    by_shape: dict[str, dict[str, str]] = {}
+    for record in document["results"]:
+        if "first_call" in record:
+            by_shape.setdefault(record["first_call"], {})[record["label"]] = f"{record['seconds']:.2f}"
+    labels = cases_of(document["results"])
+    rows = [(shape, *(cells.get(label, "–") for label in labels)) for shape, cells in by_shape.items()]
+    return markdown(("first step, s", *labels), rows)
 
 
 def shards(document: Record) -> str:
-    by_recipe = {run["recipe"]: run for run in document["results"]}
-    linear = by_recipe["linear"]["tokens_per_second"]
-    rows = [
-        (name, f"{run['tokens_per_second']:,.0f}", f"{run['tokens_per_second'] / linear:.2f}")
-        for name, run in by_recipe.items()
-    ]
-    return markdown(("recipe", "tokens/s", "over nn.Linear"), rows)
+    """FSDP2 on two GPUs: speed, loss, memory and bytes per step."""
+    linear = next(run for run in document["results"] if run["recipe"] == "linear")
+    rows = []
+    for run in document["results"]:
+        speed, loss = run["tokens_per_second"], run["final_validation_loss"]
+        gathered, reduced = (
+            sum(size for name, size in run["bytes_per_step"].items() if name.startswith(collective)) / 1e6
+            for collective in ("all-gather", "reduce-scatter")
+        )
+        speeds = f"{speed:,.0f}", f"{speed / linear['tokens_per_second']:.2f}"
+        losses = f"{loss:.4f}", "–" if run is linear else f"{loss / linear['final_validation_loss'] - 1:+.2%}"
+        memory = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
+        rows.append((run["recipe"], *speeds, *losses, *memory))
+    speeds = ("tokens/s", "over nn.Linear", "validation loss", "to nn.Linear")
+    return markdown(("recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"), rows)
 
 
 def linear_share(document: Record) -> str:
@@ -101,148 +174,151 @@ def linear_share(document: Record) -> str:
 
 
 def noise(document: Record) -> str:
-    formats = tuple(document["results"][0]["decibels"])
+    """Signal to noise of the output and of grad_input."""
+    records = [record for record in document["results"] if record["matmul"] != "grad_weight"]
     rows = []
-    for record in document["results"]:
-        cells = (f"{found['snr']:.1f} ({found['worst_rows']:.1f})" for found in record["decibels"].values())
-        rows.append((record["name"], record["product"], f"{record['crest']:.1f}", *cells))
-    return markdown(("data", "product", "absmax/rms", *formats), rows)
+    for record in records:
+        cells = (f"{value:.1f} ({record['worst_rows'][name]:.1f})" for name, value in record["snr"].items())
+        rows.append((record["data"], record["matmul"], f"{record['crest']:.1f}", *cells))
+    return markdown(("data", "matmul", "absmax/rms", *records[0]["snr"]), rows)
 
 
-def goals(documents: Record) -> str:
-    rows = [row(goal, documents.get(goal.script))[:4] for goal in GOALS]
-    return markdown(("goal", "reach", "worst case", "reached"), rows)
-
-
-def products(document: Record) -> str:
-    """The INT8 product over its peers."""
-    peers = ((ROWWISE_FP8, "interleaved"), (ROWWISE_FP8, "sustained"), ("bf16", "sustained"))
+def grad_weight(document: Record) -> str:
+    """Signal to noise of grad_weight."""
+    records = [record for record in document["results"] if record["matmul"] == "grad_weight"]
     rows = []
-    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
-        of = {"shape": list(shape)}
-        cells = (
-            times(find(document["results"], **of, name=name, pace=pace), "switchback_speed_up") for name, pace in peers
-        )
-        fastest = find(document["results"], **of, name="switchback", pace="sustained")
-        rows.append((str(Shape(*shape)), f"{fastest['tflop_per_s']:.0f}" if fastest else "–", *cells))
-    header = ("product", "TOPS, sustained", "over fp8 row-wise, short turns", "sustained", "over bf16, sustained")
-    return markdown(header, rows)
+    for record in records:
+        cells = (f"{value:.1f}" for value in record["snr"].values())
+        rows.append((record["x"], record["grad"], str(record["tokens"]), *cells))
+    return markdown(("X", "G", "tokens", *records[0]["snr"]), rows)
 
 
-def quantisers(document: Record) -> str:
-    """Shares of a large copy's bandwidth."""
-    shapes = list(dict.fromkeys(tuple(record["shape"]) for record in document["results"]))
+def skipped(records: Iterable[Record]) -> str:
+    """A line for what has no result, and why."""
+    reasons: dict[str, list[str]] = {}
+    for record in records:
+        if "reason" in record:
+            run = f"{record['recipe']} (seed {record['seed']})" if "seed" in record else record["recipe"]
+            reasons.setdefault(record["reason"], []).append(run)
+    return "".join(f"\nWithout {', '.join(dict.fromkeys(runs))}: {reason}.\n" for reason, runs in reasons.items())
+
+
+def gpt(document: Record) -> str:
+    """Final losses of the GPT."""
+    runs, protocol = finished(document["results"]), document["runs"][-1]["protocol"]
+    found = effects(runs, "final_validation_loss")
     rows = []
-    for name in dict.fromkeys(record["name"] for record in document["results"]):
-        of = [find(document["results"], shape=list(shape), name=name) for shape in shapes]
-        moved = next(record["bytes_an_element"] for record in of if record)
-        rows.append((f"`{name}` ({moved:g})", *(times(record, "share_of_copy") for record in of)))
-    return markdown(("quantiser", *(f"{rows} × {cols}" for rows, cols in shapes)), rows)
+    for name, effect in found.by_recipe.items():
+        relative, error = effect.difference / found.baseline, effect.standard_error / found.baseline
+        mean, values = sum(effect.values) / len(effect.values), effect.values
+        row = (name, str(len(values)), f"{mean:.4f}", f"{min(values):.4f} – {max(values):.4f}")
+        difference = (f"{relative:+.2%} ± {text(error, '{:.2%}')}", verdict(relative, error))
+        rows.append((*row, *(("–", "–") if name == BASELINE else difference)))
+    table = markdown(("recipe", "runs", "final loss, mean", "lowest to highest", "to nn.Linear", "0.2 %"), rows)
+    run = runs[0]
+    validated = protocol["final_batches"] * run["tokens"] / protocol["steps"]
+    return (
+        f"{run['parameters'] / 1e6:.1f} M parameters, {run['tokens'] / 1e6:.1f} M tokens (bytes) per run in "
+        f"{protocol['steps']} steps, from {protocol['train_bytes'] / 1e6:.0f} MB of text in {protocol['files']} files; "
+        f"validated on {validated / 1e6:.1f} M of {protocol['validation_bytes'] / 1e6:.1f} MB held out.\n\n{table}\n"
+        f"One run scatters by {text(found.scatter / found.baseline, '{:.2%}')} by chance ({found.degrees_of_freedom} "
+        f"degrees of freedom), so a difference to nn.Linear below {text(found.resolution / found.baseline, '{:.2%}')} "
+        f"(two standard errors) is within noise.\n{skipped(document['results'])}"
+    )
 
 
-def few_tokens(document: Record) -> str:
-    records = [record for record in document["results"] if record["name"] == "switchback"]
-    cells = [f"{record['shape'][0]}" for record in records]
-    return markdown(("tokens", *cells), [("over nn.Linear", *map(times, records))])
+def verdict(relative: float, error: float) -> str:
+    """Whether a difference is within TOLERANCE, and whether its standard error allows to say so."""
+    if math.isnan(error):
+        return "–"
+    if abs(relative) + 2 * error <= TOLERANCE:
+        return "within"
+    if abs(relative) - 2 * error > TOLERANCE:
+        return "worse" if relative > 0 else "better"
+    return f"{'within' if abs(relative) <= TOLERANCE else 'outside'}, not certain"
 
 
-def steps(document: Record) -> str:
-    """Layers' steps beside float8's, and Amdahl's limit of the default."""
-    names = (*OURS, "int8-grad-weight", "rowwise", "rowwise-rotated-features")
+def gradient_snr(document: Record) -> str:
+    """Noise of the whole network's gradient while it trains."""
+    records = [one for run in finished(document["results"]) for one in run.get("gradient_snr", ())]
+    checkpoints = sorted({record["step"] for record in records})
     rows = []
-    for shape in dict.fromkeys(tuple(record["shape"]) for record in document["results"]):
-        of = {"shape": list(shape)}
-        cells = [times(find(document["results"], **of, name=name, mode="eager")) for name in names]
-        cells += [times(find(document["results"], **of, name=name, mode="compiled")) for name in FLOAT8]
-        bound = next(each for each in document["limits"] if each["shape"] == of["shape"] and each["name"] == names[0])
-        reached = bound["share_reached"] and f"{bound['share_reached']:.0%}"
-        rows.append((str(Shape(*shape)), *cells, times(bound, "limit"), reached or "–"))
-    return markdown(("layer", *names, *FLOAT8, "Amdahl's limit of switchback", "reached"), rows)
+    for name in dict.fromkeys(record["recipe"] for record in records):
+        own = {record["step"]: record for record in records if record["recipe"] == name and "snr" in record}
+        found = (own.get(step) for step in checkpoints)
+        rows.append((name, *(f"{one['snr']:.1f} ({one['worst_layer_snr']:.1f})" if one else "–" for one in found)))
+    return markdown(("recipe", *(f"after {step} steps" for step in checkpoints)), rows) + skipped(records)
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "goals": ("h200", goals),
-    "products": ("h200/bench_matmul", products),
-    "products_h100": ("h100/bench_matmul", products),
-    "quantisers": ("h200/bench_quantize", quantisers),
+    "matmuls": ("h200/bench_matmul", matmuls),
+    "matmuls_h100": ("h100/bench_matmul", matmuls),
+    "quantizers": ("h200/bench_quantize", quantizers),
     "few_tokens": ("h200/bench_inference", few_tokens),
     "steps": ("h200/bench_linear", steps),
-    "all_models": ("h200/bench_model", models(*OURS, "int8-grad-weight", *FLOAT8, "torchao int8")),
     "layers": ("h200/bench_linear", layers),
     "layers_h100": ("h100/bench_linear", layers),
     "kept": ("h200/bench_linear", kept),
+    "all_models": ("h200/bench_model", models(*OURS, "switchback_int8_grad_weight", *FLOAT8, "torchao int8")),
     "models": ("h200/bench_model", models(*OURS)),
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
-    "lost": ("h200", lost),
-    "shards_narrow": ("h200/fsdp/large.json", shards),
-    "shards_wide": ("h200/fsdp/wide.json", shards),
-    "linear_share": ("h200/demo/results.json", linear_share),
-    "noise": ("cpu/signal_to_noise.json", noise),
+    "overhead": ("h200/bench_overhead", overhead),
+    "first_calls": ("h200/bench_overhead", first_calls),
+    "shards_narrow": ("h200/fsdp/large", shards),
+    "shards_wide": ("h200/fsdp/wide", shards),
+    "linear_share": ("h200/demo/results", linear_share),
+    "noise": ("cpu/signal_to_noise", noise),
+    "grad_weight": ("cpu/signal_to_noise", grad_weight),
+    "gpt": ("h200/bench_training", gpt),
+    "snr": ("h200/bench_training", gradient_snr),
 }
+load = functools.cache(results_file.load)  # some tables share a file
 
 
-def load(place: Path) -> Record:
-    """A results file; without suffix, of all files that a benchmark left in its folder; of a folder all benchmarks'."""
-    if place.is_dir():
-        return _collected(place)
-    if place.suffix:
-        return json.loads(place.read_text(encoding="utf-8"))
-    return _collected(place.parent)[place.name]
+def origin(name: str, document: Record) -> str:
+    """A line that links the file and says what measured it."""
+    names = (record.get("name") or record.get("recipe", "") for record in document["results"])
+    with_torchao = any("torchao" in name for name in names)
+    sources: dict[str, list[str]] = {}
+    for run in document["runs"]:
+        versions = [run["device"], f"torch {run['torch']}", f"Triton {run['triton']}"]
+        versions += [f"torchao {run['torchao']}"] if with_torchao and "torchao" in run else []
+        commits = sources.setdefault(", ".join(versions), [])
+        commits += [one for one in [f"{str(run.get('commit'))[:7]} ({run['date'][:10]})"] if one not in commits]
+    where = "; ".join(f"{versions}, commit {', '.join(commits)}" for versions, commits in sources.items())
+    return f"([{Path(name).name}.json](../benchmarks/results/{name}.json): {where})\n"
 
 
-_collected = functools.cache(collect)  # most tables are of one folder
-
-
-def origin(path: str, document: Record) -> str:
-    """A line that links the files and says what measured them; a folder's say it themselves."""
-    if "results" not in document:
-        return f"([results](../benchmarks/results/{path}))\n"
-    runs = document.get("runs") or {
-        Path(path).name: document.get("provenance") or document["results"][0]["environment"]
-    }
-    folder = path.rpartition("/")[0]
-    links: dict[str, list[str]] = {}
-    for name, source in runs.items():
-        versions = [source["device"], f"torch {source['torch']}", f"Triton {source['triton']}"]
-        if any("torchao" in record.get("name", "") and record.get("median_ms") for record in document["results"]):
-            versions.append(f"torchao {source['torchao']}")
-        link = f"[{name}](../benchmarks/results/{folder}/{name}) of commit {source['git_commit'][:7]}"
-        links.setdefault(", ".join([*versions, source["date"][:10]]), []).append(link)
-    return "(" + "; ".join(f"{', '.join(files)}: {where}" for where, files in links.items()) + ")\n"
-
-
-def fill_blocks(page: str, content_of: Callable[[str], str | None]) -> str:
-    """A page with each block written anew, by its name; None leaves it as it is."""
+def fill(page: str) -> str:
+    """Return a page with every table written anew; MISSING stands for what has no results yet."""
 
     def write(match: re.Match[str]) -> str:
-        content = content_of(match[1])
-        return match[0] if content is None else f"<!-- begin: {match[1]} -->\n{content}<!-- end -->"
+        name, block = BLOCKS[match[1]]
+        path = RESULTS / f"{name}.json"
+        content = MISSING
+        if path.exists():
+            content = block(load(path))
+            content += ("\n" if "|" in content else "") + origin(name, load(path))
+        return f"<!-- begin: {match[1]} -->\n{content}<!-- end -->"
 
     return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
 
 
-def fill(page: str) -> str:
-    """A page with its tables written anew; those of other scripts stay."""
-
-    def content_of(name: str) -> str | None:
-        if name not in BLOCKS:
-            return None
-        path, block = BLOCKS[name]
-        document = load(RESULTS / path)
-        content = block(document)
-        return content + ("\n" if content.startswith("|") else "") + origin(path, document)
-
-    return fill_blocks(page, content_of)
-
-
-@app.command(help="Write the tables of the documentation's pages from the committed results.")
-def main(docs: Annotated[Path, typer.Option(exists=True, file_okay=False)] = DOCS) -> None:
-    for path in sorted(docs.glob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        if (filled := fill(text)) != text:
-            path.write_text(filled, encoding="utf-8")
-            print(f"wrote {path}")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the tables of the documentation from the committed results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table differs")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for path in sorted(DOCS.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        if (filled := fill(page)) != page:
+            stale.append(path.name)
+            if not arguments.check:
+                path.write_text(filled, encoding="utf-8")
+    if stale:
+        print(f"{'stale: run python benchmarks/pages.py for' if arguments.check else 'wrote'} {', '.join(stale)}")
+    sys.exit(bool(stale) and arguments.check)
 
 
 if __name__ == "__main__":
-    app()
+    main()

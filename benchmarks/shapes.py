@@ -1,4 +1,4 @@
-"""What is measured: shapes of layers that people train. CONTRIBUTING.md says what a claim about speed needs."""
+"""The shapes that are measured: layers that people train."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,23 @@ class Shape(NamedTuple):
 
     @property
     def flop(self) -> int:
-        """Floating-point (or integer) operations of one of its products."""
+        """Operations of one of its matmuls."""
         return 2 * self.tokens * self.in_features * self.out_features
 
     def __str__(self) -> str:
         return f"{self.tokens} × {self.in_features} → {self.out_features}"
 
 
-PRODUCTS = (
+class Matrix(NamedTuple):
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} × {self.cols}"
+
+
+# The grad_input of a layer is the matmul with in and out swapped, and this set is closed under that.
+MATMULS = (
     Shape(65536, 1280, 5120),  # ViT-H, 256 images of 256 patches
     Shape(65536, 5120, 1280),
     Shape(16384, 4096, 4096),  # Llama-8B, 4 sequences of 4096 tokens
@@ -27,25 +36,17 @@ PRODUCTS = (
     Shape(16384, 14336, 4096),
     Shape(8192, 8192, 8192),
 )
-# The grad_input of a layer is the product with in and out swapped, and this set is closed under that.
-PRODUCT_ROLES = {
-    shape: f"forward of {shape.in_features} → {shape.out_features}, "
-    f"grad_input of {shape.out_features} → {shape.in_features}"
-    for shape in PRODUCTS
-}
-SMALL = Shape(8192, 1024, 4096)  # small enough for the host to matter
+SMALL = Shape(8192, 1024, 4096)  # small enough for CPU overhead to matter
 ODD = (Shape(16384, 4095, 4096), Shape(8192, 1024, 50257))  # rows that 16 bytes do not divide; GPT-2's vocabulary
-LAYERS = (*PRODUCTS, SMALL, *ODD)
+LAYERS = (*MATMULS, *ODD, SMALL)
 INFERENCE = tuple(Shape(tokens, 4096, 14336) for tokens in (1, 2, 4, 8, 16, 32, 64))
-
 MATRICES = (
-    (65536, 5120),  # activations, [rows, cols]
-    (65536, 1280),
-    (16384, 14336),
-    (16384, 4096),
-    (14336, 4096),  # weights
-    (5120, 1280),
+    Matrix(65536, 5120),  # activations
+    Matrix(65536, 1280),
+    Matrix(16384, 14336),
+    Matrix(16384, 4096),
+    Matrix(14336, 4096),  # weights
+    Matrix(5120, 1280),
 )
-
 TINY = (Shape(64, 32, 48),)
-TINY_MATRICES = ((64, 48),)
+TINY_MATRICES = (Matrix(64, 48),)

@@ -1,119 +1,170 @@
-"""Signal to noise of the output and of grad_input on several kinds of data: SwitchBack's strategies beside float8.
+"""Signal to noise of the three matmuls of a layer on several kinds of data: INT8 beside float8.
 
-python benchmarks/signal_to_noise.py
+    python benchmarks/signal_to_noise.py
 
-Runs on the CPU, whose codes and products are bit for bit the GPU's.
+The script runs on the CPU, whose int8 values and matmuls are bit for bit the GPU's. Signal to noise
+is in dB, against float64. float8 is e4m3, exact except for the rounding of the operands.
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from measure import Bench, OutputFlag, TinyFlag, new_app, new_table
+import results_file
+from measure import RESULTS
+from results_file import Record
 from torch_switchback import SwitchBackConfig, switchback_linear
 
-app = new_app()
-SIZE = 2048
-
-Product = Callable[[Tensor, Tensor], Tensor]  # of rows [SIZE, SIZE] and a weight [out, in] in bfloat16
-
-
-def gaussian(size: int) -> Tensor:
-    return torch.randn(size, size)
+SIZE = 2048  # tokens and features of the output and of grad_input
+IN, OUT = 2048, 256  # features of grad_weight
+Draw = Callable[[int, int, torch.Generator], Tensor]  # tokens, features
+Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
-def layer_norm(size: int) -> Tensor:
-    """Normalised rows times a gain a channel, log-normal with sigma 0.4."""
-    return torch.nn.functional.layer_norm(gaussian(size), (size,)) * (0.4 * torch.randn(size)).exp()
+def gaussian(tokens: int, features: int, draw: torch.Generator) -> Tensor:
+    return torch.randn(tokens, features, generator=draw)
 
 
-def post_gelu(size: int) -> Tensor:
-    return torch.nn.functional.gelu(gaussian(size))
+def layer_norm(tokens: int, features: int, draw: torch.Generator) -> Tensor:
+    """Draw normalized rows times a gain per channel, log-normal with sigma 0.4."""
+    gain = (0.4 * torch.randn(features, generator=draw)).exp()
+    return torch.nn.functional.layer_norm(gaussian(tokens, features, draw), (features,)) * gain
 
 
-def log_normal_rows(size: int) -> Tensor:
-    return gaussian(size) * (2 * torch.randn(size, 1)).exp()
+def post_gelu(tokens: int, features: int, draw: torch.Generator) -> Tensor:
+    return torch.nn.functional.gelu(gaussian(tokens, features, draw))
 
 
-def student_t3(size: int) -> Tensor:
-    """A normal variable over the root of a mean of three squares."""
-    return gaussian(size) / torch.randn(3, size, size).square().mean(0).sqrt()
+def student_t3(tokens: int, features: int, draw: torch.Generator) -> Tensor:
+    """Draw a normal variable over the root of a mean of three squares."""
+    squares = torch.stack([gaussian(tokens, features, draw).square() for _ in range(3)]).mean(0)
+    return gaussian(tokens, features, draw) / squares.sqrt()
 
 
-def outlier_channels(size: int) -> Tensor:
-    x = gaussian(size)
-    x[:, : max(1, size // 1000)] *= 50
+def outlier_channels(tokens: int, features: int, draw: torch.Generator) -> Tensor:
+    """Draw Gaussian values of which 0.1 % of the channels are 50 times as large."""
+    x = gaussian(tokens, features, draw)
+    x[:, : max(1, features // 1000)] *= 50
     return x
 
 
-DATA: dict[str, tuple[str, Callable[[int], Tensor]]] = {
-    "Gaussian": ("output", gaussian),
-    "LayerNorm's outputs": ("output", layer_norm),
-    "after GELU": ("output", post_gelu),
-    "tokens log-normal, σ = 2": ("grad_input", log_normal_rows),
-    "Student t₃": ("output", student_t3),
-    "0.1 % of channels × 50": ("output", outlier_channels),
+def log_normal_tokens(sigma: float, tokens: int, features: int, draw: torch.Generator) -> Tensor:
+    """Draw rows that differ in size, as gradients do."""
+    return gaussian(tokens, features, draw) * (sigma * torch.randn(tokens, 1, generator=draw)).exp()
+
+
+INPUTS: dict[str, Draw] = {
+    "Gaussian": gaussian,
+    "LayerNorm outputs": layer_norm,
+    "post-GELU": post_gelu,
+    "Student t₃": student_t3,
+    "0.1 % of channels × 50": outlier_channels,
+}
+GRADIENTS: dict[str, Draw] = {
+    "Gaussian": gaussian,
+    "tokens log-normal σ = 1": partial(log_normal_tokens, 1.0),
+    "tokens log-normal σ = 2": partial(log_normal_tokens, 2.0),
+}
+ROWS: list[tuple[str, str, Draw]] = [
+    *(("output", name, draw) for name, draw in INPUTS.items()),
+    ("grad_input", "tokens log-normal σ = 2", GRADIENTS["tokens log-normal σ = 2"]),
+]
+
+
+def float8(values: Tensor, dim: int | None = None) -> Tensor:
+    """Round to e4m3 with one absmax, or with one for each row (dim=1) or column (dim=0)."""
+    absmax = values.abs().max() if dim is None else values.abs().amax(dim, keepdim=True)
+    scale = absmax.float() / torch.finfo(torch.float8_e4m3fn).max
+    return (values.float() / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+def int8_output(rows: Tensor, weight: Tensor, config: SwitchBackConfig) -> Tensor:
+    return switchback_linear(rows, weight, config=config)
+
+
+def int8_grad_input(rows: Tensor, weight: Tensor, config: SwitchBackConfig) -> Tensor:
+    """Return rows @ weight.t() as the grad_input of a layer with the weight weight.t()."""
+    x = torch.zeros(len(rows), weight.shape[0], dtype=rows.dtype, requires_grad=True)
+    return torch.autograd.grad(switchback_linear(x, weight.t().contiguous(), config=config), x, rows)[0]
+
+
+def int8_grad_weight(x: Tensor, grad: Tensor, rotate_tokens: int | None) -> Tensor:
+    weight = torch.zeros(grad.shape[1], x.shape[1], requires_grad=True)
+    config = SwitchBackConfig(grad_weight="int8_always", rotate_tokens=rotate_tokens)
+    return torch.autograd.grad(switchback_linear(x, weight, config=config), weight, grad)[0]
+
+
+GRAD_WEIGHT_FORMATS: dict[str, Matmul] = {
+    "bf16": lambda x, grad: grad.t() @ x,
+    "int8, not rotated": partial(int8_grad_weight, rotate_tokens=None),
+    "int8, 64 tokens rotated": partial(int8_grad_weight, rotate_tokens=64),
+    "int8, 128 tokens rotated": partial(int8_grad_weight, rotate_tokens=128),
+    "float8 tensorwise": lambda x, grad: float8(grad).t() @ float8(x),
+    "float8 columnwise": lambda x, grad: float8(grad, 0).t() @ float8(x, 0),
 }
 
 
-def int8(product: str, config: SwitchBackConfig) -> Product:
-    def compute(rows: Tensor, weight: Tensor) -> Tensor:
-        if product == "output":
-            return switchback_linear(rows, weight, config=config)
-        x = torch.zeros(len(rows), weight.shape[1], dtype=rows.dtype, requires_grad=True)
-        return torch.autograd.grad(switchback_linear(x, weight, config=config), x, rows)[0]
-
-    return compute
-
-
-def float8(product: str, *, rowwise: bool) -> Product:
-    """e4m3 with one absmax for each operand, or one for each row of both; exact but for that."""
-
-    def rounded(values: Tensor) -> Tensor:
-        absmax = values.abs().amax(1, keepdim=True) if rowwise else values.abs().max()
-        scale = absmax.float() / torch.finfo(torch.float8_e4m3fn).max
-        return (values.float() / scale).to(torch.float8_e4m3fn).double() * scale
-
-    def compute(rows: Tensor, weight: Tensor) -> Tensor:
-        return rounded(rows) @ rounded(weight if product == "output" else weight.t()).t()
-
-    return compute
-
-
-def formats(product: str) -> dict[str, Product]:
+def row_formats(matmul: str) -> dict[str, Matmul]:
+    int8 = int8_output if matmul == "output" else int8_grad_input
     return {
-        "int8, global": int8(product, SwitchBackConfig()),
-        "int8, rowwise": int8(product, SwitchBackConfig("rowwise")),
-        "float8 tensorwise": float8(product, rowwise=False),
-        "float8 rowwise": float8(product, rowwise=True),
+        "int8, global": partial(int8, config=SwitchBackConfig()),
+        "int8, rowwise": partial(int8, config=SwitchBackConfig("rowwise")),
+        "float8 tensorwise": lambda rows, weight: float8(rows) @ float8(weight).t(),
+        "float8 rowwise": lambda rows, weight: float8(rows, 1) @ float8(weight, 1).t(),
     }
 
 
-def decibels(actual: Tensor, exact: Tensor) -> dict[str, float]:
-    """Over the whole tensor, and what 99 % of its rows are above."""
-    noise = actual.double() - exact
-    rows = 20 * torch.log10(exact.norm(dim=1) / noise.norm(dim=1))
-    snr = 20 * torch.log10(exact.norm() / noise.norm())
-    return {"snr": round(snr.item(), 1), "worst_rows": round(rows.kthvalue(max(1, len(rows) // 100))[0].item(), 1)}
+def decibels(actual: Tensor, exact: Tensor, dim: int | None = None) -> Tensor:
+    noise = (actual.double() - exact).norm(dim=dim)
+    return 20 * torch.log10(exact.norm(dim=dim) / noise)
 
 
-@app.command(help="Signal to noise of the output and of grad_input on several kinds of data.")
-def main(tiny: TinyFlag = False, output: OutputFlag = None) -> None:
-    bench = Bench("signal_to_noise", device="cpu", seconds=0.0, tiny=tiny, output=output, for_cpu=True)
-    size = 64 if tiny else SIZE
-    table = []
-    for name, (product, draw) in DATA.items():
-        rows, weight = draw(size).bfloat16(), gaussian(size).bfloat16()
-        crest = rows.abs().amax(1).float() / rows.float().square().mean(1).sqrt()
-        exact = rows.double() @ (weight.t() if product == "output" else weight).double()
-        found = {form: decibels(compute(rows, weight), exact) for form, compute in formats(product).items()}
-        labels = {"name": name, "reason": None, "product": product, "crest": round(crest.median().item(), 1)}
-        bench.results.append(labels | {"decibels": found})
-        table.append((name, product, f"{labels['crest']}", *(f"{each['snr']:.1f}" for each in found.values())))
-    bench.report(new_table(f"dB, {size}³", ("data", "product"), ("crest", *found), table))
-    bench.finish()
+def rows_snr(matmul: str, data: str, draw_rows: Draw, size: int = SIZE) -> Record:
+    """Measure rows times a Gaussian weight: the whole tensor, and what 99 % of its rows exceed."""
+    draw = torch.Generator().manual_seed(0)
+    rows, weight = draw_rows(size, size, draw).bfloat16(), gaussian(size, size, draw).bfloat16()
+    crest = rows.abs().amax(1).float() / rows.float().square().mean(1).sqrt()
+    record: Record = {"matmul": matmul, "data": data, "crest": crest.median().item(), "snr": {}, "worst_rows": {}}
+    exact = rows.double() @ weight.double().t()
+    for name, compute in row_formats(matmul).items():
+        actual = compute(rows, weight)
+        record["snr"][name] = round(decibels(actual, exact).item(), 1)
+        worst = decibels(actual, exact, 1).kthvalue(max(1, size // 100))[0].item()
+        record["worst_rows"][name] = round(worst, 1)
+    return record
+
+
+def grad_weight_snr(x_name: str, grad_name: str, tokens: int, in_features: int = IN) -> Record:
+    """Measure Gᵀ X of G [tokens, OUT] and X [tokens, in_features] in bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    x = INPUTS[x_name](tokens, in_features, draw).bfloat16()
+    grad = GRADIENTS[grad_name](tokens, OUT, draw).bfloat16()
+    exact = grad.double().t() @ x.double()
+    found = {name: decibels(matmul(x, grad), exact).item() for name, matmul in GRAD_WEIGHT_FORMATS.items()}
+    record: Record = {"matmul": "grad_weight", "x": x_name, "grad": grad_name, "tokens": tokens}
+    return record | {"snr": {name: round(value, 1) for name, value in found.items()}}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the signal to noise of a layer's matmuls on the CPU.")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes; shows only that the script runs")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/cpu/signal_to_noise.json")
+    arguments = parser.parse_args(argv)
+    path = arguments.output or (None if arguments.tiny else RESULTS / "cpu" / "signal_to_noise.json")
+    run = results_file.provenance("cpu")
+    records = [rows_snr(*row, size=64 if arguments.tiny else SIZE) for row in ROWS]
+    for x in INPUTS:
+        for grad in GRADIENTS:
+            records += [grad_weight_snr(x, grad, tokens) for tokens in ((256,) if arguments.tiny else (2048, 8192))]
+    for record in records:
+        print(record)
+    if path is not None:
+        results_file.save(path, run, records)
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -1,7 +1,8 @@
 """What can be told from a few paired training runs.
 
-Runs of one seed share weights and data, so a final loss is taken to be a sum: what the recipe does, what the seed
-does, and chance, which is estimated from what is left over in all runs together (two-way analysis of variance).
+Runs of one seed share weights and data. A final loss is therefore taken as a sum: what the recipe
+does, what the seed does, and chance, which is estimated from the residuals of all runs (two-way
+analysis of variance).
 """
 
 import math
@@ -10,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from measure import Record
-from training_runs import AGAIN
+from results_file import Record
 
 BASELINE = "linear"
+AGAIN = "linear, again"
 BASELINES = (BASELINE, AGAIN)
 
 
@@ -22,7 +23,7 @@ class Effect(NamedTuple):
 
     values: list[float]  # by seed, those that there are
     difference: float  # to nn.Linear
-    standard_error: float  # of the difference; NaN if nothing is left over to estimate it from
+    standard_error: float  # of the difference; NaN without residuals to estimate it from
 
 
 class Effects(NamedTuple):
@@ -33,17 +34,17 @@ class Effects(NamedTuple):
 
     @property
     def resolution(self) -> float:
-        """Twice the largest standard error: smaller differences cannot be told from none."""
+        """Twice the largest standard error. Smaller differences are within noise."""
         return 2 * max(effect.standard_error for name, effect in self.by_recipe.items() if name != BASELINE)
 
 
-def finished(records: Sequence[Record], task: str) -> list[Record]:
-    return [record for record in records if record["task"] == task and record["reason"] is None]
+def finished(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if "reason" not in record]
 
 
 def effects(records: Sequence[Record], figure: str) -> Effects:
-    """Least squares over finished runs of one task; nn.Linear's second runs count as nn.Linear's."""
-    named = [(BASELINE if record["name"] in BASELINES else record["name"], record) for record in records]
+    """Fit finished runs by least squares. nn.Linear's second runs count as nn.Linear's."""
+    named = [(BASELINE if record["recipe"] in BASELINES else record["recipe"], record) for record in records]
     recipes = [BASELINE, *(name for name in dict.fromkeys(name for name, _ in named) if name != BASELINE)]
     seeds = sorted({record["seed"] for record in records})
     design = torch.zeros(len(named), len(seeds) + len(recipes) - 1, dtype=torch.float64)
@@ -54,8 +55,8 @@ def effects(records: Sequence[Record], figure: str) -> Effects:
     values = torch.tensor([record[figure] for record in records], dtype=torch.float64)
     solution = torch.linalg.pinv(design) @ values
     degrees_of_freedom = len(named) - int(torch.linalg.matrix_rank(design))
-    left_over = (values - design @ solution).square().sum().item()
-    variance = left_over / degrees_of_freedom if degrees_of_freedom else math.nan
+    residual = (values - design @ solution).square().sum().item()
+    variance = residual / degrees_of_freedom if degrees_of_freedom else math.nan
     covariance = variance * torch.linalg.pinv(design.t() @ design)
     by_recipe = {}
     for index, recipe in enumerate(recipes):
@@ -67,24 +68,3 @@ def effects(records: Sequence[Record], figure: str) -> Effects:
         by_recipe[recipe] = Effect(own, difference, error)
     mean = sum(by_recipe[BASELINE].values) / max(1, len(by_recipe[BASELINE].values))
     return Effects(by_recipe, mean, math.sqrt(variance), degrees_of_freedom)
-
-
-def repeated_scatter(records: Sequence[Record], figure: str) -> float:
-    """Standard deviation of one run of nn.Linear, from pairs that start a millionth apart."""
-    first, second = (
-        {record["seed"]: record[figure] for record in records if record["name"] == name} for name in BASELINES
-    )
-    squares = [(first[seed] - second[seed]) ** 2 / 2 for seed in first.keys() & second.keys()]
-    return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
-
-
-def text_error(records: Sequence[Record]) -> float:
-    """Standard error of the difference of two paired losses that comes from the choice of the validation text."""
-    baseline = {record["seed"]: record for record in records if record["name"] == BASELINE}
-    errors = []
-    for record in records:
-        if record["name"] != BASELINE and record["seed"] in baseline:
-            pair = (torch.tensor(one["final_validation_losses"]) for one in (record, baseline[record["seed"]]))
-            difference = torch.sub(*pair)
-            errors.append((difference.std() / math.sqrt(len(difference))).item())
-    return sum(errors) / len(errors) if errors else math.nan

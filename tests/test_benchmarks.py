@@ -1,9 +1,10 @@
-"""The benchmarks run on toy shapes and say where their numbers come from. Nothing here looks at a time."""
+"""The benchmarks run with --tiny. Their timing, statistics and results files are right."""
 
 import json
+import math
+import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,119 +12,62 @@ import torch
 from torch import nn
 
 pytest.importorskip("matplotlib", reason="the benchmarks need torch-switchback[demo]")
-pytest.importorskip("typer", reason="the benchmarks need torch-switchback[demo]")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import typer
-from typer.testing import CliRunner
-
+import bench_cpu
 import bench_inference
 import bench_linear
 import bench_matmul
 import bench_model
 import bench_quantize
+import bench_training
 import draw
 import measure
+import pages
 import peers
-import summary
+import results_file
+import signal_to_noise
 from blocks import LlamaBlock, Stack, ViTBlock
-from collect import collect
 from torch_switchback import SwitchBackLinear
-from torch_switchback.advice.saved_bytes import saved_bytes
+from training_statistics import AGAIN, effects
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
-SCRIPTS = {
-    script.__name__: script.app for script in (bench_quantize, bench_matmul, bench_linear, bench_inference, bench_model)
+TIMED = {
+    script.__name__: script
+    for script in (bench_cpu, bench_inference, bench_linear, bench_matmul, bench_model, bench_quantize)
 }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    """A folder with what every script wrote about toy shapes."""
-    folder = tmp_path_factory.mktemp("results")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine take longer than one."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other take longer than one
-    for name, app in SCRIPTS.items():
-        flags = ["--device", "cpu", "--tiny", "--output", str(folder / f"{name}.json")]
-        flags += ["--only", "GPT"] if name == "bench_model" else []
-        finished = CliRunner().invoke(app, flags)
-        assert finished.exit_code == 0, finished.output
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
-    return folder
 
 
-def load(results: Path, script: str) -> dict:
-    return json.loads((results / f"{script}.json").read_text())
+# The scripts
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_results_say_where_they_come_from(results, script):
-    provenance = load(results, script)["provenance"]
-    assert provenance["script"] == f"benchmarks/{script}.py"
-    assert provenance["arguments"]["tiny"] is True
-    assert provenance["torch"] == torch.__version__
-    assert provenance.keys() >= {"date", "device", "driver", "python", "triton", "torchao", "git_commit"}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_competitor_has_a_time_with_its_spread_or_a_reason(results, script):
-    records = load(results, script)["results"]
-    assert records
-    for record in records:
-        if record["median_ms"] is None:
-            assert record["reason"] and measure.is_peer(record["name"]), record
+@pytest.mark.parametrize("script", TIMED)
+def test_every_candidate_has_a_time_with_its_spread_or_a_reason(script, tmp_path):
+    output = tmp_path / f"{script}.json"
+    flags = ["--only", "GPT"] if script == "bench_model" else []
+    TIMED[script].main(["--tiny", "--output", str(output), *flags])
+    document = results_file.load(output)
+    assert document["runs"][0].keys() >= {"cases", "date", "device", "torch", "triton", "python", "commit"}
+    for record in document["results"]:
+        if "reason" in record:
+            assert measure.is_other_library(record["name"]), record
         else:
             assert 0 < record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
             assert record["rounds"] >= measure.MIN_ROUNDS
-
-
-def test_peers_are_never_dropped(results):
-    names = {record["name"] for record in load(results, "bench_linear")["results"]}
-    assert names >= {
-        "linear",
-        "switchback",
-        "rowwise-mem-efficient",
-        "torchao int8",
-        "torchao float8 tensorwise",
-        "torchao float8 rowwise",
-        "torchao float8 rowwise_with_gw_hp",
-    }
-    products = {record["name"] for record in load(results, "bench_matmul")["results"]}
-    assert products >= {"bf16", "torch._int_mm", "torch._scaled_mm tensorwise", "torch._scaled_mm rowwise"}
-
-
-def test_products_are_interleaved_and_sustained(results):
-    paces = {record["pace"] for record in load(results, "bench_matmul")["results"] if record["name"] == summary.PEER}
-    assert paces == {"interleaved", "sustained"}
-
-
-def test_limit_is_linear_over_the_sum_of_a_strategys_parts(results):
-    document = load(results, "bench_linear")
-    times = {(record["name"], record["mode"]): record["median_ms"] for record in document["results"]}
-    limits = {limit["name"]: limit for limit in document["limits"]}
-    assert limits.keys() == bench_linear.STRATEGIES.keys()
-    for name, config in bench_linear.STRATEGIES.items():
-        parts = sum(times[bench_linear.PART + part, "graph"] for part in bench_linear.parts_of(config))
-        assert limits[name]["sum_of_parts_ms"] == pytest.approx(parts)
-        assert limits[name]["limit"] == pytest.approx(times["linear", "graph"] / parts)
-        assert limits[name]["share_reached"] == pytest.approx(parts / times[name, "eager"])
-
-
-def test_every_strategy_of_the_demo_is_measured(results):
-    measured = {(record["name"], record["mode"]) for record in load(results, "bench_linear")["results"]}
-    assert measured >= {(name, "eager") for name in peers.RECIPES}
-
-
-def test_memory_efficient_keeps_half(results):
-    linear, efficient = (
-        measure.find(load(results, "bench_linear")["results"], name=name, mode="eager")
-        for name in ("linear", "switchback-mem-efficient")
-    )
-    assert efficient["saved_over_linear"] == efficient["saved_bytes"] / linear["saved_bytes"] < 0.6
+            assert "turns" not in record
 
 
 def test_runs_of_bench_overhead_share_a_file(tmp_path):
@@ -131,174 +75,110 @@ def test_runs_of_bench_overhead_share_a_file(tmp_path):
     for label in ("before", "after", "after"):
         command = [sys.executable, BENCHMARKS / "bench_overhead.py", "--tiny", "--label", label, "--output", output]
         subprocess.run(command, check=True, capture_output=True)
-    document = json.loads(output.read_text())
-    assert list(document["runs"]) == ["before", "after"]
-    assert [row["label"] for row in document["results"]] == ["before"] * 5 + ["after"] * 5
-    assert all("seconds" in row or len(row["ratio"]) == 3 for row in document["results"])
+    document = results_file.load(output)
+    assert [run["cases"] for run in document["runs"]] == [["before"], ["after"]]
+    assert [record["label"] for record in document["results"]] == ["before"] * 5 + ["after"] * 5
+    assert "| before | after |" in pages.overhead(document)
+    assert "| before | after |" in pages.first_calls(document)
 
 
-def test_pictures_are_drawn_and_missing_files_named(results, tmp_path):
-    finished = CliRunner().invoke(draw.app, [str(results), "--out", str(tmp_path)])
-    assert finished.exit_code == 0, finished.output
-    for name in ("products", "layers", "models", "memory"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    finished = CliRunner().invoke(draw.app, [str(tmp_path)])
-    assert finished.exit_code == 0
-    assert "has no bench_model.json, bench_linear.json" in finished.output
+def test_training_is_paired_and_drawn(tmp_path):
+    output = tmp_path / "cpu" / "bench_training.json"
+    recipes = ("linear", AGAIN, "all int8")
+    flags = ["--tiny", "--steps", "10", "--seeds", "2", "--output", str(output)]
+    with torch.compiler.set_stance("force_eager"):
+        for recipe in recipes:  # one after the other, as on several GPUs
+            bench_training.main([*flags, "--recipe", recipe])
+    document = results_file.load(output)
+    assert results_file.cases_of(document["results"]) == list(recipes)
+    runs = {(run["recipe"], run["seed"]): run for run in document["results"]}
+    for seed in (0, 1):  # the first loss is that of the initial weights on the first batch
+        first = [runs[recipe, seed]["first_loss"] for recipe in recipes]
+        assert max(first) - min(first) < 0.01
+        again = runs[AGAIN, seed]["final_validation_loss"] - runs["linear", seed]["final_validation_loss"]
+        assert abs(again) < 1e-3
+    snr = runs["linear", 0]["gradient_snr"]
+    assert {record["step"] for record in snr} == {0, 5, 10}
+    for record in snr:
+        if "reason" not in record:
+            low, high = (
+                (44, 60) if record["recipe"] == "linear" else (20, 52)
+            )  # bf16 keeps 8 bits of a value, int8 fewer
+            assert low < record["snr"] < high
+    assert "| all int8 | 2 |" in pages.gpt(document) and "after 5 steps" in pages.gradient_snr(document)
+
+    with pytest.raises(SystemExit):
+        bench_training.main([*flags, "--steps", "11"])  # another protocol
+    draw.main(["--results", str(tmp_path)])
+    assert output.with_name("training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pictures_show_whichever_results_exist(results, tmp_path):
-    (tmp_path / "bench_linear.json").write_text((results / "bench_linear.json").read_text())
-    finished = CliRunner().invoke(draw.app, [str(tmp_path)])
-    assert finished.exit_code == 0, finished.output
-    assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "memory.png"}
+def test_signal_to_noise_runs(tmp_path):
+    signal_to_noise.main(["--tiny", "--output", str(tmp_path / "out.json")])
+    document = results_file.load(tmp_path / "out.json")
+    assert "| Gaussian | output |" in pages.noise(document)
+    assert "| Gaussian | Gaussian | 256 |" in pages.grad_weight(document)
 
 
-def test_summary_reads_every_script_of_its_goals(results):
-    finished = CliRunner().invoke(summary.app, [str(results)])
-    assert finished.exit_code == 0, finished.output
-    assert finished.output.count("\n| ") == len(summary.GOALS) + 1
-    for goal in summary.GOALS:
-        list(goal.cases(load(results, goal.script)))
+@pytest.mark.parametrize("grad", signal_to_noise.GRADIENTS)
+@pytest.mark.parametrize("x", signal_to_noise.INPUTS)
+def test_rotated_int8_grad_weight_is_above_33_db_and_above_float8(x, grad):
+    snr = signal_to_noise.grad_weight_snr(x, grad, tokens=2048, in_features=256)["snr"]
+    for block in (64, 128):
+        assert snr[f"int8, {block} tokens rotated"] > max(33, snr["float8 tensorwise"], snr["float8 columnwise"])
+    assert 26 < snr["float8 tensorwise"] < 32 and snr["bf16"] > 50
 
 
-@pytest.mark.parametrize(
-    ("values", "at_most", "expected"),
-    [
-        ([1.5, 1.2], False, ("1.20", "yes")),
-        ([1.5, 0.9], False, ("0.90", "no (1 of 2)")),
-        ([1.5, None], False, ("1.50", "no (1 of 2)")),
-        ([0.5, 0.9], True, ("0.90", "yes")),
-        ([0.5, 1.2], True, ("1.20", "no (1 of 2)")),
-        ([None], False, ("–", "not measured")),
-    ],
-)
-def test_a_goal_is_reached_by_its_worst_case(values, at_most, expected):
-    goal = summary.Goal("speed", 1.0, "bench", lambda document: (("a case", value) for value in values), at_most)
-    assert summary.row(goal, {})[2:4] == expected
-
-
-def test_goals_pick_their_shapes():
-    shapes = [*bench_linear.LAYERS, (1, 2, 3)]
-    records = [{"shape": shape, "name": "switchback", "mode": "eager", "speed_up": 2.0} for shape in shapes]
-    llama = next(goal for goal in summary.GOALS if goal.what == "layer step, Llama shapes")
-    assert [name for name, _ in llama.cases({"results": records})] == [str(shape) for shape in bench_linear.LAYERS[2:5]]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [script for script in TIMED if script != "bench_cpu"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_a_script_says_so(script):
-    finished = CliRunner().invoke(SCRIPTS[script], [])
-    assert finished.exit_code == 2
-    assert "there is no CUDA device" in finished.output
+def test_without_a_gpu_a_script_says_so(script, capsys):
+    with pytest.raises(SystemExit):
+        TIMED[script].main([])
+    assert "there is no CUDA device" in capsys.readouterr().err
 
 
-def test_cpu_takes_toys_only():
-    finished = CliRunner().invoke(bench_matmul.app, ["--device", "cpu"])
-    assert finished.exit_code == 2
-    assert "add --tiny" in finished.output
+# Timing
 
 
-def write_run(file: Path, date: str, *results: dict) -> None:
-    provenance = {"script": "benchmarks/bench_x.py", "date": date}
-    limits = [{"shape": result["shape"], "limit": result["median_ms"]} for result in results]
-    file.write_text(json.dumps({"provenance": provenance, "results": results, "limits": limits, "kept": date}))
-
-
-def test_of_each_shape_the_newest_run_counts(tmp_path):
-    def record(tokens: int, time: float | None) -> dict:
-        return {"shape": [tokens, 8, 8], "median_ms": time}
-
-    write_run(tmp_path / "bench_x.json", "2026-01-02", record(1, 1.0), record(2, 2.0), record(3, 3.0))
-    write_run(tmp_path / "bench_x_again.json", "2026-01-03", record(2, 2.5), record(2, None), record(3, None))
-    write_run(tmp_path / "bench_x_before.json", "2026-01-01", record(1, 0.5))
-    document = collect(tmp_path)["bench_x"]
-    assert document["results"] == [record(1, 1.0), record(2, 2.5), record(2, None), record(3, 3.0)]
-    assert [limit["limit"] for limit in document["limits"]] == [1.0, 2.5, None, 3.0]
-    assert document["kept"] == "2026-01-03"
-    assert document["runs"].keys() == {"bench_x.json", "bench_x_again.json"}
-
-
-def new_bench(output: Path) -> measure.Bench:
-    return measure.Bench("bench", device="cpu", seconds=0, tiny=True, output=output)
+def compare(*candidates: measure.Candidate, deadline: float = math.inf) -> list[dict]:
+    return measure.compare(candidates, seconds=0, device=CPU, deadline=deadline)
 
 
 def fail() -> measure.Cycle:
-    raise RuntimeError("no such product\nand much more")
+    raise RuntimeError("no such matmul\nand much more")
 
 
-def test_a_failing_peer_is_a_result(tmp_path):
-    bench = new_bench(tmp_path / "out.json")
-    working, failed = bench.compare(
-        [measure.Contestant("ours", lambda: [lambda: None]), measure.Contestant("torch peer", fail)], shape=1
-    )
-    bench.finish()
-    assert working["median_ms"] is not None and working["reason"] is None
-    assert failed["median_ms"] is None and failed["reason"] == "RuntimeError: no such product"
-    written = [{key: value for key, value in one.items() if key != "samples_ms"} for one in (working, failed)]
-    assert json.loads((tmp_path / "out.json").read_text())["results"] == written
+def test_a_failing_candidate_is_a_result():
+    works, fails = compare(measure.Candidate("ours", lambda: [lambda: None]), measure.Candidate("torch peer", fail))
+    assert works["median_ms"] is not None and "reason" not in works
+    assert "median_ms" not in fails and fails["reason"] == "RuntimeError: no such matmul"
 
 
-def test_our_own_failure_fails_the_script_after_writing(tmp_path):
-    bench = new_bench(tmp_path / "out.json")
-    bench.compare([measure.Contestant("ours", fail)])
-    with pytest.raises(typer.Exit) as raised:
-        bench.finish()
-    assert raised.value.exit_code == 1
-    assert (tmp_path / "out.json").is_file()
-
-
-def test_a_report_writes_what_there_is_so_far(tmp_path):
-    bench = new_bench(tmp_path / "out.json")
-    for number in (1, 2):
-        bench.compare([measure.Contestant("ours", lambda: [lambda: None])], number=number)
-        bench.report(last=number)
-        document = json.loads((tmp_path / "out.json").read_text())
-        assert [record["number"] for record in document["results"]] == list(range(1, number + 1))
-        assert document["last"] == number
-
-
-def test_without_time_left_competitors_are_skipped_and_nothing_fails(tmp_path):
-    bench = measure.Bench("bench", device="cpu", seconds=0, tiny=True, output=tmp_path / "out.json", budget=0.0)
-    for _ in bench.cases([1], [1]):
-        (record,) = bench.compare([measure.Contestant("ours", fail)])
+def test_without_time_left_candidates_are_skipped():
+    (record,) = compare(measure.Candidate("ours", fail), deadline=0.0)
     assert record["reason"] == measure.SKIPPED
-    bench.finish()
 
 
-def test_cases_share_the_time_that_is_left(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    bench = measure.Bench("bench", device="cpu", seconds=0, tiny=True, output=None, budget=90.0)
-    deadlines = []
-    for _ in bench.cases([], [1, 2, 3]):
-        deadlines.append(bench._deadline)
-        now += 50.0 if len(deadlines) == 1 else 0.0
-    assert deadlines == [30.0, 70.0, 90.0]
-
-
-def test_a_speed_up_is_the_median_of_the_ratios_in_each_round():
-    ours = {"median_ms": 2.0, "samples_ms": [1.0, 2.0, 4.0]}
-    theirs = {"median_ms": 2.0, "samples_ms": [2.0, 2.0, 2.0]}
-    assert measure.speed_up(ours, theirs)["speed_up"] == 1.0
-    theirs["samples_ms"] = [3.0, 6.0, 2.0]
-    assert measure.speed_up(ours, theirs)["speed_up"] == 3.0
-    assert measure.speed_up(ours, None)["speed_up"] is None
-
-
-def test_competitors_take_turns_and_cycle_through_their_inputs():
+def test_candidates_are_interleaved_and_cycle_through_their_inputs():
     calls: list[str] = []
-    contestants = [
-        measure.Contestant(name, lambda name=name: [lambda: calls.append(name + "1"), lambda: calls.append(name + "2")])
+    candidates = [
+        measure.Candidate(name, lambda name=name: [lambda: calls.append(name + "1"), lambda: calls.append(name + "2")])
         for name in "abc"
     ]
-    measure.compare(contestants, seconds=0, device=CPU)
+    compare(*candidates)
     turns = [call[0] for call in calls[-3 * measure.MIN_ROUNDS :]]
     rounds = ["".join(turns[i : i + 3]) for i in range(0, len(turns), 3)]
     assert {"".join(sorted(each)) for each in rounds} == {"abc"}
-    assert len(set(rounds)) > 1  # no one always follows the same
+    assert len(set(rounds)) > 1  # no candidate always follows the same one
     of_a = [call for call in calls if call[0] == "a"]
     assert of_a[2:] == (["a1", "a2"] * len(of_a))[: len(of_a) - 2]
+
+
+def test_a_speed_up_is_the_median_of_the_ratios_of_the_rounds():
+    ours, theirs = {"turns": [1.0, 2.0, 4.0]}, {"turns": [2.0, 2.0, 2.0]}
+    assert measure.speed_up(ours, theirs)["speed_up"] == 1.0
+    assert measure.speed_up(ours, {"turns": [3.0, 6.0, 2.0]})["speed_up"] == 3.0
+    assert measure.speed_up(ours, None) == {}
 
 
 def test_copies_overflow_twice_the_cache(monkeypatch):
@@ -318,8 +198,99 @@ def test_copies_overflow_twice_the_cache(monkeypatch):
     ],
 )
 def test_saved_bytes_leaves_out_parameters(layer, expected):
-    x = torch.randn(2, 32, 32, requires_grad=True)
-    assert saved_bytes(layer, lambda: layer(x)) == expected
+    assert peers.saved_bytes(layer, torch.randn(2, 32, 32, requires_grad=True)) == expected
+
+
+# Results files
+
+
+def test_of_each_case_the_last_run_counts(tmp_path):
+    def save(date: str, *records: tuple[int, float]) -> None:
+        rows = [{"shape": (tokens, 8, 8), "median_ms": time} for tokens, time in records]
+        results_file.save(tmp_path / "out.json", {"date": date, "driver": None}, rows)
+
+    save("2026-01-01", (1, 0.5), (2, 1.23456789))
+    save("2026-01-02", (3, 3.0), (1, 1.0))
+    document = results_file.load(tmp_path / "out.json")
+    assert document["runs"] == [
+        {"cases": [[2, 8, 8]], "date": "2026-01-01"},
+        {"cases": [[3, 8, 8], [1, 8, 8]], "date": "2026-01-02"},
+    ]
+    assert [(record["shape"][0], record["median_ms"]) for record in document["results"]] == [
+        (2, 1.23457),
+        (3, 3.0),
+        (1, 1.0),
+    ]
+    assert len((tmp_path / "out.json").read_text().splitlines()) == 2 + 2 + len(document["runs"]) + 2 + 3
+
+
+def test_results_of_an_example_are_thinned():
+    curve = {"train_losses": list(range(1000)), "validation_losses": [[100, 1.0]], "step_seconds": [0.1] * 99}
+    source = {"date": "2026-01-01", "device": "a GPU", "driver": "1\n1", "git_commit": "abc", "processes": 2}
+    document = results_file.from_example({"provenance": source, "results": [{"recipe": "linear", "curve": curve}]})
+    document = json.loads(results_file.dumps(document))
+    assert document["runs"] == [
+        {"date": "2026-01-01", "device": "a GPU", "driver": "1", "processes": 2, "commit": "abc"}
+    ]
+    assert document["results"][0]["curve"] == {
+        "train_losses": list(range(0, 1000, 10)),
+        "validation_losses": [[100, 1.0]],
+    }
+
+
+# Statistics
+
+EFFECTS = {"a": 0.01, "b": -0.02, "c": 0.0}
+
+
+def synthetic(noise: float, seeds: int = 3) -> list[dict]:
+    """Return runs whose seeds differ much, whose recipes differ by EFFECTS, and by chance."""
+    draw = random.Random(0)
+    return [
+        {"recipe": recipe, "seed": seed, "loss": 1.0 + 0.1 * seed + EFFECTS.get(recipe, 0.0) + draw.gauss(0, noise)}
+        for recipe in ("linear", AGAIN, *EFFECTS)
+        for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize("missing", [(), {("a", 2), ("linear", 0)}])
+def test_effects_are_found_beside_those_of_the_seeds(missing):
+    found = effects([run for run in synthetic(0.0) if (run["recipe"], run["seed"]) not in missing], "loss")
+    assert list(found.by_recipe) == ["linear", "a", "b", "c"]
+    for recipe, difference in EFFECTS.items():
+        assert found.by_recipe[recipe].difference == pytest.approx(difference, abs=1e-12)
+    assert found.scatter == pytest.approx(0, abs=1e-12)
+
+
+def test_scatter_and_standard_errors_are_those_of_the_model():
+    found = effects(synthetic(0.002, seeds=400), "loss")
+    assert found.degrees_of_freedom == 5 * 400 - 400 - 3
+    assert found.scatter == pytest.approx(0.002, rel=0.1)
+    # The baseline has twice the runs.
+    assert found.by_recipe["a"].standard_error == pytest.approx(found.scatter * (1.5 / 400) ** 0.5)
+
+
+def test_one_seed_without_a_repeat_has_no_scatter():
+    runs = [run for run in synthetic(0.1, seeds=1) if run["recipe"] != AGAIN]
+    assert math.isnan(effects(runs, "loss").scatter)
+
+
+@pytest.mark.parametrize(
+    ("relative", "error", "expected"),
+    [
+        (0.001, 0.0004, "within"),
+        (-0.001, 0.001, "within, not certain"),
+        (0.003, 0.001, "outside, not certain"),
+        (0.01, 0.001, "worse"),
+        (-0.01, 0.001, "better"),
+        (0.0, math.nan, "–"),
+    ],
+)
+def test_a_verdict_is_certain_beyond_two_standard_errors(relative, error, expected):
+    assert pages.verdict(relative, error) == expected
+
+
+# The models
 
 
 def test_blocks_keep_the_shape_and_use_every_parameter():

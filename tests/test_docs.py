@@ -300,13 +300,6 @@ def test_the_tests_of_every_guarantee_exist():
     assert set(without) == {"| guarantee | shown by |"}
 
 
-def test_tables_are_those_of_the_committed_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    pages = importlib.import_module("pages")
-    stale = [name for name, page in PAGES.items() if pages.fill(page) != page]
-    assert not stale, "python benchmarks/pages.py writes them anew"
-
-
 # That the tests above can fail.
 
 
