@@ -10,6 +10,7 @@ import torch_switchback as ts
 from cases import signal_to_noise
 from test_signal_to_noise import generator
 from torch_switchback import SwitchBackConfig, _grad_weight
+from torch_switchback.ops import _library
 
 INT8 = SwitchBackConfig(grad_weight="int8_always")
 IN, OUT = 384, 256
@@ -99,8 +100,9 @@ def calls(monkeypatch):
     """The rotating quantisers' calls, by name."""
     made = []
     for name in ("quantize_rowwise_and_rotated_columnwise", "quantize_rotated_columnwise_and_transpose"):
-        op = getattr(_grad_weight.ops, name)
-        monkeypatch.setattr(_grad_weight.ops, name, lambda *args, op=op, name=name: made.append(name) or op(*args))
+        for ops in (_library.direct, _library.dispatched):
+            op = getattr(ops, name)
+            monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: made.append(name) or op(*args))
     return made
 
 

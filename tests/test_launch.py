@@ -3,8 +3,10 @@
 No GPU is needed: Triton's compiler is replaced by stand-ins, and tensors are the CPU's.
 """
 
+import gc
 import random
 import warnings
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -268,6 +270,23 @@ def test_a_plan_launches_only_what_it_compiled(name, monkeypatch):
         if compiled:
             assert launched == compiled
     assert len(of_plan) < 550  # so that some calls share a plan
+
+
+@pytest.mark.parametrize("name", sorted(vars(_library.direct)))
+def test_plans_keep_no_tensor(name, monkeypatch):
+    class Forgetful(Compiled):
+        def run(self, *args):
+            pass
+
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup, **options: Forgetful())
+    args = random_call(name, random.Random(0))
+    results = getattr(_library.direct, name)(*args)
+    results = results if isinstance(results, tuple) else (results,)
+    tensors = [weakref.ref(each) for each in (*args, *results) if isinstance(each, torch.Tensor)]
+    del args, results
+    gc.collect()
+    assert launch.plans
+    assert [tensor() for tensor in tensors] == [None] * len(tensors)
 
 
 # Triton's errors
