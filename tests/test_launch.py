@@ -14,10 +14,14 @@ import torch
 
 pytest.importorskip("triton")
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+import torch_switchback as ts
 from cases import assert_same, codes
 from torch_switchback.kernels import CannotCompile, _absmax, device, launch
 from torch_switchback.ops import _library, quantize_rowwise
@@ -147,7 +151,8 @@ def plans_made(calls):
     return len(made)
 
 
-def test_token_counts_share_a_plan_per_power_of_two_and_multiple_of_16():
+def test_token_counts_share_plans_per_power_of_two():
+    """One for multiples of 16, one for the rest."""
     calls = [torch.empty(count, 32) for count in range(65, 129)]
     assert plans_made(calls) == 2
     assert plans_made(calls) == 2  # of another operation
@@ -177,8 +182,11 @@ def test_triton_settings_that_change_code_make_another_plan(name, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, name, None)
     launch.plan_for(make, (x,), (X,))
     launch.plan_for(make, (x,), (X,))
-    monkeypatch.setattr(triton.knobs.runtime, name, lambda *args: None)
-    launch.plan_for(make, (x,), (X,))
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, name, lambda *args: None)
+        launch.plan_for(make, (x,), (X,))
+    assert len(made) == 2
+    launch.plan_for(make, (x,), (X,))  # the one without the setting
     assert len(made) == 2
 
 
@@ -334,6 +342,87 @@ def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
             assert_same(actual, expected)
     assert len(tried) == (kernels == "quantize_rowwise")
     assert list(_library.not_compiled) == ["quantize_rowwise"]
+
+
+# Past the dispatcher
+
+
+def test_a_cpu_tensor_does_not_ask_for_the_current_cuda_device(monkeypatch):
+    """Asking initializes CUDA: it fails without a driver, and in a forked worker of a process that uses CUDA."""
+
+    def refuse():
+        raise RuntimeError("Found no NVIDIA driver")
+
+    monkeypatch.setattr(_library, "current_device", refuse)
+    layer = ts.SwitchBackLinear(16, 8)
+    layer(torch.randn(2, 16)).sum().backward()
+    with FakeTensorMode():
+        ts.switchback_linear(torch.empty(2, 16), torch.empty(8, 16))
+    layer.to("meta")(torch.empty(2, 16, device="meta"))
+
+
+def new_dispatch_mode():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    return Mode()
+
+
+def keys_within(enter):
+    """Whether the thread's dispatch keys are the usual ones while a function runs that PyTorch calls."""
+    found = []
+
+    def look(x):
+        found.append(torch._C._dispatch_tls_local_include_set().raw_repr() in _library._USUAL_KEYS)
+        return x * 2
+
+    enter(look)
+    return found[-1]
+
+
+def with_mode(mode):
+    def enter(look):
+        with mode:
+            look(torch.ones(3))
+
+    return enter
+
+
+def batched_backward(look):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return look(grad)
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Function.apply(x), x, torch.eye(3), is_grads_batched=True)
+
+
+WATCHED = {
+    "dispatch mode": with_mode(new_dispatch_mode()),
+    "fake tensors": with_mode(FakeTensorMode()),
+    "vmap": lambda look: torch.vmap(look)(torch.ones(3, 4)),
+    "a batched gradient": batched_backward,
+    "make_fx": lambda look: make_fx(look)(torch.ones(3)),
+    "make_fx before dispatch": lambda look: make_fx(look, pre_dispatch=True)(torch.ones(3)),
+    "torch.jit.trace": lambda look: torch.jit.trace(look, torch.ones(3), check_trace=False),
+}
+UNWATCHED = {
+    "inference_mode": with_mode(torch.inference_mode()),
+    "no_grad": with_mode(torch.no_grad()),
+    "autocast": with_mode(torch.autocast("cpu")),
+}
+
+
+@pytest.mark.parametrize("name", [*WATCHED, *UNWATCHED])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_watches_operations_shows_in_the_dispatch_keys(name):
+    assert keys_within((WATCHED | UNWATCHED)[name]) == (name in UNWATCHED)
 
 
 # Programmatic dependent launch

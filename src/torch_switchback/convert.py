@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import extensions
 from ._text import table
 from .config import SwitchBackConfig
-from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
 from .filters import default_filter
 from .nn import SwitchBackLinear
 from .recipes import config_of, look_up, unmatched
@@ -154,7 +154,7 @@ def convert_to_switchback(
     if not report.converted and any(patterns.values()):
         warnings.warn(_nothing_converted(report), stacklevel=2)
     if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
-        use_int8_all_gather(model, chosen)
+        extensions.distributed.use_int8_all_gather(model, chosen)
     for module, found in chosen.items():  # from here on nothing raises: a model that is refused is as it was
         module.__class__ = SwitchBackLinear
         module.config = found  # type: ignore[assignment]
@@ -198,7 +198,7 @@ def revert_switchback(model: Model) -> Model:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
             the graph of a forward.
     """
-    undo_int8_all_gather(model)
+    extensions.distributed.undo_int8_all_gather(model)
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
         if not isinstance(module, SwitchBackLinear):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _grad_weight
+from . import _grad_weight, extensions
 from .config import SwitchBackConfig
 from .ops._numerics import quantize_traceably
 from .ops._validation import (
@@ -92,9 +92,7 @@ def switchback_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax, config)
     if _is_distributed(x) or _is_distributed(weight):
-        from .distributed import tensor_parallel
-
-        return tensor_parallel.switchback_linear(x, weight, bias, config)
+        return extensions.distributed.linear(x, weight, bias, config)
     call = Call(config, weight_cache, None, _grad_weight.runs_in_int8(config, x, weight))
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
 

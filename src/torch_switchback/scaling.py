@@ -141,7 +141,7 @@ def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
 _DIRECT, _DISPATCHED = _schemes(direct), _schemes(dispatched)
 
 
-def scaling_for(config: SwitchBackConfig, *tensors: torch.Tensor | None) -> Scaling:
+def scaling_for(config: SwitchBackConfig, first: torch.Tensor, *others: torch.Tensor | None) -> Scaling:
     """Return the scheme of a config, for a pass on these tensors: past the dispatcher if nothing can tell."""
-    schemes = _DIRECT if can_skip_dispatcher(*tensors) else _DISPATCHED
+    schemes = _DIRECT if can_skip_dispatcher(first, *others) else _DISPATCHED
     return schemes[config.weight_scaling, config.rotate_features]

@@ -52,7 +52,9 @@ def plan_for(make: Callable[..., Plan], args: tuple[Any, ...], outputs: tuple[to
         specialization_key(args),
     )
     plan = plans.get(key)
-    if plan is None or knobs.runtime.add_stages_inspection_hook is not None:
+    if knobs.runtime.add_stages_inspection_hook is not None:  # changes how kernels are compiled, maybe at every call
+        return make(*args, *outputs)
+    if plan is None:
         plan = make(*args, *outputs)
         if len(plans) >= MAX_PLANS:
             plans.clear()
@@ -64,8 +66,9 @@ def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what decides which kernels an operation launches on these arguments, and how they are compiled.
 
     The first argument's rows are usually tokens, whose number changes from call to call: only its power of two and
-    whether 16 divides it count. Of other matrices the whole shape does. Vectors have as many elements as a matrix has
-    rows or columns. Two calls with the same key launch kernels with the same key in Triton's own cache.
+    whether 16 divides it count. Of other matrices the whole shape does, and of all tensors the strides. Vectors have as
+    many elements as a matrix has rows or columns. Two calls with the same key launch kernels with the same key in
+    Triton's own cache.
     """
     first = args[0]
     shape, elements = first.shape, first.numel()
@@ -75,6 +78,7 @@ def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows & 15 == 0,
         octave(elements),
         elements > INT32_MAX,
+        rows > INT32_MAX - 128,  # rows padded to a rotation's block may pass it
         shape[1] if len(shape) == 2 else shape[1:],
         first.dtype,
         first.stride(),
