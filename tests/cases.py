@@ -77,7 +77,8 @@ def assert_same_int8_grad_weight(actual, expected, x, grad, config):
     assert actual.dtype == expected.dtype
     actual, limits = actual.detach().cpu().double(), torch.finfo(expected.dtype)
     absmax, x_absmax = (
-        ts.quantize_columnwise_and_transpose(each.cpu(), rotate_tokens=config.rotate_tokens)[1] for each in (grad, x)
+        ts.ops.quantize_columnwise_and_transpose(each.cpu(), rotate_tokens=config.rotate_tokens)[1]
+        for each in (grad, x)
     )
     codes_apart = 2 + 2e-3 * len(x)  # each of them with a code of at most 127
     bound = codes_apart / 127 * absmax.double()[:, None] * x_absmax.double()

@@ -92,7 +92,7 @@ class Quantised(Dataset):
     def __getitem__(self, index):
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(index))
         with torch.no_grad():
-            return x, *ts.quantize_rowwise(x), self.layer(x)
+            return x, *ts.ops.quantize_rowwise(x), self.layer(x)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -108,7 +108,7 @@ def test_workers_quantise_while_the_parent_trains(method, device):
     for x, codes, absmax, y in loader:
         x, codes, absmax, y = x[0], codes[0], absmax[0], y[0]
         assert torch.equal(y, theirs(x))
-        on_device = ts.quantize_rowwise(x.to(device))
+        on_device = ts.ops.quantize_rowwise(x.to(device))
         assert torch.equal(codes, on_device[0].cpu())
         assert torch.equal(absmax, on_device[1].cpu())
         layer(x.to(device)).square().mean().backward()

@@ -64,9 +64,9 @@ def test_the_rotation_is_what_makes_it_accurate(device):
 def test_of_the_same_operands_it_is_the_exact_product(device):
     x, grad = torch.randn(150, 24, device=device), torch.randn(150, 40, device=device)
     (x_codes, x_absmax), (grad_codes, grad_absmax) = (
-        ts.quantize_columnwise_and_transpose(operand, rotate_tokens=64) for operand in (x, grad)
+        ts.ops.quantize_columnwise_and_transpose(operand, rotate_tokens=64) for operand in (x, grad)
     )
-    expected = ts.int8_matmul_rowwise_dequantize(
+    expected = ts.ops.int8_matmul_rowwise_dequantize(
         grad_codes, x_codes.t(), grad_absmax, x_absmax, out_dtype=torch.float32
     )
     assert torch.equal(grad_weight_of(x, grad, INT8), expected)

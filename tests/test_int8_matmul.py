@@ -32,7 +32,7 @@ def test_product(rowwise, bias, dtype, shape, device):
     a, b = codes(m, k, device), codes(n, k, device).t()
     state_x, state_w = torch.rand(m, device=device), torch.rand(n if rowwise else 1, device=device)
     bias = None if bias is None else torch.randn(n, device=device).to(bias)
-    product = ts.int8_matmul_rowwise_dequantize if rowwise else ts.int8_matmul_mixed_dequantize
+    product = ts.ops.int8_matmul_rowwise_dequantize if rowwise else ts.ops.int8_matmul_mixed_dequantize
     assert_same(product(a, b, state_x, state_w, bias, dtype), expected(a, b, state_x, state_w, bias, dtype))
 
 
@@ -40,16 +40,16 @@ def test_any_strides(device):
     m, n, k = 33, 65, 130
     a, b = codes(m, 2 * k, device)[:, ::2], codes(k, n, device)
     state_x, state_w = torch.rand(2 * m, device=device)[::2], torch.rand(1, device=device)
-    out = ts.int8_matmul_mixed_dequantize(a, b, state_x, state_w, None, torch.float32)
+    out = ts.ops.int8_matmul_mixed_dequantize(a, b, state_x, state_w, None, torch.float32)
     assert_same(out, expected(a, b, state_x, state_w, None, torch.float32))
     column = codes(1, k, device).expand(n, k).t()
-    out = ts.int8_matmul_mixed_dequantize(a, column, state_x, state_w, None, torch.float32)
+    out = ts.ops.int8_matmul_mixed_dequantize(a, column, state_x, state_w, None, torch.float32)
     assert_same(out, expected(a, column, state_x, state_w, None, torch.float32))
     row = codes(1, k, device).expand(m, k)
-    out = ts.int8_matmul_mixed_dequantize(row, b, state_x, state_w, None, torch.float32)
+    out = ts.ops.int8_matmul_mixed_dequantize(row, b, state_x, state_w, None, torch.float32)
     assert_same(out, expected(row, b, state_x, state_w, None, torch.float32))
     row = codes(k, 1, device).t()  # contiguous, says PyTorch, with strides (1, 1)
-    out = ts.int8_matmul_mixed_dequantize(row, b, state_x[:1], state_w, None, torch.float32)
+    out = ts.ops.int8_matmul_mixed_dequantize(row, b, state_x[:1], state_w, None, torch.float32)
     assert_same(out, expected(row, b, state_x[:1], state_w, None, torch.float32))
 
 
@@ -59,7 +59,7 @@ def test_sums_that_int32_cannot_hold(inner, device):
     a[1] = -127
     b = torch.full((inner, 3), 127, dtype=torch.int8, device=device)
     ones = torch.full((2,), 127.0, device=device)
-    out = ts.int8_matmul_mixed_dequantize(a, b, ones, ones[:1], None, torch.float32)
+    out = ts.ops.int8_matmul_mixed_dequantize(a, b, ones, ones[:1], None, torch.float32)
     assert_same(out, expected(a, b, ones, ones[:1], None, torch.float32))
     assert out[0, 0].item() == pytest.approx(127.0**2 * inner, rel=1e-6)
 
@@ -68,7 +68,7 @@ def test_float16_result_overflows_to_inf_and_others_do_not(device):
     a = torch.full((1, 64), 127, dtype=torch.int8, device=device)
     absmax = torch.tensor([127.0], device=device)
     for dtype, finite in ((torch.float16, False), (torch.bfloat16, True), (torch.float32, True)):
-        out = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax, None, dtype)
+        out = ts.ops.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax, None, dtype)
         assert out.isfinite().item() == finite
 
 
@@ -80,7 +80,7 @@ def test_an_absmax_that_is_not_finite_carries(value, device):
     state_x[1] = value
     state_w[5] = value
     b.t()[5] = 0
-    finite = ts.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, None, torch.float32).isfinite()
+    finite = ts.ops.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, None, torch.float32).isfinite()
     assert not finite[1].any()
     assert not finite[:, 5].any()
     assert finite.sum() == 3 * 7
@@ -88,14 +88,14 @@ def test_an_absmax_that_is_not_finite_carries(value, device):
 
 def test_float16_unless_told(device):
     a, absmax = codes(2, 16, device), torch.rand(2, device=device)
-    assert ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None).dtype == torch.float16
-    assert ts.int8_matmul_rowwise_dequantize(a, a.t(), absmax, absmax).dtype == torch.float16
+    assert ts.ops.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None).dtype == torch.float16
+    assert ts.ops.int8_matmul_rowwise_dequantize(a, a.t(), absmax, absmax).dtype == torch.float16
 
 
 def test_refuses_what_does_not_fit(device):
     a, b = codes(2, 16, device), codes(16, 3, device)
     state_x, state_w, bias = torch.rand(2, device=device), torch.rand(1, device=device), torch.rand(3, device=device)
-    product = ts.int8_matmul_mixed_dequantize
+    product = ts.ops.int8_matmul_mixed_dequantize
     for error, message, arguments in [
         (TypeError, "a must be int8", (a.float(), b, state_x, state_w, bias)),
         (TypeError, "b must be int8", (a, b.int(), state_x, state_w, bias)),
@@ -112,7 +112,7 @@ def test_refuses_what_does_not_fit(device):
         with pytest.raises(error, match=f"int8_matmul_mixed_dequantize: {message}"):
             product(*arguments)
     with pytest.raises(ValueError, match=r"int8_matmul_rowwise_dequantize: state_w must have shape \(3,\)"):
-        ts.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, bias)
+        ts.ops.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, bias)
 
 
 @shapes

@@ -128,6 +128,14 @@ def test_launch_hooks_are_called_by_triton(name, stand_ins):
     assert len(kernel.outcome.runs) == 1
 
 
+def test_another_triton_launches_by_its_public_interface(stand_ins, monkeypatch):
+    monkeypatch.setattr(launch, "RUN_IS_KNOWN", False)
+    kernel = Kernel(Compiled())
+    launch.bind(kernel, (X, 3), Constants())((4, 1, 1), X, 3)
+    assert kernel.outcome.hooked == [((4, 1, 1), (X, 3, 64, False))]
+    assert kernel.outcome.runs == []
+
+
 def test_a_hook_that_compiles_instead_sees_every_launch(stand_ins):
     kernel = Kernel(None)
     run = launch.bind(kernel, (X, 3), Constants())

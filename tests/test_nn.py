@@ -66,9 +66,9 @@ def test_signature_is_the_one_it_replaces():
     ("make", "config"),
     [
         (SwitchBackLinear, SwitchBackConfig()),
-        (ts.SwitchBackLinearGlobal, SwitchBackConfig()),
-        (ts.SwitchBackLinearGlobalMemEfficient, SwitchBackConfig(mem_efficient=True)),
-        (ts.SwitchBackLinearVectorwise, SwitchBackConfig("rowwise")),
+        (ts.nn.SwitchBackLinearGlobal, SwitchBackConfig()),
+        (ts.nn.SwitchBackLinearGlobalMemEfficient, SwitchBackConfig(mem_efficient=True)),
+        (ts.nn.SwitchBackLinearVectorwise, SwitchBackConfig("rowwise")),
     ],
 )
 def test_variants_take_three_positionals_as_open_clip_calls_them(make, config):
@@ -474,7 +474,7 @@ def test_refuses_devices_that_no_operation_knows(elsewhere):
 
 def test_refuses_codes_that_do_not_fit(device):
     x, weight = torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device)
-    codes, absmax = ts.quantize_global(weight)
+    codes, absmax = ts.ops.quantize_global(weight)
     rowwise = SwitchBackConfig("rowwise")
     for error, message, arguments in [
         (TypeError, "weight must be int8, got torch.float32", {"weight": weight, "weight_absmax": absmax}),
@@ -822,7 +822,7 @@ def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
 
 
 def test_prepared_state_of_another_strategy_is_refused(device):
-    layer = ts.SwitchBackLinearVectorwise(64, 48, device=device)
+    layer = ts.nn.SwitchBackLinearVectorwise(64, 48, device=device)
     layer.prepare_for_eval()
     with pytest.raises(RuntimeError, match="size mismatch for weight_absmax"):
         SwitchBackLinear(64, 48, device=device).load_state_dict(layer.state_dict())
@@ -988,7 +988,7 @@ def test_convert_leaves_subclasses_and_converted_layers_alone():
     with pytest.warns(UserWarning, match="converts no layer"):
         convert_all(attention)
     assert type(attention.out_proj) is not SwitchBackLinear
-    layer = ts.SwitchBackLinearVectorwise(8, 8)
+    layer = ts.nn.SwitchBackLinearVectorwise(8, 8)
     ts.convert_to_switchback(layer)
     assert layer.config == SwitchBackConfig("rowwise")
 

@@ -36,9 +36,9 @@ def test_rotation_leaves_the_product(block):
 @dtypes
 def test_codes_are_those_of_the_rotated_columns(dtype, layout, shape, block, device):
     x = layout(*shape, dtype, device)
-    codes, absmax = ts.quantize_rowwise(x, rotate_features=block)
+    codes, absmax = ts.ops.quantize_rowwise(x, rotate_features=block)
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block))
-    expected_codes, expected_absmax = ts.quantize_rowwise(rotate(padded.t(), block).t())
+    expected_codes, expected_absmax = ts.ops.quantize_rowwise(rotate(padded.t(), block).t())
     assert codes.shape == (shape[0], -(-shape[1] // block) * block)
     assert_same_to_a_code((codes, absmax), (expected_codes, expected_absmax))
     if device == "cpu":
@@ -51,8 +51,8 @@ def test_both_rotations_are_one(block):
     """Of an operand's inner dimension, whether it lies along the rows or the columns."""
     x = torch.randn(3 * block - 5, 40)
     for by_columns, by_rows in zip(
-        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
-        ts.quantize_rowwise(x.t(), rotate_features=block),
+        ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+        ts.ops.quantize_rowwise(x.t(), rotate_features=block),
         strict=True,
     ):
         assert_same(by_columns, by_rows)
@@ -64,7 +64,7 @@ def test_what_is_not_finite_marks_its_row_and_no_other(values, block, device):
     x = torch.randn(5, 2 * block, device=device)
     for col, value in enumerate(values):
         x[3, col] = value
-    codes, absmax = ts.quantize_rowwise(x, rotate_features=block)
+    codes, absmax = ts.ops.quantize_rowwise(x, rotate_features=block)
     assert absmax.isfinite().tolist() == [True, True, True, False, True]
     assert not codes[3].any()
 
@@ -74,7 +74,7 @@ def test_only_blocks_that_there_are(block, device):
     with pytest.raises(
         ValueError, match=f"quantize_rowwise: rotate_features must be one of 16, 32, 64, 128, got {block}"
     ):
-        ts.quantize_rowwise(torch.randn(4, 64, device=device), block)
+        ts.ops.quantize_rowwise(torch.randn(4, 64, device=device), block)
 
 
 @blocks
@@ -98,16 +98,16 @@ def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device
 
     def product(a, b, bias=None):
         (a_codes, a_absmax), (b_codes, b_absmax) = a, b
-        return ts.int8_matmul_rowwise_dequantize(a_codes, b_codes.t(), a_absmax, b_absmax, bias, torch.float32)
+        return ts.ops.int8_matmul_rowwise_dequantize(a_codes, b_codes.t(), a_absmax, b_absmax, bias, torch.float32)
 
     def rows(x):
-        return ts.quantize_rowwise(x, rotate_features=block)
+        return ts.ops.quantize_rowwise(x, rotate_features=block)
 
     assert torch.equal(y, product(rows(x), rows(layer.weight), layer.bias))
-    weight_t = ts.quantize_columnwise_and_transpose(layer.weight, rotate_tokens=block)
+    weight_t = ts.ops.quantize_columnwise_and_transpose(layer.weight, rotate_tokens=block)
     assert torch.equal(grad_input, product(rows(grad), weight_t))
     if grad_weight == "int8_always":
-        columns = (ts.quantize_columnwise_and_transpose(each, rotate_tokens=64) for each in (grad, x))
+        columns = (ts.ops.quantize_columnwise_and_transpose(each, rotate_tokens=64) for each in (grad, x))
         assert torch.equal(grad_weight_, product(*columns))
     else:
         assert torch.equal(grad_weight_, grad.t() @ x)

@@ -69,9 +69,9 @@ def test_rotation_leaves_the_product_of_two(block):
 @dtypes
 def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device):
     x = layout(*shape, dtype, device)
-    codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    codes, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     expected = rotate(padded(x.float(), block), block)
-    expected_codes, expected_absmax = ts.quantize_rowwise(expected.t())
+    expected_codes, expected_absmax = ts.ops.quantize_rowwise(expected.t())
     assert codes.shape == (shape[1], -(-shape[0] // block) * block)
     assert_same_to_a_code((codes, absmax), (expected_codes, expected_absmax))
     if device == "cpu":
@@ -83,7 +83,7 @@ def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device
 @dtypes
 def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
     x = layout(131, 257, dtype, device)
-    expected = (*ts.quantize_rowwise(x), *ts.quantize_columnwise_and_transpose(x, rotate_tokens=block))
+    expected = (*ts.ops.quantize_rowwise(x), *ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block))
     for actual, wanted in zip(ops.quantize_rowwise_and_rotated_columnwise(x, block), expected, strict=True):
         assert_same(actual, wanted)
 
@@ -92,7 +92,7 @@ def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
 @dtypes
 def test_a_step_of_the_rotated_absmax_bounds_the_error(dtype, block, device):
     x = contiguous(3 * block - 5, 40, dtype, device)
-    codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    codes, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     exact = rotate(padded(x.double(), block), block)
     step = absmax.double() / 127
     assert ((codes.t().double() * step - exact).abs() <= step / 2 + 1e-5 * exact.abs().amax(0)).all()
@@ -105,7 +105,7 @@ def test_what_is_not_finite_marks_its_column_and_no_other(values, block, device)
     for row, value in enumerate(values):
         x[row, 3] = value
     for codes, absmax in (
-        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+        ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
         ops.quantize_rowwise_and_rotated_columnwise(x, block)[2:],
     ):
         assert absmax.isfinite().tolist() == [True, True, True, False, True]
@@ -115,7 +115,7 @@ def test_what_is_not_finite_marks_its_column_and_no_other(values, block, device)
 @pytest.mark.parametrize("block", [0, 1, 8, 48, 256, -16])
 def test_only_blocks_that_there_are(block, device):
     x = torch.randn(64, 4, device=device)
-    for quantiser in (ts.quantize_columnwise_and_transpose, ops.quantize_rowwise_and_rotated_columnwise):
+    for quantiser in (ts.ops.quantize_columnwise_and_transpose, ops.quantize_rowwise_and_rotated_columnwise):
         with pytest.raises(
             ValueError, match=rf"{quantiser.__name__}: rotate_tokens must be one of 16, 32, 64, 128, got {block}"
         ):

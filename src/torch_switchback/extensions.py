@@ -1,4 +1,4 @@
-"""What the core needs for tensors of torch.distributed. It does not import ``distributed``, which registers here."""
+"""Hooks of the core for tensors of torch.distributed. It does not import ``distributed``, which registers here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from .config import SwitchBackConfig
 
 
 class DistributedTensors:
-    """How the core treats DTensors and weights that FSDP2 shards. This class knows plain tensors alone."""
+    """Treat DTensors and weights that FSDP2 shards. This class knows plain tensors alone."""
 
     def linear(self, x: Any, weight: Any, bias: Any, config: SwitchBackConfig) -> torch.Tensor:
         """Compute the layer on DTensors."""

@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .config import SwitchBackConfig
-from .functional import switchback_linear
+from .config import SwitchBackConfig, WeightScaling
+from .functional import linear
 from .prepared import PreparedWeight
+from .recipes import config_of
 from .weight_cache import WeightCache
 
-torch.fx.wrap("switchback_linear")  # a node of its own in torch.fx's graphs: its checks are no operations
+torch.fx.wrap("linear")  # a node of its own in torch.fx's graphs: its checks are no operations
 
 
 class SwitchBackLinear(PreparedWeight, nn.Linear):
@@ -23,9 +24,14 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         bias: whether to add a learnt bias.
         device: where the parameters live.
         dtype: the parameters' dtype: float16, bfloat16 or float32. The input may have another one.
-        vector_wise_quantization: one absmax a row of the weight (and a column, in the backward) instead of one
-            for all of it.
+        vector_wise_quantization: one absmax per row of the weight (per column in the backward) instead of one for all
+            of it.
         mem_efficient: keep the input for the backward in int8 instead of its own dtype.
+        config: a SwitchBackConfig or the name of a recipe, instead of the two before.
+
+    Raises:
+        ValueError: config comes with one of the two before, or there is no recipe of that name.
+        TypeError: config is something else.
 
     Shape:
         input (*, in_features), output (*, out_features) in the input's dtype (autocast's under autocast).
@@ -48,11 +54,20 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         dtype: torch.dtype | None = None,
         vector_wise_quantization: bool = False,
         mem_efficient: bool = False,
+        *,
+        config: SwitchBackConfig | str | None = None,
     ) -> None:
+        if config is None:
+            scaling: WeightScaling = "rowwise" if vector_wise_quantization else "global"
+            config = SwitchBackConfig(scaling, mem_efficient=mem_efficient)
+        elif vector_wise_quantization or mem_efficient:
+            raise ValueError(
+                f"SwitchBackLinear: config={config!r} goes without vector_wise_quantization={vector_wise_quantization} "
+                f"and mem_efficient={mem_efficient}: it says both itself"
+            )
+        config = config_of(config)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.config = SwitchBackConfig(
-            weight_scaling="rowwise" if vector_wise_quantization else "global", mem_efficient=mem_efficient
-        )
+        self.config = config
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Also how FSDP2 puts a gathered weight in: often in the same memory, and at the same version."""
@@ -64,14 +79,14 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         weight, config = self.weight, self.config
         if weight is not None and not config.cache_quantized_weight:
-            return switchback_linear(input, weight, self.bias, config)
+            return linear(input, weight, self.bias, config)
         absmax = cache = None
         if weight is None:
             weight, absmax = self.weight_int8, self.weight_absmax
         is_traced = not isinstance(input, torch.Tensor)  # but torch.fx's Proxy
         if config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-        return switchback_linear(input, weight, self.bias, config, weight_absmax=absmax, weight_cache=cache)
+        return linear(input, weight, self.bias, config, absmax, cache)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}

@@ -30,7 +30,7 @@ class PreparedWeight(nn.Module):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the weight has been replaced by its int8 codes."""
+        """Return whether the weight has been replaced by its int8 values."""
         return self.weight is None
 
     def prepare_for_eval(self) -> None:
@@ -57,7 +57,7 @@ class PreparedWeight(nn.Module):
     def prepare_for_training(self) -> None:
         """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantised, in the dtype it had.
 
-        What was rounded away stays away (at most absmax / 254 an element), and an optimiser must be given the
+        What was rounded away stays away (at most absmax / 254 per element), and an optimiser must be given the
         new parameter. A weight that was tied to another module's is no longer. On an unprepared layer it does nothing.
         """
         if not self.is_prepared:
@@ -163,7 +163,7 @@ class PreparedWeight(nn.Module):
 
 
 def _mismatches(found: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[tuple[str, Any, Any]]:
-    """What is wrong with a state_dict's entry: of what, what it is, what it must be."""
+    """Yield what is wrong with a state_dict's entry: of what, what it is, what it must be."""
     if not isinstance(found, torch.Tensor):
         yield "type", type(found).__name__, "torch.Tensor"
     elif tuple(found.shape) != shape:

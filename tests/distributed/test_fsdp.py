@@ -111,7 +111,7 @@ def test_a_weight_cache_when_the_next_weight_lies_in_the_same_memory():
 @in_processes(4)
 def test_codes_are_those_of_one_process(scaling, out):
     """Also with shards that are padded (33 and 7 rows among 4), or empty (3 rows)."""
-    quantize = ts.quantize_global if scaling == "global" else ts.quantize_rowwise
+    quantize = ts.ops.quantize_global if scaling == "global" else ts.ops.quantize_rowwise
     original = mlp(out=out)
     model = sharded(converted(original, weight_scaling=scaling, all_gather="int8"))
     optimizer = sgd(model)
@@ -179,7 +179,8 @@ def test_shards_along_the_input_features(scaling):
     original = nn.Linear(20, 6)
     layer = converted(original, weight_scaling=scaling, all_gather="int8")
     fully_shard(layer, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
-    expected = ts.quantize_global(original.weight) if scaling == "global" else ts.quantize_rowwise(original.weight)
+    quantize = ts.ops.quantize_global if scaling == "global" else ts.ops.quantize_rowwise
+    expected = quantize(original.weight)
     assert layer.weight.to_local().shape == (6, 10)
     codes, absmax = gathered(layer)
     assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
@@ -283,7 +284,7 @@ def test_a_change_is_seen(change):
     precompute_absmax_for_fsdp(model)
     before = gathered(model[2])
     CHANGES[change](model)
-    codes, absmax = ts.quantize_global(model[2].weight.full_tensor())
+    codes, absmax = ts.ops.quantize_global(model[2].weight.full_tensor())
     after = gathered(model[2])
     assert not torch.equal(before[1], after[1])
     assert torch.equal(after[0], codes) and torch.equal(after[1], absmax)
@@ -316,7 +317,7 @@ def test_state_dict_is_that_of_a_plain_model():
     model.load_state_dict(expected)
     model.load_state_dict(expected, assign=True)
     assert isinstance(model[0].weight.to_local(), ShardWeight)
-    assert torch.equal(gathered(model[0])[0], ts.quantize_global(mlp()[0].weight)[0])
+    assert torch.equal(gathered(model[0])[0], ts.ops.quantize_global(mlp()[0].weight)[0])
 
 
 @in_processes(2)

@@ -173,7 +173,7 @@ def test_with_fully_shard_on_a_2d_mesh(scaling, all_gather):
 
 
 def check_codes(layer, scaling):
-    quantize = ts.quantize_global if scaling == "global" else ts.quantize_rowwise
+    quantize = ts.ops.quantize_global if scaling == "global" else ts.ops.quantize_rowwise
     codes, absmax = quantize(layer.weight.full_tensor().detach())
     layer.unshard()
     mesh, placements = layer.weight.device_mesh, layer.weight.placements
@@ -270,7 +270,7 @@ def test_sharding_rules(rule):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
 def test_sharding_rules_of_the_products(scaling):
-    operation = ts.int8_matmul_mixed_dequantize if scaling == "global" else ts.int8_matmul_rowwise_dequantize
+    operation = ts.ops.int8_matmul_mixed_dequantize if scaling == "global" else ts.ops.int8_matmul_rowwise_dequantize
     torch.manual_seed(0)
     a, b, x = random_codes(6, 8), random_codes(8, 10), torch.rand(6)
     w, bias = torch.rand(1 if scaling == "global" else 10), torch.randn(10)

@@ -275,7 +275,7 @@ def test_fake_tensors_after_warm_up():
 
 
 def test_the_flop_counter_sees_a_warm_step():
-    ts.register_flop_formulas()
+    ts.ops.register_flop_formulas()
     tensors = inputs_of(SHAPES[0])
     step(*tensors, SwitchBackConfig())
     with FlopCounterMode(display=False) as counter:

@@ -92,10 +92,10 @@ def test_nothing_compiles(dtype, config, nothing_compiles):
 def test_it_is_said_once(nothing_compiles):
     x = torch.randn(5, 64, device="cuda")
     with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly: .*Failed to find C compiler"):
-        ts.quantize_rowwise(x)
+        ts.ops.quantize_rowwise(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ts.quantize_rowwise(x)
+        ts.ops.quantize_rowwise(x)
 
 
 @pytest.mark.filterwarnings("ignore:torch_switchback runs")

@@ -44,6 +44,6 @@ def test_trains_as_without(scaling, precomputes):
                 optimizer.step()
             optimizer.zero_grad()
             if precomputes and all_gather == "int8":
-                ts.precompute_absmax_for_fsdp(model)
+                ts.distributed.precompute_absmax_for_fsdp(model)
     for actual, expected in zip(*outputs.values(), strict=True):
         assert torch.equal(actual, expected)

@@ -31,11 +31,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
 QUANTISERS = [
-    ts.quantize_rowwise,
-    ts.quantize_columnwise_and_transpose,
-    ts.quantize_global,
-    ts.quantize_global_transpose,
-    ts.quantize_global_with_transpose,
+    ts.ops.quantize_rowwise,
+    ts.ops.quantize_columnwise_and_transpose,
+    ts.ops.quantize_global,
+    ts.ops.quantize_global_transpose,
+    ts.ops.quantize_global_with_transpose,
 ]
 
 
@@ -68,7 +68,7 @@ def test_rotating_quantisers(dtype, layout, shape, block=64):
         assert_same(rows, wanted)
     assert_same_to_a_code(actual[2:], expected[2:])
     again = ops.quantize_rowwise_and_rotated_columnwise(gpu, block)
-    alone = ts.quantize_columnwise_and_transpose(gpu, rotate_tokens=block)
+    alone = ts.ops.quantize_columnwise_and_transpose(gpu, rotate_tokens=block)
     for other in (again[2:], alone):
         assert_same(other[0], actual[2])
         assert_same(other[1], actual[3])
@@ -81,11 +81,11 @@ def test_rotating_quantisers(dtype, layout, shape, block=64):
 def test_rotating_row_wise_quantiser(dtype, layout, shape, block):
     x = layout(*shape, dtype)
     gpu = on_gpu(x)
-    actual = ts.quantize_rowwise(gpu, rotate_features=block)
-    assert_same_to_a_code(actual, ts.quantize_rowwise(x, rotate_features=block))
+    actual = ts.ops.quantize_rowwise(gpu, rotate_features=block)
+    assert_same_to_a_code(actual, ts.ops.quantize_rowwise(x, rotate_features=block))
     order = torch.randperm(shape[0])
-    again = ts.quantize_rowwise(gpu, rotate_features=block)
-    permuted = ts.quantize_rowwise(gpu[order.cuda()], rotate_features=block)
+    again = ts.ops.quantize_rowwise(gpu, rotate_features=block)
+    permuted = ts.ops.quantize_rowwise(gpu[order.cuda()], rotate_features=block)
     for one, same, other in zip(actual, again, permuted, strict=True):
         assert_same(same, one)
         assert_same(other, one[order.cuda()])
@@ -112,8 +112,8 @@ def test_layer_that_rotates_its_features(shape, dtype):
 def test_rotated_codes_of_exact_sums(block, dtype):
     x = torch.randint(-128, 129, (1000, 300)).to(dtype)
     for actual, expected in zip(
-        ts.quantize_columnwise_and_transpose(x.cuda(), rotate_tokens=block),
-        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+        ts.ops.quantize_columnwise_and_transpose(x.cuda(), rotate_tokens=block),
+        ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
         strict=True,
     ):
         assert_same(actual, expected)
@@ -123,7 +123,7 @@ def test_rotated_codes_of_exact_sums(block, dtype):
 def test_dequantize_rowwise(dtype):
     x, absmax = codes(1000, 777), torch.rand(1000)
     absmax[3] = float("nan")
-    assert_same(ts.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.dequantize_rowwise(x, absmax, dtype))
+    assert_same(ts.ops.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.ops.dequantize_rowwise(x, absmax, dtype))
 
 
 def product_of(m, n, k, scales, bias):
@@ -164,10 +164,10 @@ def test_one_tensor_as_both_operands():
     on_gpu = {id(each): each.cuda() for each in (a, b)}
     for left, right in ((a, a), (a, b), (b, b), (b, a)):
         absmaxes = absmax, absmax.clone()
-        actual = ts.int8_matmul_rowwise_dequantize(
+        actual = ts.ops.int8_matmul_rowwise_dequantize(
             on_gpu[id(left)], on_gpu[id(right)].t(), *(each.cuda() for each in absmaxes), None
         )
-        assert_same(actual, ts.int8_matmul_rowwise_dequantize(left, right.t(), *absmaxes, None))
+        assert_same(actual, ts.ops.int8_matmul_rowwise_dequantize(left, right.t(), *absmaxes, None))
 
 
 CONFIGS = {
@@ -187,7 +187,7 @@ def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulCo
     m, n, k = shape
     a, b = codes(m, k), codes(n, k).t()
     absmax_a, absmax_b, bias = torch.rand(m), torch.rand(n if rowwise else 1), torch.randn(n)
-    op = ts.int8_matmul_rowwise_dequantize if rowwise else ts.int8_matmul_mixed_dequantize
+    op = ts.ops.int8_matmul_rowwise_dequantize if rowwise else ts.ops.int8_matmul_mixed_dequantize
     for bias_ in (bias, None):
         expected = op(a, b, absmax_a, absmax_b, bias_, dtype)
         out = torch.full((m, n), 99, dtype=dtype, device="cuda")
@@ -243,7 +243,7 @@ def test_hopper_matmuls_take_tma_where_they_can():
     for tokens, inner, cols in ((16384, 4096, 4096), (16384, 4095, 4096), (16384, 4096, 4095), (1, 4096, 4096)):
         a, b, absmax = codes(tokens, inner, "cuda"), codes(cols, inner, "cuda"), torch.rand(tokens, device="cuda")
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            ts.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
+            ts.ops.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
             torch.cuda.synchronize()
         names += [event.key for event in profiler.key_averages() if event.key.startswith("int8_matmul")]
     assert names == 2 * ["int8_matmul_warp_specialized_kernel"] + 2 * ["int8_matmul_kernel"]
@@ -255,8 +255,8 @@ def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatc
     monkeypatch.setattr(int8_matmul, "_replaced", {})
     monkeypatch.setattr(launch, "plans", {})
     a, absmax = codes(256, 1024), torch.rand(256)
-    expected = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
+    expected = ts.ops.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
     on_gpu = a.cuda(), a.t().cuda(), absmax.cuda(), absmax[:1].cuda()
     with pytest.warns(UserWarning, match="instead of"):
-        assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)
-    assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)  # and says so once
+        assert_same(ts.ops.int8_matmul_mixed_dequantize(*on_gpu, None), expected)
+    assert_same(ts.ops.int8_matmul_mixed_dequantize(*on_gpu, None), expected)  # and says so once

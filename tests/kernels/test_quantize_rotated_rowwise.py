@@ -16,7 +16,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 
 
 def check(x, block, exact=False):
-    expected = ts.quantize_rowwise(x, rotate_features=block)
+    expected = ts.ops.quantize_rowwise(x, rotate_features=block)
     out = tuple(poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected)
     planned(quantize_rotated_rowwise.plan_quantize_rotated_rowwise)(x, block, *out)
     assert_same_to_a_code(out, expected)

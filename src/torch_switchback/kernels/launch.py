@@ -25,6 +25,9 @@ INT32_MAX = 2**31 - 1
 MAX_PLANS = 10_000
 """A few per layer shape are in use. All are forgotten at once before they could grow without bound."""
 
+RUN_IS_KNOWN = triton.__version__.startswith("3.")
+"""Whether ``CompiledKernel.run`` takes the arguments that it takes in Triton 3.6 to 3.9."""
+
 Plan = Callable[..., None]
 """It takes an operation's arguments and then its empty outputs, which it fills."""
 
@@ -137,7 +140,7 @@ def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., No
             is_hooked = knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls
         except AttributeError:  # a hook in place of Triton's chain of hooks
             is_hooked = True
-        if is_hooked:
+        if is_hooked or not RUN_IS_KNOWN:
             compiled[grid](*args, *constexprs)
         else:  # the same, without the 5 µs for absent hooks and for the stream
             run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)

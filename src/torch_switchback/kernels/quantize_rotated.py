@@ -18,7 +18,7 @@ from .launch import Plan, bind, ceil_div
 
 TILE_ROWS = 64  # at least: what one instruction of tensor cores wants
 TILE = 8192  # elements
-NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
+NUM_WARPS = {2: 4, 4: 8}  # by x's bytes per element
 NUM_STAGES = 3
 CTAS_PER_SM = 16  # many, so that few of them run alone at the end
 

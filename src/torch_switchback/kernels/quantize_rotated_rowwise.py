@@ -16,7 +16,7 @@ SIZE = 64  # columns that one matrix rotates, or one block of 128
 TILE_ROWS = 64  # of SIZE columns, at least: what one instruction of tensor cores wants
 HELD = 16384  # elements of x that a program holds, about: making the matrix costs it as much as 4096 of them
 MAX_HELD = 20480  # rows that need more are read twice
-NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
+NUM_WARPS = {2: 4, 4: 8}  # by x's bytes per element
 
 
 @triton.jit(do_not_specialize=["rows"])

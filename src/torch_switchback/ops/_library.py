@@ -1,4 +1,4 @@
-"""How every operation reaches PyTorch: one schema, one fake, a reference in plain PyTorch, and kernels."""
+"""Register operations with PyTorch: a schema, a fake, a reference in plain PyTorch, and kernels."""
 
 import importlib
 import warnings
@@ -47,7 +47,7 @@ def define(
     name = schema.partition("(")[0]
     reference = torch.no_grad()(reference)  # or autograd would track what it does to a parameter in place
     run = _direct_implementation(name, kernels, fake, reference)
-    # needs_fixed_stride_order: the compiler must hand over the very strides that the program had.
+    # needs_fixed_stride_order: the compiler must keep the strides that the program had.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, reference, "CPU")
     LIBRARY.impl(name, _on_its_device(run), "CUDA")

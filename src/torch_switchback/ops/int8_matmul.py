@@ -53,7 +53,7 @@ def int8_matmul_rowwise_dequantize(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax a column of b.
+    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax per column of b.
 
     arXiv 2304.13013, algorithm 3. The arithmetic is that of :func:`int8_matmul_mixed_dequantize`.
 

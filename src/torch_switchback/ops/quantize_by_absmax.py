@@ -9,7 +9,7 @@ from ._validation import check_2d, check_dtype, check_float, check_same_device
 
 
 def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """The codes of x for one absmax, or for one a row.
+    """The codes of x for one absmax, or for one per row.
 
     With the absmax that :func:`quantize_global` or :func:`quantize_rowwise` returns they are that function's codes;
     with the absmax of a larger tensor, x's part of the larger tensor's codes.

@@ -119,7 +119,7 @@ quantize_transpose_by_absmax_op = define(
 
 
 def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`quantize_global` and :func:`quantize_global_transpose` at once: x is read no oftener than for one of them.
+    """Quantize x as :func:`quantize_global` and as :func:`quantize_global_transpose`, in the reads of one of them.
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.

@@ -1,4 +1,4 @@
-"""Row-wise quantisation and its inverse: one absmax a row, as for activations and output gradients."""
+"""Row-wise quantization and its inverse: one absmax per row, as for activations and output gradients."""
 
 import torch
 
