@@ -30,7 +30,7 @@ def expanded(rows, cols, dtype, device="cpu"):
 
 
 def hostile(rows, cols, dtype, device="cpu"):
-    """A row of zeros, a NaN, an Inf, a row too small to quantise, a row near the top of the range."""
+    """A row of zeros, a NaN, an Inf, a row too small to quantize, a row near the top of the range."""
     x = contiguous(rows, cols, dtype, device)
     for row, value in ((0, 0.0), (-1, torch.finfo(dtype).tiny), (1, torch.finfo(dtype).max)):
         if -rows <= row < rows:
@@ -57,7 +57,7 @@ def assert_same(actual, expected):
 
 
 def assert_same_to_a_code(actual, expected):
-    """Codes and absmax of quantised sums in another order: of 10,000 codes, ten may be one apart."""
+    """Codes and absmax of quantized sums in another order: of 10,000 codes, ten may be one apart."""
     (codes, absmax), (expected_codes, expected_absmax) = ([each.cpu() for each in pair] for pair in (actual, expected))
     assert codes.is_contiguous()
     assert torch.equal(absmax.isfinite(), expected_absmax.isfinite())

@@ -12,7 +12,7 @@ from torch_switchback.kernels import int8_matmul
 BAND = 4096  # bytes, as whole blocks of a kernel's columns
 NAN = 0xFF  # a byte: of NaN in every float, -1 as a code
 SHAPES = [(1, 1), (3, 5), (17, 83), (33, 48), (64, 130), (2, 1100)]
-QUANTISERS = {
+QUANTIZERS = {
     "quantize_rowwise": (),
     "quantize_global": (),
     "quantize_global_transpose": (),
@@ -83,11 +83,11 @@ def check(launcher, args, expected, band, *, rotates=False):
     band.assert_intact()
 
 
-def check_quantiser(name, shape, dtype, band):
+def check_quantizer(name, shape, dtype, band):
     x = torch.randn(shape).to(dtype)
     for operand in (x, x.t().contiguous().t()):
         meaning = getattr(torch.ops.torch_switchback, name)
-        args = (operand, *QUANTISERS[name])
+        args = (operand, *QUANTIZERS[name])
         check(launcher_of(name), args, meaning(*args), band, rotates="rotated" in name)
 
 

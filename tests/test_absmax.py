@@ -1,4 +1,4 @@
-"""The absmaxes of shards are those that the quantisers find, to the bit; NaN and Inf among them."""
+"""The absmaxes of shards are those that the quantizers find, to the bit; NaN and Inf among them."""
 
 import pytest
 import torch

@@ -80,8 +80,8 @@ def test_an_exception_leaves_nothing_behind(config, device):
     assert freed() is None
 
 
-class Quantised(Dataset):
-    """Rows that the worker which loads them has quantised and put through a layer."""
+class Quantized(Dataset):
+    """Rows that the worker which loads them has quantized and put through a layer."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -96,13 +96,13 @@ class Quantised(Dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_quantise_while_the_parent_trains(method, device):
+def test_workers_quantize_while_the_parent_trains(method, device):
     layer = ts.SwitchBackLinear(64, 48, device=device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(torch.randn(3, 64, device=device)).sum().backward()  # the parent has computed before it forks
     theirs = ts.SwitchBackLinear(64, 48)
     loader = DataLoader(
-        Quantised(theirs), num_workers=1, multiprocessing_context=multiprocessing.get_context(method), timeout=120
+        Quantized(theirs), num_workers=1, multiprocessing_context=multiprocessing.get_context(method), timeout=120
     )
     count = 0
     for x, codes, absmax, y in loader:

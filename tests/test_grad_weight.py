@@ -35,7 +35,7 @@ def grad_weight_of(x, grad, config):
 
 
 def float8(x):
-    """Quantised and back: e4m3 with one absmax for the tensor."""
+    """Quantized and back: e4m3 with one absmax for the tensor."""
     scale = x.float().abs().max() / 448
     return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale
 
@@ -97,7 +97,7 @@ def test_it_has_the_weights_dtype_in_one_rounding(grad_dtype, device):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The rotating quantisers' calls, by name."""
+    """The rotating quantizers' calls, by name."""
     made = []
     for name in ("quantize_rowwise_and_rotated_columnwise", "quantize_rotated_columnwise_and_transpose"):
         for ops in (_library.direct, _library.dispatched):

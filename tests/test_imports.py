@@ -161,7 +161,7 @@ for dtype in (torch.float64, torch.complex64, torch.int64):
     test_quantize.test_only_floats(test_quantize.ts.ops.quantize_rowwise, dtype, "cpu")
 test_nn.test_refuses_other_shapes_and_devices("cpu")
 test_nn.test_refuses_codes_that_do_not_fit("cpu")
-test_quantize.test_dequantise_refuses_what_does_not_fit("cpu")
+test_quantize.test_dequantize_refuses_what_does_not_fit("cpu")
 test_int8_matmul.test_refuses_what_does_not_fit("cpu")
 """
 

@@ -75,7 +75,7 @@ def test_float16_result_overflows_to_inf_and_others_do_not(device):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_absmax_that_is_not_finite_carries(value, device):
     a, b = codes(4, 32, device), codes(8, 32, device).t()
-    a[1] = 0  # what the quantisers give such a row
+    a[1] = 0  # what the quantizers give such a row
     state_x, state_w = torch.rand(4, device=device), torch.rand(8, device=device)
     state_x[1] = value
     state_w[5] = value

@@ -736,7 +736,7 @@ def test_copy_and_pickle(config):
 
 
 @strategies
-def test_meta_initialisation(config, device):
+def test_meta_initialization(config, device):
     layer = make_layer(config, device="meta")
     assert layer(torch.empty(2, 64, device="meta")).shape == (2, 48)
     layer = layer.to_empty(device=device)
@@ -1029,7 +1029,7 @@ def test_convert_a_bare_linear():
     assert type(ts.convert_to_switchback(linear)) is SwitchBackLinear
 
 
-def test_optimiser_and_hooks_survive_conversion():
+def test_optimizer_and_hooks_survive_conversion():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     calls = []

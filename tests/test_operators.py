@@ -25,7 +25,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
     ],
 )
 @pytest.mark.parametrize("shape", [(17, 83), (1, 5)], ids=str)
-def test_quantisers(shape, op, dtype, layout, device):
+def test_quantizers(shape, op, dtype, layout, device):
     torch.library.opcheck(getattr(OPS, op).default, (layout(*shape, dtype, device),))
 
 

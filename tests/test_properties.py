@@ -117,7 +117,7 @@ def test_a_power_of_two_leaves_the_codes(x, exponent):
 
 
 @given(matrices(), sizes, seeds, configs, st.data())
-def test_rows_do_not_know_their_neighbours(x, out_features, seed, config, data):
+def test_rows_do_not_know_their_neighbors(x, out_features, seed, config, data):
     layer = layer_for(x, out_features, seed, config)
     y = layer(x)
     order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed))
@@ -127,7 +127,7 @@ def test_rows_do_not_know_their_neighbours(x, out_features, seed, config, data):
 
 
 @given(matrices())
-def test_fused_transposes_equal_quantising_then_transposing(x):
+def test_fused_transposes_equal_quantizing_then_transposing(x):
     codes, absmax = ts.ops.quantize_global(x)
     codes_t, absmax_t = ts.ops.quantize_global_transpose(x)
     assert_same(codes_t, codes.t().contiguous())
@@ -151,7 +151,7 @@ def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
         view = buffer[offset::row_step, ::col_step]
     view = view[:rows, :cols]
     view.copy_(x)
-    for quantise in (
+    for quantize in (
         ts.ops.quantize_rowwise,
         ts.ops.quantize_global,
         ts.ops.quantize_global_transpose,
@@ -159,7 +159,7 @@ def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
         ts.ops.quantize_columnwise_and_transpose,
         partial(ts.ops.quantize_columnwise_and_transpose, rotate_tokens=16),
     ):
-        for actual, expected in zip(quantise(view), quantise(x), strict=True):
+        for actual, expected in zip(quantize(view), quantize(x), strict=True):
             assert_same(actual, expected)
 
 

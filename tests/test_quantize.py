@@ -1,4 +1,4 @@
-"""The meaning of the quantisers, against formulas written another way, in float64 and integers."""
+"""The meaning of the quantizers, against formulas written another way, in float64 and integers."""
 
 import pytest
 import torch
@@ -81,14 +81,14 @@ def test_global_plain_and_transposed(dtype, layout, shape, device):
 @shapes
 @layouts
 @dtypes
-def test_by_absmax_is_the_quantiser_that_found_it(dtype, layout, shape, device):
+def test_by_absmax_is_the_quantizer_that_found_it(dtype, layout, shape, device):
     """Also for parts of x, by the absmax of all of it."""
     x = layout(*shape, dtype, device)
-    for quantise in (ts.ops.quantize_global, ts.ops.quantize_rowwise):
-        codes, absmax = quantise(x)
+    for quantize in (ts.ops.quantize_global, ts.ops.quantize_rowwise):
+        codes, absmax = quantize(x)
         assert_same(ops.quantize_by_absmax(x, absmax), codes)
         upper = slice(0, shape[0] // 2)
-        of_upper = absmax if quantise is ts.ops.quantize_global else absmax[upper]
+        of_upper = absmax if quantize is ts.ops.quantize_global else absmax[upper]
         assert_same(ops.quantize_by_absmax(x[upper], of_upper), codes[upper])
 
 
@@ -115,7 +115,7 @@ def test_global_takes_any_shape(shape, device):
 
 
 @dtypes
-def test_dequantise_is_the_inverse_to_half_a_step(dtype, device):
+def test_dequantize_is_the_inverse_to_half_a_step(dtype, device):
     x = torch.randn(64, 300, device=device)
     codes, absmax = ts.ops.quantize_rowwise(x)
     back = ts.ops.dequantize_rowwise(codes, absmax, dtype)
@@ -124,12 +124,12 @@ def test_dequantise_is_the_inverse_to_half_a_step(dtype, device):
     assert ((back.float() - x).abs() <= absmax[:, None] / 254 * (1 + 1e-6) + rounding).all()
 
 
-def test_dequantise_gives_float16_unless_told(device):
+def test_dequantize_gives_float16_unless_told(device):
     codes, absmax = ts.ops.quantize_rowwise(torch.randn(2, 3, device=device))
     assert ts.ops.dequantize_rowwise(codes, absmax).dtype == torch.float16
 
 
-def test_dequantise_carries_nan_and_inf(device):
+def test_dequantize_carries_nan_and_inf(device):
     codes, absmax = ts.ops.quantize_rowwise(torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]], device=device))
     assert not ts.ops.dequantize_rowwise(codes, absmax, torch.float32).isfinite().any()
 
@@ -161,13 +161,13 @@ def test_the_default_dtype_does_not_matter(device):
     try:
         for shape in ((3, 4), (0, 4)):
             x = torch.zeros(shape, dtype=torch.float32, device=device)
-            for quantiser in (ops.quantize_rowwise, ops.quantize_columnwise_and_transpose, ops.quantize_global):
-                assert quantiser(x)[1].dtype == torch.float32
+            for quantizer in (ops.quantize_rowwise, ops.quantize_columnwise_and_transpose, ops.quantize_global):
+                assert quantizer(x)[1].dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-MATRIX_QUANTISERS = [
+MATRIX_QUANTIZERS = [
     ts.ops.quantize_rowwise,
     ts.ops.quantize_columnwise_and_transpose,
     ts.ops.quantize_global_transpose,
@@ -175,22 +175,22 @@ MATRIX_QUANTISERS = [
 ]
 
 
-@pytest.mark.parametrize("quantiser", MATRIX_QUANTISERS, ids=lambda f: f.__name__)
-def test_only_matrices(quantiser, device):
-    with pytest.raises(ValueError, match=rf"{quantiser.__name__}: \w+ must be 2-D, got \(3, 4, 5\)"):
-        quantiser(torch.randn(3, 4, 5, device=device))
+@pytest.mark.parametrize("quantizer", MATRIX_QUANTIZERS, ids=lambda f: f.__name__)
+def test_only_matrices(quantizer, device):
+    with pytest.raises(ValueError, match=rf"{quantizer.__name__}: \w+ must be 2-D, got \(3, 4, 5\)"):
+        quantizer(torch.randn(3, 4, 5, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int8, torch.bool], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("quantiser", [ts.ops.quantize_global, *MATRIX_QUANTISERS], ids=lambda f: f.__name__)
-def test_only_floats(quantiser, dtype, device):
+@pytest.mark.parametrize("quantizer", [ts.ops.quantize_global, *MATRIX_QUANTIZERS], ids=lambda f: f.__name__)
+def test_only_floats(quantizer, dtype, device):
     with pytest.raises(
-        TypeError, match=rf"{quantiser.__name__}: \w+ must be float16, bfloat16 or float32, got {dtype}"
+        TypeError, match=rf"{quantizer.__name__}: \w+ must be float16, bfloat16 or float32, got {dtype}"
     ):
-        quantiser(torch.zeros(3, 4, device=device, dtype=dtype))
+        quantizer(torch.zeros(3, 4, device=device, dtype=dtype))
 
 
-def test_dequantise_refuses_what_does_not_fit(device):
+def test_dequantize_refuses_what_does_not_fit(device):
     codes, absmax = ts.ops.quantize_rowwise(torch.randn(2, 3, device=device))
     with pytest.raises(TypeError, match=r"x must be int8, got torch\.float32"):
         ts.ops.dequantize_rowwise(codes.float(), absmax)

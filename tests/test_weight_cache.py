@@ -1,4 +1,4 @@
-"""cache_quantized_weight: the weight is quantised once until it changes, and never used after it has."""
+"""cache_quantized_weight: the weight is quantized once until it changes, and never used after it has."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from torch_switchback.weight_cache import WeightCache
 
 @pytest.fixture(params=["global", "rowwise"])
 def layers(request, device, monkeypatch):
-    """A caching layer, its twin that does not, and the list of quantisations that the caching one makes."""
+    """A caching layer, its twin that does not, and the list of quantizations that the caching one makes."""
     calls = count_weight_quantizations(
         monkeypatch, ts.SwitchBackConfig(request.param), lambda weight: weight.data_ptr() == caching.weight.data_ptr()
     )
@@ -38,14 +38,14 @@ def check_same(caching, plain, x):
         assert_same(actual, expected)
 
 
-def test_microbatches_quantise_once(layers, device):
+def test_microbatches_quantize_once(layers, device):
     caching, plain, calls = layers
     for _ in range(4):
         check_same(caching, plain, torch.randn(5, 64, device=device))
     assert calls == ["quantize_weight_with_transpose"]
 
 
-def test_an_evaluation_quantises_no_transpose(layers, device):
+def test_an_evaluation_quantizes_no_transpose(layers, device):
     caching, plain, calls = layers
     x = torch.randn(5, 64, device=device)
     for _ in range(2):
@@ -192,7 +192,7 @@ def test_an_evaluation_in_inference_mode_between_two_steps(layers, device):
     check_same(caching, plain, x)
 
 
-def test_a_parametrised_weight_is_never_cached(layers, device):
+def test_a_parametrized_weight_is_never_cached(layers, device):
     """Its values change without a sign, and its memory is used again by the next."""
     caching, plain, _ = layers
     for layer in (caching, plain):
@@ -205,7 +205,7 @@ def test_a_parametrised_weight_is_never_cached(layers, device):
                 layer.parametrizations.weight.original0.mul_(1.5)
 
 
-def test_what_another_thread_quantises_meanwhile_is_its_own(device, monkeypatch):
+def test_what_another_thread_quantizes_meanwhile_is_its_own(device, monkeypatch):
     """As nn.DataParallel's threads do, whose replicas share what a layer has."""
     one, other = (nn.Parameter(torch.randn(48, 64, device=device)) for _ in range(2))
     config, cache = ts.SwitchBackConfig(), WeightCache()

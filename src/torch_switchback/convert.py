@@ -81,7 +81,7 @@ def convert_to_switchback(
 ) -> Model:
     """Make a model's exact nn.Linear layers SwitchBackLinear, in place. :func:`conversion_report` says which and why.
 
-    Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimisers
+    Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimizers
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
     in a dtype that the int8 products do not take (float64) are refused when the layer is called. If a model is refused,
     nothing of it has been changed.
@@ -184,7 +184,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
-    A layer that was prepared for evaluation gets a new ``weight``, dequantised. Subclasses of SwitchBackLinear, such as
+    A layer that was prepared for evaluation gets a new ``weight``, dequantized. Subclasses of SwitchBackLinear, such as
     torch.nn.utils.parametrize and fully_shard make, stay, with a warning each, but for those that set ``reverts_to``
     themselves.
 

@@ -7,7 +7,7 @@ from torch import nn
 
 # The narrower side of the narrowest layers that have been seen to gain: trained on an H200 and compiled, a GPT whose
 # layers have 1024 features and more gains, one of 768 gains or loses with the speed of the host (docs/performance.md).
-# Quantising costs in proportion to in + out, the products gain in proportion to in * out.
+# Quantizing costs in proportion to in + out, the products gain in proportion to in * out.
 LEAST_FEATURES = 1024
 
 

@@ -1,8 +1,8 @@
-"""How much noise quantising adds to a model's layers while it trains.
+"""How much noise quantizing adds to a model's layers while it trains.
 
 with Monitor(model, every=100, layers="*.mlp.*", writer=CsvWriter("noise.csv")) as monitor:
     for batch in data:
-        ...  # forward, backward, optimiser
+        ...  # forward, backward, optimizer
         monitor.step()
 """
 
@@ -181,7 +181,7 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
 
     Args:
         layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows the codes alone:
-            products are compared with theirs, so the noise of quantising the weight itself is not counted.
+            products are compared with theirs, so the noise of quantizing the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
 

@@ -21,7 +21,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
     Args:
         in_features: size of each input row.
         out_features: size of each output row.
-        bias: whether to add a learnt bias.
+        bias: whether to add a learned bias.
         device: where the parameters live.
         dtype: the parameters' dtype: float16, bfloat16 or float32. The input may have another one.
         vector_wise_quantization: one absmax per row of the weight (per column in the backward) instead of one for all

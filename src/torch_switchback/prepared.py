@@ -34,7 +34,7 @@ class PreparedWeight(nn.Module):
         return self.weight is None
 
     def prepare_for_eval(self) -> None:
-        """Quantise the weight for good and free it: the same output bit for bit, less time and memory.
+        """Quantize the weight for good and free it: the same output bit for bit, less time and memory.
 
         The input still gets its gradient, the weight none. Calling it again does nothing.
         :meth:`prepare_for_training` undoes it.
@@ -47,7 +47,7 @@ class PreparedWeight(nn.Module):
         if self.is_prepared:
             return
         if self._parameters.get("weight") is None:
-            raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrised, or pruned?")
+            raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrized, or pruned?")
         if hasattr(self.weight, "device_mesh"):
             raise RuntimeError("prepare_for_eval: weight is sharded over processes; load its state into a plain model")
         with torch.inference_mode(False), torch.no_grad():
@@ -55,9 +55,9 @@ class PreparedWeight(nn.Module):
         self._become_prepared(codes, absmax)
 
     def prepare_for_training(self) -> None:
-        """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantised, in the dtype it had.
+        """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantized, in the dtype it had.
 
-        What was rounded away stays away (at most absmax / 254 per element), and an optimiser must be given the
+        What was rounded away stays away (at most absmax / 254 per element), and an optimizer must be given the
         new parameter. A weight that was tied to another module's is no longer. On an unprepared layer it does nothing.
         """
         if not self.is_prepared:
@@ -90,7 +90,7 @@ class PreparedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        name = f"{prefix}weight"  # not there while prepared, and of a parametrised layer
+        name = f"{prefix}weight"  # not there while prepared, and of a parametrized layer
         if name in destination and not keep_vars:
             destination[name] = extensions.distributed.unwrap(destination[name])
 

@@ -39,12 +39,12 @@ def compile_all(launches, architecture):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_quantisers(architecture, dtype):
+def test_quantizers(architecture, dtype):
     launches = []
     for cols in (128, 1280, 16_384, 20_000):
-        launches += quantiser_launches(DTYPES[dtype], 2, cols)["quantize_rowwise"]
+        launches += quantizer_launches(DTYPES[dtype], 2, cols)["quantize_rowwise"]
     for shape in ((256, 128), (512, 256)):  # which take one pass and two
-        for each in quantiser_launches(DTYPES[dtype], *shape).values():
+        for each in quantizer_launches(DTYPES[dtype], *shape).values():
             launches += each
     compile_all(launches, architecture)
 
@@ -56,7 +56,7 @@ def test_quantisers(architecture, dtype):
         *((architecture, dtype, 128) for architecture in ("sm_86", "gfx942") for dtype in ("bf16", "fp32")),
     ],
 )
-def test_rotating_quantisers(architecture, dtype, block):
+def test_rotating_quantizers(architecture, dtype, block):
     x, codes = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
     outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
     launches = record(quantize_rotated.plan_quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
@@ -93,8 +93,8 @@ def test_rotation_is_a_product_of_tensor_cores(block):
     assert {store[-7:] for store in re.findall(r"st\.global\.\S+", compiled[1].asm["ptx"])} == {".v4.b32"}
 
 
-def quantiser_launches(dtype, rows, cols):
-    """What each quantiser launches."""
+def quantizer_launches(dtype, rows, cols):
+    """What each quantizer launches."""
     x = torch.empty(rows, cols, dtype=dtype)
     codes, codes_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
     absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)
@@ -113,7 +113,7 @@ def quantiser_launches(dtype, rows, cols):
 
 def test_launches():
     """Small tensors take one. With a first pass for the absmax it is two, even for both of W and Wᵀ."""
-    small, large = (quantiser_launches(torch.bfloat16, rows, 128) for rows in (128, 129))
+    small, large = (quantizer_launches(torch.bfloat16, rows, 128) for rows in (128, 129))
     assert {len(launches) for launches in small.values()} == {1}
     passes = {name: len(launches) for name, launches in large.items()}
     assert passes == {
@@ -129,9 +129,9 @@ def test_launches():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantisers_store_whole_vectors(dtype):
+def test_quantizers_store_whole_vectors(dtype):
     """16 bytes a thread of the codes, plain and transposed, which leave a tile along different axes."""
-    *_, second_pass = quantiser_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
+    *_, second_pass = quantizer_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
     (compiled,) = compile_all([second_pass], "sm_90")
     stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
     stores.remove("st.global.b32")  # the absmax
@@ -194,8 +194,8 @@ def test_products_that_begin_early_wait_before_they_read(kernel, monkeypatch):
     before, wait, _ = product.compile(TARGETS["sm_90"]).asm["ptx"].partition("griddepcontrol.wait")
     assert wait
     assert not re.search(r"ld\.global|cp\.async", before)
-    (quantiser, *_) = quantiser_launches(torch.bfloat16, 64, 1024)["quantize_rowwise"]
-    assert "griddepcontrol.launch_dependents" in quantiser.compile(TARGETS["sm_90"]).asm["ptx"]
+    (quantizer, *_) = quantizer_launches(torch.bfloat16, 64, 1024)["quantize_rowwise"]
+    assert "griddepcontrol.launch_dependents" in quantizer.compile(TARGETS["sm_90"]).asm["ptx"]
 
 
 def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
@@ -240,7 +240,7 @@ def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
 
 
 def odd_step_launches(tokens, in_features, out_features):
-    """The launches of a step that take longest to compile: the quantiser that transposes and the two products."""
+    """The launches of a step that take longest to compile: the quantizer that transposes and the two products."""
     weight, codes_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
     launches = record(
         quantize_global.plan_quantize_transpose_by_absmax,
@@ -268,17 +268,17 @@ def odd_step_launches(tokens, in_features, out_features):
 def test_odd_layers_share_their_kernels_and_so_do_forward_and_backward():
     layers = [(333, 1001, 1001), (300, 257, 131), (500, 250, 999)]
     launches = [launch for layer in layers for launch in odd_step_launches(*layer)]
-    compiled = {launch.kernel.__name__: (launch.specialisation(), launch.options) for launch in launches}
+    compiled = {launch.kernel.__name__: (launch.specialization(), launch.options) for launch in launches}
     assert set(compiled) == {"quantize_transpose_kernel", "int8_matmul_kernel"}
     for launch in launches:
-        assert (launch.specialisation(), launch.options) == compiled[launch.kernel.__name__]
+        assert (launch.specialization(), launch.options) == compiled[launch.kernel.__name__]
 
 
-def test_the_global_quantiser_of_an_odd_number_of_elements_is_that_of_others():
+def test_the_global_quantizer_of_an_odd_number_of_elements_is_that_of_others():
     """Whole vectors are read as such whatever is behind them, and nothing is compiled anew."""
-    launches = [quantiser_launches(torch.bfloat16, *shape)["quantize_global"] for shape in ((256, 256), (131, 257))]
+    launches = [quantizer_launches(torch.bfloat16, *shape)["quantize_global"] for shape in ((256, 256), (131, 257))]
     for even, odd in zip(*launches, strict=True):
-        assert (even.specialisation(), even.options) == (odd.specialisation(), odd.options)
+        assert (even.specialization(), even.options) == (odd.specialization(), odd.options)
     pass_1, pass_2 = (kernel.asm["ptx"] for kernel in compile_all(launches[1], "sm_90"))
     assert "ld.global.v4.b32" in pass_1
     assert "ld.global.v4.b32" in pass_2 and "st.global.v4.b32" in pass_2
@@ -335,7 +335,7 @@ def step_launches(tokens, in_features=256, out_features=384):
 def test_a_changing_token_count_compiles_once_a_power_of_two(octave):
     counts = [octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1, 2 * octave]
     first, *others = (
-        [(launch.kernel, launch.specialisation(), launch.options) for launch in step_launches(count)]
+        [(launch.kernel, launch.specialization(), launch.options) for launch in step_launches(count)]
         for count in counts
     )
     for other in others:

@@ -156,7 +156,7 @@ def test_int8_trains_as_one_process(reshard):
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
-def test_int8_with_a_policy_quantises_the_weights_themselves(scaling):
+def test_int8_with_a_policy_quantizes_the_weights_themselves(scaling):
     """Not what they are in the policy's dtype: the codes are more exact than those of bf16's all-gather."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8"), mp_policy=policy)
@@ -520,7 +520,7 @@ def test_one_graph_serves_two_weights_but_not_their_absmax():
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_parameters_stay_the_same_objects(scaling):
-    """There and back, with what belongs to them, so that an optimiser made before trains them."""
+    """There and back, with what belongs to them, so that an optimizer made before trains them."""
     model, called = mlp(), []
     before = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters())

@@ -164,7 +164,7 @@ def test_with_fully_shard_on_a_2d_mesh(scaling, all_gather):
         if all_gather == "int8":
             check_codes(model[0], scaling)
             check_codes(model[2], scaling)
-        if (scaling, all_gather) != ("rowwise", "int8"):  # whose Wᵀ is quantised from the codes of W
+        if (scaling, all_gather) != ("rowwise", "int8"):  # whose Wᵀ is quantized from the codes of W
             check_gradients(model, alone)
         optimizer.step()
         optimizer.zero_grad()

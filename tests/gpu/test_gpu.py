@@ -97,7 +97,7 @@ def test_graphed_callable(config):
         for expected, actual in zip(*steps, strict=True):
             assert torch.equal(actual, expected)
         with torch.no_grad():
-            for each in (layer, graphed):  # in place, as optimisers do
+            for each in (layer, graphed):  # in place, as optimizers do
                 each.weight.mul_(1.5)
 
 

@@ -40,7 +40,7 @@ def test_trains_as_without(scaling, precomputes):
             y = model(x)
             y.float().square().mean().backward()
             outputs[all_gather].append(y.detach())
-            if scaling == "global":  # a rowwise Wᵀ is quantised from the codes of W, so the gradients differ
+            if scaling == "global":  # a rowwise Wᵀ is quantized from the codes of W, so the gradients differ
                 optimizer.step()
             optimizer.zero_grad()
             if precomputes and all_gather == "int8":

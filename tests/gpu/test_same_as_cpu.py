@@ -30,7 +30,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout._
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
-QUANTISERS = [
+QUANTIZERS = [
     ts.ops.quantize_rowwise,
     ts.ops.quantize_columnwise_and_transpose,
     ts.ops.quantize_global,
@@ -42,10 +42,10 @@ QUANTISERS = [
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: f.__name__)
-def test_quantisers(quantiser, dtype, layout, shape):
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda f: f.__name__)
+def test_quantizers(quantizer, dtype, layout, shape):
     x = layout(*shape, dtype)
-    for actual, expected in zip(quantiser(on_gpu(x)), quantiser(x), strict=True):
+    for actual, expected in zip(quantizer(on_gpu(x)), quantizer(x), strict=True):
         assert_same(actual, expected)
 
 
@@ -60,7 +60,7 @@ def on_gpu(x):
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-def test_rotating_quantisers(dtype, layout, shape, block=64):
+def test_rotating_quantizers(dtype, layout, shape, block=64):
     x = layout(*shape, dtype)
     gpu, expected = on_gpu(x), ops.quantize_rowwise_and_rotated_columnwise(x, block)
     actual = ops.quantize_rowwise_and_rotated_columnwise(gpu, block)
@@ -78,7 +78,7 @@ def test_rotating_quantisers(dtype, layout, shape, block=64):
 @pytest.mark.parametrize("shape", [*SHAPES, (70_000, 24), (513, 1280), (333, 5120), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-def test_rotating_row_wise_quantiser(dtype, layout, shape, block):
+def test_rotating_row_wise_quantizer(dtype, layout, shape, block):
     x = layout(*shape, dtype)
     gpu = on_gpu(x)
     actual = ts.ops.quantize_rowwise(gpu, rotate_features=block)

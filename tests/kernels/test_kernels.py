@@ -53,7 +53,7 @@ def passes(request, monkeypatch):
         monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
 
 
-def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
+def check_quantizer(launcher, op, x, codes_shape, absmax_shape):
     out, absmax = poisoned(*codes_shape), poisoned(*absmax_shape, dtype=torch.float32)
     launcher(x, out, absmax)
     expected_codes, expected_absmax = op(x)
@@ -66,7 +66,7 @@ def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
 @dtypes
 def test_quantize_rowwise(dtype, layout, shape):
     x = layout(*shape, dtype)
-    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, shape, shape[:1])
+    check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, shape, shape[:1])
 
 
 @pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
@@ -74,7 +74,7 @@ def test_quantize_rowwise(dtype, layout, shape):
 def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
     assert quantize_rowwise.row_tile(cols).CHUNKS > 1
     x = layout(9, cols, torch.bfloat16)
-    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (9, cols), (9,))
+    check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (9, cols), (9,))
 
 
 def test_the_tile_of_a_row():
@@ -93,7 +93,7 @@ def test_the_tile_of_a_row():
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
 def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     x = torch.randn(2, cols)
-    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (2, cols), (2,))
+    check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (2, cols), (2,))
 
 
 @shapes
@@ -101,7 +101,7 @@ def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
 @dtypes
 def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
     rows, cols = shape
-    check_quantiser(
+    check_quantizer(
         planned(quantize_columnwise.plan_quantize_columnwise_and_transpose),
         ops.quantize_columnwise_and_transpose,
         layout(*shape, dtype),
@@ -115,14 +115,14 @@ def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     monkeypatch.setattr(_absmax, "CTAS_PER_SM", 1)  # so that one does both tiles
     x = far_apart(130, 3)
     launcher = planned(quantize_columnwise.plan_quantize_columnwise_and_transpose)
-    check_quantiser(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
+    check_quantizer(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
 
 
 @shapes
 @layouts
 @dtypes
 def test_quantize_global(dtype, layout, shape, passes):
-    check_quantiser(
+    check_quantizer(
         planned(quantize_global.plan_quantize_global), ops.quantize_global, layout(*shape, dtype), shape, (1,)
     )
 
@@ -132,7 +132,7 @@ def test_quantize_global(dtype, layout, shape, passes):
 @dtypes
 def test_quantize_global_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
-    check_quantiser(
+    check_quantizer(
         planned(quantize_global.plan_quantize_global_transpose), ops.quantize_global_transpose, x, shape[::-1], (1,)
     )
     expected, absmax = ops.quantize_global_transpose(x)

@@ -1,4 +1,4 @@
-"""The rotating quantisers, interpreted, against their meaning in plain torch, for every tile."""
+"""The rotating quantizers, interpreted, against their meaning in plain torch, for every tile."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The row-wise quantiser that rotates the columns, interpreted, against its meaning in plain torch, for every tile."""
+"""The row-wise quantizer that rotates the columns, interpreted, against its meaning in plain torch, for every tile."""
 
 import pytest
 import torch

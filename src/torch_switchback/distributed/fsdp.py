@@ -126,7 +126,7 @@ def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
 
 
 def _put_into_parameters(tensors: Iterable[tuple[nn.Parameter, torch.Tensor, str]]) -> None:
-    """Give parameters other tensors to be, into all of them or none; an optimiser goes on with the same objects.
+    """Give parameters other tensors to be, into all of them or none; an optimizer goes on with the same objects.
 
     Args:
         tensors: of each parameter, with the name of a module that has it.

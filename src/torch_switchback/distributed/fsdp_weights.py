@@ -1,6 +1,6 @@
 """The tensors that FSDP2 gathers as int8, by its all-gather extensions: a shard of a weight, and the weight gathered.
 
-Of a :class:`ShardWeight` FSDP2 asks what to gather: the codes of each rank's shard, quantised by the absmax over all
+Of a :class:`ShardWeight` FSDP2 asks what to gather: the codes of each rank's shard, quantized by the absmax over all
 shards, so that they are the codes of the whole weight. What it gathers becomes the :class:`GatheredWeight` that the
 layer computes with.
 """
@@ -210,7 +210,7 @@ def _count_write(weight: ShardWeight) -> None:
 class GatheredWeight(torch.Tensor):
     """A weight [out, in] of which a rank has the int8 codes and the absmax.
 
-    Quantising it gives those back, so a SwitchBackLinear computes with them as it would with a plain weight; its
+    Quantizing it gives those back, so a SwitchBackLinear computes with them as it would with a plain weight; its
     gradient is plain, in the dtype that FSDP2's policy says. No other operation may read it.
     """
 
@@ -247,8 +247,8 @@ class GatheredWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         weight = args[0]
-        if func in _QUANTISERS and isinstance(weight, GatheredWeight):
-            return _QUANTISERS[func](*args)
+        if func in _QUANTIZERS and isinstance(weight, GatheredWeight):
+            return _QUANTIZERS[func](*args)
         if func in _GATHERED_VIEWS and isinstance(weight, GatheredWeight):
             return GatheredWeight(func(weight._codes, *args[1:], **kwargs), weight._absmax, weight.dtype)
         if func in _FACTORIES and isinstance(weight, GatheredWeight):
@@ -273,7 +273,7 @@ def _requantize_columnwise(weight: GatheredWeight) -> tuple[torch.Tensor, torch.
     return quantize_columnwise_and_transpose(float_weight)
 
 
-_QUANTISERS: dict[Any, Callable[..., Any]] = {
+_QUANTIZERS: dict[Any, Callable[..., Any]] = {
     _OPS.quantize_global.default: lambda weight: _codes_and_absmax(weight, 1),
     _OPS.quantize_rowwise.default: lambda weight: _codes_and_absmax(weight, weight.shape[0]),
     _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._codes,

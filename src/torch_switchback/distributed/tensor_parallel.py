@@ -34,7 +34,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
         DTensor (*, out_features): Shard(-1), Partial() or Replicate(), in the order of the weight's placements.
 
     Raises:
-        TypeError: one of the tensors is no DTensor, or the weight has been quantised for good.
+        TypeError: one of the tensors is no DTensor, or the weight has been quantized for good.
         ValueError: their meshes differ or have several dimensions, a placement is another, or the config asks for an
             int8 weight gradient or rotated features.
     """

@@ -25,7 +25,7 @@ _CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SwitchBack
 
 
 class SwitchBackCallback(TrainerCallback):
-    """Converts the Trainer's model as soon as the Trainer is made, and logs what quantising costs it.
+    """Converts the Trainer's model as soon as the Trainer is made, and logs what quantizing costs it.
 
     Args:
         monitor_every: steps from one sample of :class:`torch_switchback.monitor.Monitor` to the next; 0: none.

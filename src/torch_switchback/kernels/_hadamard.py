@@ -50,7 +50,7 @@ def rotate_transposed(x, matrix):
 def unshuffle(x):
     """[n, SIZE] -> [n, SIZE], the columns of rotate_transposed in their own order.
 
-    Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbours, so that it stores
+    Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbors, so that it stores
     whole words of codes and none changes its thread.
     """
     n: tl.constexpr = x.shape[0]

@@ -1,4 +1,4 @@
-"""Quantise tiles of x and store them transposed, and plain where asked: the second pass of four quantisers."""
+"""Quantize tiles of x and store them transposed, and plain where asked: the second pass of four quantizers."""
 
 from typing import NamedTuple
 

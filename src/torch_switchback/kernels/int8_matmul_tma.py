@@ -60,7 +60,7 @@ def int8_matmul_tma_kernel(
                 b = b_desc.load([start_n, k])
                 acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
 
-        # Two halves: the first is stored while the second is dequantised, through half the shared memory.
+        # Two halves: the first is stored while the second is dequantized, through half the shared memory.
         halves = acc.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
         high_halves = high.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
         row = start_m + tl.arange(0, BLOCK_M)

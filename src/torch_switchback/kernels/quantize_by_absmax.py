@@ -1,4 +1,4 @@
-"""Quantisation by known absmaxes in one pass."""
+"""Quantization by known absmaxes in one pass."""
 
 from typing import NamedTuple
 

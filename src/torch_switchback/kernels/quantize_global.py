@@ -1,4 +1,4 @@
-"""Global quantisation: absmax of parts; then reduce the parts, quantise and store, plain, transposed or both."""
+"""Global quantization: absmax of parts; then reduce the parts, quantize and store, plain, transposed or both."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
-"""Column-wise quantisation of x rotated along its rows, alone or together with the row-wise one, in two passes over x.
+"""Column-wise quantization of x rotated along its rows, alone or together with the row-wise one, in two passes over x.
 
-The first pass finds every absmax, the second rotates again, quantises and stores. Both see a tile of whole blocks of
+The first pass finds every absmax, the second rotates again, quantizes and stores. Both see a tile of whole blocks of
 rows, so that the row-wise codes cost no further pass. An absmax is gathered by an atomic integer maximum over the bits
 (see ``magnitude_bits``), which is exact in any order.
 """

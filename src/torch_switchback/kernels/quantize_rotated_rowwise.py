@@ -1,4 +1,4 @@
-"""Row-wise quantisation of x rotated along its columns: x is read once where a row fits a program."""
+"""Row-wise quantization of x rotated along its columns: x is read once where a row fits a program."""
 
 import functools
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Row-wise quantisation and dequantisation: memory-bound, so x is read once where a row fits a program."""
+"""Row-wise quantization and dequantization: memory-bound, so x is read once where a row fits a program."""
 
 import functools
 from typing import NamedTuple

@@ -3,7 +3,7 @@
 import torch
 
 # 127 / absmax is finite from here on: 127 / 2**-121 = 127/128 * 2**128. What an absmax below it covers
-# quantises to 0.
+# quantizes to 0.
 SMALLEST_ABSMAX = 2.0**-121
 ONE_OVER_127 = 1.0 / 127.0
 

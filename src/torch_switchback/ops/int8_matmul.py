@@ -1,4 +1,4 @@
-"""INT8 products with fused dequantisation: int8 × int8 → int32 → × scales, + bias → float."""
+"""INT8 products with fused dequantization: int8 × int8 → int32 → × scales, + bias → float."""
 
 import functools
 

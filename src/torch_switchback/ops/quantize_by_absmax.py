@@ -1,4 +1,4 @@
-"""Quantisation by absmaxes that are known already, as where they span the shards of several processes."""
+"""Quantization by absmaxes that are known already, as where they span the shards of several processes."""
 
 import torch
 

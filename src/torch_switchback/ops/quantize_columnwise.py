@@ -1,4 +1,4 @@
-"""Column-wise quantisation, stored transposed: for the row-wise strategy's Wᵀ and for an int8 weight gradient.
+"""Column-wise quantization, stored transposed: for the row-wise strategy's Wᵀ and for an int8 weight gradient.
 
 The weight gradient's inner dimension is the tokens, and one token with a large gradient would coarsen every column.
 With R an orthogonal block Hadamard matrix, (R G)ᵀ (R X) = Gᵀ X, and R spreads each token over its block.
@@ -17,7 +17,7 @@ from .quantize_rowwise import quantize_rowwise_op
 def quantize_columnwise_and_transpose(
     x: torch.Tensor, rotate_tokens: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each column of x, rotated along the rows or as it is, by its own absmax and store the codes transposed.
+    """Quantize each column of x, rotated along the rows or as it is, by its own absmax and store the codes transposed.
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.

@@ -1,4 +1,4 @@
-"""Global quantisation: one absmax for the whole tensor, as for weights; plain, transposed or both.
+"""Global quantization: one absmax for the whole tensor, as for weights; plain, transposed or both.
 
 The INT8 tensor cores want the inner dimension of both operands contiguous. The input gradient's inner dimension
 is the weight's rows, so its codes are stored transposed.
@@ -13,7 +13,7 @@ from ._validation import check_2d, check_dtype, check_float, check_same_device, 
 
 
 def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise x by the absmax of all its elements (arXiv 2304.13013, equation 2).
+    """Quantize x by the absmax of all its elements (arXiv 2304.13013, equation 2).
 
     Args:
         x: any shape, float16, bfloat16 or float32, any strides.

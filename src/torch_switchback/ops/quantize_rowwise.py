@@ -18,7 +18,7 @@ from ._validation import (
 
 
 def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
+    """Quantize each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
