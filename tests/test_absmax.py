@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same
+from testing import DTYPES, LAYOUTS, SHAPES, assert_same
 from torch_switchback.distributed.absmax import absmax_bits, foreach_absmax_bits
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -14,8 +14,8 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import torch_switchback as ts
-from cases import convert_all
-from torch_switchback.advice import layer_steps
+from testing import convert_all
+from torch_switchback.analysis import layer_steps
 from torch_switchback.cli import bench, doctor, export, transformer
 from torch_switchback.cli.app import app
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
 from torch_switchback import RECIPES, SwitchBackConfig, SwitchBackLinear
 from torch_switchback.filters import LEAST_FEATURES
 

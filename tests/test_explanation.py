@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
 from torch_switchback import SwitchBackConfig, ops
-from torch_switchback.advice import explanation
+from torch_switchback.analysis import explanation
 from torch_switchback.tuning import matmul_config
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import torch_switchback as ts
-from cases import patch_scheme
 from test_nn import STRATEGIES, gradients, make_layer
+from testing import patch_scheme
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -105,11 +105,11 @@ def test_workers_quantize_while_the_parent_trains(method, device):
         Quantized(theirs), num_workers=1, multiprocessing_context=multiprocessing.get_context(method), timeout=120
     )
     count = 0
-    for x, codes, absmax, y in loader:
-        x, codes, absmax, y = x[0], codes[0], absmax[0], y[0]
+    for x, qdata, absmax, y in loader:
+        x, qdata, absmax, y = x[0], qdata[0], absmax[0], y[0]
         assert torch.equal(y, theirs(x))
         on_device = ts.ops.quantize_rowwise(x.to(device))
-        assert torch.equal(codes, on_device[0].cpu())
+        assert torch.equal(qdata, on_device[0].cpu())
         assert torch.equal(absmax, on_device[1].cpu())
         layer(x.to(device)).square().mean().backward()
         optimizer.step()

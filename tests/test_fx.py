@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cases import convert_all
+from testing import convert_all
 from torch_switchback import SwitchBackConfig
 
 CONFIGS = [

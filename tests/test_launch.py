@@ -22,7 +22,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import torch_switchback as ts
-from cases import assert_same, codes
+from testing import assert_same, random_int8
 from torch_switchback.kernels import CannotCompile, _absmax, device, launch
 from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _fake_quantize, _quantize_rowwise_reference
@@ -229,7 +229,7 @@ def random_call(name, rng):
     x = random_matrix(rng, rows, cols, dtype)
     if name.startswith("int8_"):
         n, dtype = rng.choice(WIDTHS), rng.choice(DTYPES[1:])
-        a, state_x = codes(rows, cols), torch.empty(rows)
+        a, state_x = random_int8(rows, cols), torch.empty(rows)
         bias = torch.empty(n) if rng.random() < 0.5 else None
         if name == "int8_linear":
             return a, state_x, random_matrix(rng, n, cols, dtype), bias, rng.random() < 0.5, dtype
@@ -237,9 +237,9 @@ def random_call(name, rng):
             rowwise = rng.random() < 0.5
             return a, state_x, random_matrix(rng, cols, n, dtype), torch.empty(cols if rowwise else 1), rowwise, dtype
         state_w = torch.empty(n if "rowwise" in name else 1)
-        return a, codes(n, cols).t(), state_x, state_w, bias, dtype
+        return a, random_int8(n, cols).t(), state_x, state_w, bias, dtype
     if name == "dequantize_rowwise":
-        return codes(rows, cols), torch.empty(rows), dtype
+        return random_int8(rows, cols), torch.empty(rows), dtype
     if "by_absmax" in name:
         return x, torch.empty(rows if name == "quantize_by_absmax" and rng.random() < 0.5 else 1)
     return (x, 16) if "rotated" in name else (x,)

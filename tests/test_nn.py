@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_switchback as ts
-from cases import DTYPES, assert_same, convert_all, patch_scheme, signal_to_noise
+from testing import DTYPES, assert_same, convert_all, patch_scheme, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
 from torch_switchback.functional import quantize_weight
 
@@ -472,23 +472,23 @@ def test_refuses_devices_that_no_operation_knows(elsewhere):
         ts.switchback_linear(x, weight)
 
 
-def test_refuses_codes_that_do_not_fit(device):
+def test_refuses_int8_values_that_do_not_fit(device):
     x, weight = torch.zeros(2, 6, device=device), torch.zeros(4, 6, device=device)
-    codes, absmax = ts.ops.quantize_global(weight)
+    qdata, absmax = ts.ops.quantize_global(weight)
     rowwise = SwitchBackConfig("rowwise")
     for error, message, arguments in [
         (TypeError, "weight must be int8, got torch.float32", {"weight": weight, "weight_absmax": absmax}),
-        (TypeError, "weight_absmax must be float32", {"weight": codes, "weight_absmax": absmax.double()}),
-        (ValueError, r"weight_absmax must have shape \(1,\)", {"weight": codes, "weight_absmax": absmax.expand(4)}),
+        (TypeError, "weight_absmax must be float32", {"weight": qdata, "weight_absmax": absmax.double()}),
+        (ValueError, r"weight_absmax must have shape \(1,\)", {"weight": qdata, "weight_absmax": absmax.expand(4)}),
         (
             ValueError,
             r"weight_absmax must have shape \(4,\)",
-            {"weight": codes, "weight_absmax": absmax, "config": rowwise},
+            {"weight": qdata, "weight_absmax": absmax, "config": rowwise},
         ),
-        (TypeError, "weight must be float16, bfloat16 or float32, got torch.int8", {"weight": codes}),
+        (TypeError, "weight must be float16, bfloat16 or float32, got torch.int8", {"weight": qdata}),
     ]:
         with pytest.raises(error, match=f"switchback_linear: {message}"):
-            ts.switchback_linear(x, **arguments)
+            functional.linear(x, **{"bias": None, "config": SwitchBackConfig()} | arguments)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
@@ -630,7 +630,7 @@ def test_bytes_kept_for_the_backward(config, device):
 
 
 @strategies
-def test_int8_codes_free_the_input(config, device):
+def test_int8_int8_values_free_the_input(config, device):
     layer = make_layer(config, device=device)
     x = torch.randn(4, 64, device=device, requires_grad=True) * 1.0  # not a leaf: no one else holds it
     freed = weakref.ref(x)
@@ -782,7 +782,7 @@ def test_preparing_is_reversible(config, dtype, device):
     layer.weight.requires_grad_(False)
     before = layer.weight.detach().clone()
     layer.prepare_for_eval()
-    codes = layer.weight_int8
+    qdata = layer.weight_int8
     layer.train()
     assert layer.is_prepared, "train() is called by every trainer on frozen layers too: it must not undo anything"
     layer.prepare_for_training()
@@ -794,7 +794,7 @@ def test_preparing_is_reversible(config, dtype, device):
     step = before.float().abs().max() / 127
     assert ((layer.weight - before).abs() <= step * (0.5 + 127 * torch.finfo(dtype).eps)).all()
     layer.prepare_for_eval()
-    assert torch.equal(layer.weight_int8, codes)
+    assert torch.equal(layer.weight_int8, qdata)
 
 
 @unrotated
@@ -831,12 +831,17 @@ def test_prepared_state_of_another_strategy_is_refused(device):
 CODES, ABSMAX, BIAS = torch.zeros(48, 64, dtype=torch.int8), torch.ones(1), torch.ones(48)
 HOSTILE_STATES = {
     "absmax of another strategy": {"weight_int8": CODES, "weight_absmax": torch.ones(48), "bias": BIAS},
-    "short codes": {"weight_int8": CODES[:, :63], "weight_absmax": ABSMAX, "bias": BIAS},
-    "float codes": {"weight_int8": CODES.float(), "weight_absmax": ABSMAX, "bias": BIAS},
+    "short int8 values": {"weight_int8": CODES[:, :63], "weight_absmax": ABSMAX, "bias": BIAS},
+    "float int8 values": {"weight_int8": CODES.float(), "weight_absmax": ABSMAX, "bias": BIAS},
     "half absmax": {"weight_int8": CODES, "weight_absmax": ABSMAX.half(), "bias": BIAS},
     "no absmax": {"weight_int8": CODES, "bias": BIAS},
-    "codes and a weight": {"weight": torch.ones(48, 64), "weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS},
-    "codes and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
+    "int8 values and a weight": {
+        "weight": torch.ones(48, 64),
+        "weight_int8": CODES,
+        "weight_absmax": ABSMAX,
+        "bias": BIAS,
+    },
+    "int8 values and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
     "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
     "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
     "integer weight": {"weight": torch.ones(48, 64, dtype=torch.int8), "bias": BIAS},
@@ -903,10 +908,10 @@ def test_a_hook_may_rename_the_keys(device):
 
 @unrotated
 def test_any_order_of_states(config, device):
-    """Only the two that prepare change what is kept. Its codes never change; an absmax may by its last bit."""
+    """Only the two that prepare change what is kept. Its int8 values never change; an absmax may by its last bit."""
     layer = make_layer(config, device=device)
     x = torch.randn(5, 64, device=device)
-    expected, codes = layer(x), quantize_weight(layer.weight, config)[0]
+    expected, qdata = layer(x), quantize_weight(layer.weight, config)[0]
     is_prepared = False
     for order in itertools.permutations(["train", "eval", "prepare_for_eval", "prepare_for_training"]):
         for call in order:
@@ -916,7 +921,7 @@ def test_any_order_of_states(config, device):
             weights = ["weight_int8", "weight_absmax"] if is_prepared else ["weight"]
             assert sorted(layer.state_dict()) == sorted(["bias", *weights])
             assert layer.training == {"train": True, "eval": False}.get(call, layer.training)
-            assert torch.equal(layer.weight_int8 if is_prepared else quantize_weight(layer.weight, config)[0], codes)
+            assert torch.equal(layer.weight_int8 if is_prepared else quantize_weight(layer.weight, config)[0], qdata)
             torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 

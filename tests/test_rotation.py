@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, contiguous
+from testing import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_within_one_step, contiguous
 from torch_switchback import ops
 from torch_switchback.ops._hadamard import rotate, signs
 
@@ -67,21 +67,21 @@ def test_rotation_leaves_the_product_of_two(block):
 )
 @layouts
 @dtypes
-def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device):
+def test_int8_values_are_those_of_the_rotated_rows(dtype, layout, shape, block, device):
     x = layout(*shape, dtype, device)
-    codes, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    qdata, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     expected = rotate(padded(x.float(), block), block)
-    expected_codes, expected_absmax = ts.ops.quantize_rowwise(expected.t())
-    assert codes.shape == (shape[1], -(-shape[0] // block) * block)
-    assert_same_to_a_code((codes, absmax), (expected_codes, expected_absmax))
+    expected_qdata, expected_absmax = ts.ops.quantize_rowwise(expected.t())
+    assert qdata.shape == (shape[1], -(-shape[0] // block) * block)
+    assert_same_within_one_step((qdata, absmax), (expected_qdata, expected_absmax))
     if device == "cpu":
         assert_same(absmax, expected_absmax)
-        assert_same(codes, expected_codes)
+        assert_same(qdata, expected_qdata)
 
 
 @layouts
 @dtypes
-def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
+def test_together_with_the_row_wise_int8_values(dtype, layout, device, block=64):
     x = layout(131, 257, dtype, device)
     expected = (*ts.ops.quantize_rowwise(x), *ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block))
     for actual, wanted in zip(ops.quantize_rowwise_and_rotated_columnwise(x, block), expected, strict=True):
@@ -92,10 +92,10 @@ def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
 @dtypes
 def test_a_step_of_the_rotated_absmax_bounds_the_error(dtype, block, device):
     x = contiguous(3 * block - 5, 40, dtype, device)
-    codes, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    qdata, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     exact = rotate(padded(x.double(), block), block)
     step = absmax.double() / 127
-    assert ((codes.t().double() * step - exact).abs() <= step / 2 + 1e-5 * exact.abs().amax(0)).all()
+    assert ((qdata.t().double() * step - exact).abs() <= step / 2 + 1e-5 * exact.abs().amax(0)).all()
 
 
 @blocks
@@ -104,12 +104,12 @@ def test_what_is_not_finite_marks_its_column_and_no_other(values, block, device)
     x = torch.randn(2 * block, 5, device=device)
     for row, value in enumerate(values):
         x[row, 3] = value
-    for codes, absmax in (
+    for qdata, absmax in (
         ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
         ops.quantize_rowwise_and_rotated_columnwise(x, block)[2:],
     ):
         assert absmax.isfinite().tolist() == [True, True, True, False, True]
-        assert not codes[3].any()
+        assert not qdata[3].any()
 
 
 @pytest.mark.parametrize("block", [0, 1, 8, 48, 256, -16])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torch_switchback as ts
-from cases import signal_to_noise
+from testing import signal_to_noise
 from torch_switchback import SwitchBackConfig
 
 SIZE = 2048

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import assert_same, patch_scheme
 from test_nn import count_weight_quantizations
+from testing import assert_same, patch_scheme
 from torch_switchback.ops import quantize_global
 from torch_switchback.weight_cache import WeightCache
 
@@ -156,7 +156,7 @@ def test_a_change_is_seen(layers, change, device):
     check_same(caching, plain, x)
 
 
-def test_the_codes_of_a_frozen_weight_outlive_the_steps_of_others(layers, device):
+def test_the_int8_values_of_a_frozen_weight_outlive_the_steps_of_others(layers, device):
     caching, plain, calls = layers
     caching.weight.requires_grad_(False)
     x = torch.randn(5, 64, device=device)
@@ -262,7 +262,7 @@ def test_preparing_frees_it(layers, device):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
-def test_a_prepared_layer_transposes_its_codes_once(scaling, cached, device, monkeypatch):
+def test_a_prepared_layer_transposes_its_int8_values_once(scaling, cached, device, monkeypatch):
     calls = []
 
     def counted(transpose):
@@ -292,7 +292,7 @@ def test_a_prepared_layer_transposes_its_codes_once(scaling, cached, device, mon
 
 
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
-def test_other_codes_are_seen(scaling, device):
+def test_other_int8_values_are_seen(scaling, device):
     config = ts.SwitchBackConfig(scaling, cache_quantized_weight=True)
     layer, other = (ts.convert_to_switchback(nn.Linear(64, 48, device=device), config=config) for _ in range(2))
     x = torch.randn(5, 64, device=device, requires_grad=True)

@@ -1,14 +1,13 @@
 """INT8 training for PyTorch: SwitchBackLinear (arXiv 2304.13013), and how a model gets it and loses it again."""
 
 from . import distributed, nn, ops  # noqa: F401  (distributed registers itself with the core)
-from .advice.explanation import explain
-from .advice.recommendation import recommend
-from .config import SwitchBackConfig
+from .analysis.explanation import explain
+from .analysis.recommendation import recommend
+from .config import RECIPES, SwitchBackConfig
 from .convert import conversion_report, convert_to_switchback, revert_switchback
 from .functional import switchback_linear
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import SwitchBackLinear
-from .recipes import RECIPES
 
 __version__ = "0.2.0"
 

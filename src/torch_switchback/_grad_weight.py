@@ -12,10 +12,10 @@ import torch
 
 from .config import SwitchBackConfig
 
-# Beside the row-wise codes, which the other products need anyway, each of a token's in + out values is read once more
-# and written once more, and int8 saves half of the time of its in * out products. On an H200 a step of 65536 tokens,
-# 5120 → 1280, where in * out / (in + out) is 1024, loses 0.44 ms (notes/rotating-quantizers.txt) and wins 0.73
-# (bench_linear.json): equal near 610.
+# Beside the row-wise int8 values, which the other matmuls need anyway, each of a token's in + out values is read once
+# more and written once more, and int8 saves half of the time of its in * out products. On an H200 a step of 65536
+# tokens, 5120 → 1280, where in * out / (in + out) is 1024, loses 0.44 ms and wins 0.73 (bench_linear.json): equal near
+# 610.
 LEAST_FEATURES = 768
 LEAST_TOKENS = 2048  # fewer leave launches to weigh as much as the arithmetic
 
@@ -26,7 +26,7 @@ def int8_grad_weight_wins(tokens: int, in_features: int, out_features: int) -> b
 
 
 def runs_in_int8(config: SwitchBackConfig, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the forward keeps x's codes for an int8 weight gradient. Says once that a layer is too small for it."""
+    """Whether the forward keeps x's int8 values for an int8 weight gradient; warn once where a layer is too small."""
     if config.grad_weight == "high_precision" or not (weight.requires_grad and torch.is_grad_enabled()):
         return False
     out_features, in_features = weight.shape

@@ -12,10 +12,9 @@ from torch import nn
 
 from . import extensions
 from ._text import table
-from .config import SwitchBackConfig
-from .filters import default_filter
+from .config import SwitchBackConfig, config_of
+from .filters import default_filter, look_up, unmatched
 from .nn import SwitchBackLinear
-from .recipes import config_of, look_up, unmatched
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = SwitchBackConfig | str

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _grad_weight, extensions
-from .config import SwitchBackConfig
+from .config import SwitchBackConfig, config_of
 from .ops._numerics import quantize_traceably
 from .ops._validation import (
     DEVICE_TYPES,
@@ -25,7 +25,6 @@ from .ops._validation import (
     check_same_device,
     check_shape,
 )
-from .recipes import config_of
 from .scaling import Quantized, Scaling, scaling_for
 from .weight_cache import WeightCache
 
@@ -137,7 +136,7 @@ def _check(
         check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
         check_same_device(op, x, weight_absmax=weight_absmax)
         if config.rotate_features is not None:
-            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not codes")
+            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not int8 values")
     elif weight.dtype not in FLOAT_DTYPES:
         check_float(op, "weight", weight)
     if x.dim() == 0 or x.shape[-1] != in_features:

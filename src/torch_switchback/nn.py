@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .config import SwitchBackConfig, WeightScaling
+from .config import SwitchBackConfig, WeightScaling, config_of
 from .functional import linear
 from .prepared import PreparedWeight
-from .recipes import config_of
 from .weight_cache import WeightCache
 
 torch.fx.wrap("linear")  # a node of its own in torch.fx's graphs: its checks are no operations

@@ -51,8 +51,8 @@ class PreparedWeight(nn.Module):
         if hasattr(self.weight, "device_mesh"):
             raise RuntimeError("prepare_for_eval: weight is sharded over processes; load its state into a plain model")
         with torch.inference_mode(False), torch.no_grad():
-            codes, absmax = quantize_weight(self.weight, self.config)
-        self._become_prepared(codes, absmax)
+            qdata, absmax = quantize_weight(self.weight, self.config)
+        self._become_prepared(qdata, absmax)
 
     def prepare_for_training(self) -> None:
         """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantized, in the dtype it had.
@@ -65,11 +65,11 @@ class PreparedWeight(nn.Module):
         absmax = self.weight_absmax.expand(self.out_features).contiguous()
         self._become_unprepared(dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype))
 
-    def _become_prepared(self, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    def _become_prepared(self, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
         self.weight = None  # type: ignore[assignment]
         self.__dict__.pop("_weight_cache", None)
-        self.register_buffer("weight_int8", codes)
+        self.register_buffer("weight_int8", qdata)
         self.register_buffer("weight_absmax", absmax)
 
     def _become_unprepared(self, weight: torch.Tensor) -> None:
@@ -117,9 +117,9 @@ class PreparedWeight(nn.Module):
             for what, got, has in _mismatches(found[name], *expected[name])
         ]
         if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
-            problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 codes and their absmax do.")
+            problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do.")
         elif becomes_prepared and self.config.rotate_features is not None:
-            problems.append(f"mismatch for {prefix}weight: it comes as int8 codes, which rotate_features cannot use.")
+            problems.append(f"mismatch for {prefix}weight: it comes as int8 values, which rotate_features cannot use.")
         elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
             problems.append(
                 f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "

@@ -57,8 +57,8 @@ def test_quantizers(architecture, dtype):
     ],
 )
 def test_rotating_quantizers(architecture, dtype, block):
-    x, codes = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
-    outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
+    x, qdata = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
+    outputs = qdata, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
     launches = record(quantize_rotated.plan_quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
     for cols in (5120, 28_672):  # held in several tiles, and read twice
         launches += rotated_rowwise_launches(65, cols, DTYPES[dtype], block)
@@ -66,26 +66,29 @@ def test_rotating_quantizers(architecture, dtype, block):
 
 
 def rotated_rowwise_launches(rows, cols, dtype, block):
-    x, codes = torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols, dtype=torch.int8)
-    return record(quantize_rotated_rowwise.plan_quantize_rotated_rowwise, x, block, codes, torch.empty(rows))
+    x, qdata = torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols, dtype=torch.int8)
+    return record(quantize_rotated_rowwise.plan_quantize_rotated_rowwise, x, block, qdata, torch.empty(rows))
 
 
 @pytest.mark.parametrize("cols", [4096, 5120])
 def test_rotation_of_the_features_is_a_product_of_tensor_cores(cols):
-    """x is read once, 16 bytes a thread at a time, and so are codes stored."""
+    """x is read once, 16 bytes a thread at a time, and so are int8 values stored."""
     (compiled,) = compile_all(rotated_rowwise_launches(65, cols, torch.bfloat16, 64), "sm_90")
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert set(re.findall(r"ld\.global\.\S+", ptx)) == {"ld.global.v4.b32"}
-    assert set(re.findall(r"st\.global\.\S+", ptx)) == {"st.global.v4.b32", "st.global.b32"}  # the codes, the absmax
+    assert set(re.findall(r"st\.global\.\S+", ptx)) == {
+        "st.global.v4.b32",
+        "st.global.b32",
+    }  # the int8 values, the absmax
 
 
 @pytest.mark.parametrize("block", [16, 128])
 def test_rotation_is_a_product_of_tensor_cores(block):
-    """Tiles are copied to where tensor cores read them while the one before is worked on, codes stored 16 at a time."""
-    x, codes = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
+    """The next tile is copied while the tensor cores work on one; int8 values are stored 16 at a time."""
+    x, qdata = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
     launches = record(
-        quantize_rotated.plan_quantize_rotated_columnwise_and_transpose, x, block, codes, torch.empty(256)
+        quantize_rotated.plan_quantize_rotated_columnwise_and_transpose, x, block, qdata, torch.empty(256)
     )
     for kernel in (compiled := compile_all(launches, "sm_90")):
         assert "wgmma.mma_async" in kernel.asm["ptx"]
@@ -96,17 +99,17 @@ def test_rotation_is_a_product_of_tensor_cores(block):
 def quantizer_launches(dtype, rows, cols):
     """What each quantizer launches."""
     x = torch.empty(rows, cols, dtype=dtype)
-    codes, codes_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
+    qdata, qdata_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
     absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)
     calls = [
-        (quantize_rowwise.plan_quantize_rowwise, x, codes, absmax_row),
-        (quantize_rowwise.plan_dequantize_rowwise, codes, absmax_row, dtype, x),
-        (quantize_global.plan_quantize_global, x, codes, absmax),
-        (quantize_global.plan_quantize_global_transpose, x, codes_t, absmax),
-        (quantize_global.plan_quantize_transpose_by_absmax, x, absmax, codes_t),
-        (quantize_global.plan_quantize_global_with_transpose, x, codes, codes_t, absmax),
-        (quantize_columnwise.plan_quantize_columnwise_and_transpose, x, codes_t, absmax_col),
-        (quantize_by_absmax.plan_quantize_by_absmax, x, absmax_row, codes),
+        (quantize_rowwise.plan_quantize_rowwise, x, qdata, absmax_row),
+        (quantize_rowwise.plan_dequantize_rowwise, qdata, absmax_row, dtype, x),
+        (quantize_global.plan_quantize_global, x, qdata, absmax),
+        (quantize_global.plan_quantize_global_transpose, x, qdata_t, absmax),
+        (quantize_global.plan_quantize_transpose_by_absmax, x, absmax, qdata_t),
+        (quantize_global.plan_quantize_global_with_transpose, x, qdata, qdata_t, absmax),
+        (quantize_columnwise.plan_quantize_columnwise_and_transpose, x, qdata_t, absmax_col),
+        (quantize_by_absmax.plan_quantize_by_absmax, x, absmax_row, qdata),
     ]
     return {make.__name__.removeprefix("plan_"): record(make, *args) for make, *args in calls}
 
@@ -130,7 +133,7 @@ def test_launches():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantizers_store_whole_vectors(dtype):
-    """16 bytes a thread of the codes, plain and transposed, which leave a tile along different axes."""
+    """16 bytes a thread of the int8 values, plain and transposed, which leave a tile along different axes."""
     *_, second_pass = quantizer_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
     (compiled,) = compile_all([second_pass], "sm_90")
     stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
@@ -141,7 +144,7 @@ def test_quantizers_store_whole_vectors(dtype):
 
 HOPPER = {
     "pointer": MatmulConfig("pointer", 128, 128, 64, group_m=8, num_stages=3, num_warps=8),
-    "tma": MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=3, num_warps=4, programs_per_multiprocessor=2),
+    "tma": MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=3, num_warps=4, ctas_per_sm=2),
     "warp_specialized": MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8),
 }
 
@@ -241,12 +244,12 @@ def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
 
 def odd_step_launches(tokens, in_features, out_features):
     """The launches of a step that take longest to compile: the quantizer that transposes and the two products."""
-    weight, codes_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
+    weight, qdata_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
     launches = record(
         quantize_global.plan_quantize_transpose_by_absmax,
         weight,
         torch.empty(1),
-        torch.empty(codes_t, dtype=torch.int8),
+        torch.empty(qdata_t, dtype=torch.int8),
     )
     for n, k, bias in ((out_features, in_features, True), (in_features, out_features, False)):
         a, b = torch.empty(tokens, k, dtype=torch.int8), torch.empty(k, n, dtype=torch.int8)
@@ -320,12 +323,12 @@ def test_no_sum_is_contracted_with_a_product(allowed):
 def step_launches(tokens, in_features=256, out_features=384):
     """The launches of a step that depend on the token count, in bfloat16."""
     x, grad = (torch.empty(tokens, width, dtype=torch.bfloat16) for width in (in_features, out_features))
-    x_codes, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
+    x_int8, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
     config = matmul_config("sm_90", tokens, out_features, in_features)
     return [
-        *record(quantize_rowwise.plan_quantize_rowwise, x, x_codes, absmax),
+        *record(quantize_rowwise.plan_quantize_rowwise, x, x_int8, absmax),
         *record(quantize_rowwise.plan_quantize_rowwise, grad, grad.to(torch.int8), absmax),
-        *record(quantize_rowwise.plan_dequantize_rowwise, x_codes, absmax, x.dtype, x),
+        *record(quantize_rowwise.plan_dequantize_rowwise, x_int8, absmax, x.dtype, x),
         *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
         *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
     ]

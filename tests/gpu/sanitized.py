@@ -18,7 +18,7 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import guard_bands
-from cases import DTYPES
+from testing import DTYPES
 from torch_switchback.kernels import _absmax
 from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_table

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import guard_bands
-from cases import DTYPES
+from testing import DTYPES
 from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_table
 

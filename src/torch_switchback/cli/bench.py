@@ -14,12 +14,12 @@ from torch import nn
 
 from .. import __version__
 from .._text import table
-from ..advice.explanation import describe
-from ..advice.layer_calls import layer_calls
-from ..advice.layer_steps import measure_layers
-from ..advice.recommendation import LINEAR
+from ..analysis.explanation import describe
+from ..analysis.layer_calls import layer_calls
+from ..analysis.layer_steps import measure_layers
+from ..analysis.recommendation import LINEAR
+from ..config import RECIPES
 from ..convert import convert_to_switchback
-from ..recipes import RECIPES
 from .common import (
     DEFAULT_TOKENS,
     DeviceFlag,

@@ -13,7 +13,7 @@ import torch
 import typer
 from torch import nn
 
-from ..recipes import RECIPES
+from ..config import RECIPES
 from .transformer import transformer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

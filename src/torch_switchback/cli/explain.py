@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..advice.explanation import explain as explain_model
+from ..analysis.explanation import explain as explain_model
 from ..convert import convert_to_switchback
 from ..nn import SwitchBackLinear
 from .common import (

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..config import config_of
+from ..filters import look_up
 from ..functional import quantize_weight
 from ..ops import dequantize_rowwise
 from ..ops._validation import FLOAT_DTYPES
-from ..recipes import config_of, look_up
 from .common import JsonFlag, needs, parse_config, stop
 
 NOTE = "torch_switchback"  # the entry of the file's metadata: which layers are prepared, and from which dtype

@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
-from ..advice.recommendation import CANDIDATES
-from ..advice.recommendation import recommend as recommend_for
-from ..recipes import RECIPES
+from ..analysis.recommendation import CANDIDATES
+from ..analysis.recommendation import recommend as recommend_for
+from ..config import RECIPES
 from .common import (
     DeviceFlag,
     JsonFlag,

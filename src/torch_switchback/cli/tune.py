@@ -200,7 +200,7 @@ def what_changed(finished: Iterable[Finished]) -> RichTable:
 def _short(config: MatmulConfig) -> str:
     return (
         f"{config.kernel} {config.block_m}×{config.block_n}×{config.block_k} g{config.group_m} "
-        f"s{config.num_stages} w{config.num_warps} p{config.programs_per_multiprocessor}"
+        f"s{config.num_stages} w{config.num_warps} p{config.ctas_per_sm}"
     )
 
 

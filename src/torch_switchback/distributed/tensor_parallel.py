@@ -1,7 +1,7 @@
 """Tensor parallelism: the layer on DTensors, as ``parallelize_module`` makes them.
 
-Every absmax is that of the whole tensor, so every rank's codes are its part of a single process's. Where an absmax
-spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output's gradient, → how it is cut):
+Every absmax is that of the whole tensor, so every rank's int8 values are its part of a single process's. Where an
+absmax spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output's gradient, → how it is cut):
 
     weight            X            Y            spans the shards
     Shard(0), column  whole        by features  W's global absmax; a column's of W; a row's of G

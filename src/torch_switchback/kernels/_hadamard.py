@@ -51,7 +51,7 @@ def unshuffle(x):
     """[n, SIZE] -> [n, SIZE], the columns of rotate_transposed in their own order.
 
     Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbors, so that it stores
-    whole words of codes and none changes its thread.
+    whole words of int8 values and none changes its thread.
     """
     n: tl.constexpr = x.shape[0]
     size: tl.constexpr = x.shape[1]

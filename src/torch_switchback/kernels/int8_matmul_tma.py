@@ -121,7 +121,7 @@ def plan_tma(
     block_a, block_b = [config.block_m, config.block_k], [config.block_n, config.block_k]
     block_out = [config.block_m, config.block_n // 2]
     strides_a, strides_b = (a.stride(0), 1), (b.stride(1), 1)
-    max_programs, blocks_n = config.programs_per_multiprocessor * num_sms(a.device), ceil_div(N, config.block_n)
+    max_programs, blocks_n = config.ctas_per_sm * num_sms(a.device), ceil_div(N, config.block_n)
 
     def arguments(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
         M = a.shape[0]
