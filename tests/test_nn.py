@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_switchback as ts
 from testing import DTYPES, assert_same, convert_all, patch_scheme, signal_to_noise
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
-from torch_switchback.functional import quantize_weight
+from torch_switchback.functional import linear, quantize_weight
 
 STRATEGIES = {
     "global": SwitchBackConfig(),
@@ -488,7 +488,7 @@ def test_refuses_int8_values_that_do_not_fit(device):
         (TypeError, "weight must be float16, bfloat16 or float32, got torch.int8", {"weight": qdata}),
     ]:
         with pytest.raises(error, match=f"switchback_linear: {message}"):
-            functional.linear(x, **{"bias": None, "config": SwitchBackConfig()} | arguments)
+            linear(x, **{"bias": None, "config": SwitchBackConfig()} | arguments)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
