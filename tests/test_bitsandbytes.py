@@ -19,7 +19,7 @@ from bitsandbytes.triton.quantize_columnwise_and_transpose import quantize_colum
 from bitsandbytes.triton.quantize_global import quantize_global, quantize_global_transpose
 from bitsandbytes.triton.quantize_rowwise import quantize_rowwise
 import torch_switchback
-assert quantize_rowwise is torch_switchback.quantize_rowwise
+assert quantize_rowwise is torch_switchback.ops.quantize_rowwise
 import bitsandbytes as bnb
 assert bnb.nn.triton_based_modules.SwitchBackLinearGlobal is SwitchBackLinearGlobal
 """

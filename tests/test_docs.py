@@ -248,7 +248,8 @@ def test_commands_and_their_flags_exist(name):
 
 
 def public_names() -> set[str]:
-    from torch_switchback import distributed, monitor, ops
+    from torch_switchback import distributed, ops
+    from torch_switchback.analysis import monitor
 
     names = {*torch_switchback.__all__, *ops.__all__, *distributed.__all__}
     return names | {

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import torch_switchback as ts
 from test_nn import STRATEGIES, gradients, make_layer
-from testing import patch_scheme
+from testing import patch_operations
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -42,11 +43,12 @@ class FailsOnce:
 
 
 @strategies
-@pytest.mark.parametrize("at", [0, 1], ids=["forward", "backward"])
+@pytest.mark.parametrize("at", range(4))
 def test_out_of_memory_in_the_middle(at, config, step, monkeypatch):
+    """In any of the operations that a step calls: at least two in the forward and two in the backward."""
     expected = step()
-    error = torch.OutOfMemoryError("CUDA out of memory")
-    patch_scheme(monkeypatch, config, matmul=lambda matmul: FailsOnce(matmul, at, error))
+    fails = FailsOnce(lambda operation, *args: operation(*args), at, torch.OutOfMemoryError("CUDA out of memory"))
+    patch_operations(monkeypatch, config, lambda operation: partial(fails, operation))
     with pytest.raises(torch.OutOfMemoryError):
         step()
     assert_same_step(step(), expected)

@@ -59,7 +59,9 @@ def test_signature_is_the_one_it_replaces():
         ("dtype", None),
         ("vector_wise_quantization", False),
         ("mem_efficient", False),
+        ("config", None),
     ]
+    assert parameters[-1].kind == inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize(
@@ -512,9 +514,19 @@ def test_what_is_no_dense_tensor_is_refused(x, message):
         ts.switchback_linear(x, torch.ones(4, 4))
 
 
-def test_a_recipe_is_no_config():
-    with pytest.raises(TypeError, match="switchback_linear: config must be a SwitchBackConfig, got 'rowwise'"):
-        ts.switchback_linear(torch.ones(4, 4), torch.ones(4, 4), config="rowwise")
+def test_a_recipe_is_a_config(device):
+    x, weight = torch.randn(4, 8, device=device), torch.randn(6, 8, device=device)
+    expected = ts.switchback_linear(x, weight, config=SwitchBackConfig("rowwise"))
+    assert torch.equal(ts.switchback_linear(x, weight, config="rowwise"), expected)
+    assert SwitchBackLinear(8, 6, config="rowwise_memory_efficient").config == SwitchBackConfig("rowwise", True)
+
+
+@pytest.mark.parametrize(("config", "error"), [("fp8", ValueError), (8, TypeError)])
+def test_what_is_no_config_is_refused(config, error):
+    with pytest.raises(error, match="config"):
+        ts.switchback_linear(torch.ones(4, 4), torch.ones(4, 4), config=config)
+    with pytest.raises(error, match="config"):
+        SwitchBackLinear(4, 4, config=config)
 
 
 # Autograd's rules

@@ -69,7 +69,7 @@ def test_layer_imports(device):
     names = run(device, LAYER_IMPORTS)
     assert names["SwitchBackLinear"] is torch_switchback.SwitchBackLinear
     for variant in ("SwitchBackLinearGlobal", "SwitchBackLinearGlobalMemEfficient", "SwitchBackLinearVectorwise"):
-        assert names[variant] is getattr(torch_switchback, variant)
+        assert names[variant] is getattr(torch_switchback.nn, variant)
 
 
 def test_layer_usage(device):

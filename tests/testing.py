@@ -1,5 +1,7 @@
 """Inputs and comparisons that the tests of every device share."""
 
+from types import SimpleNamespace
+
 import torch
 
 import torch_switchback as ts
@@ -113,6 +115,14 @@ def patch_scheme(monkeypatch, config, **functions):
         scheme = schemes[config.weight_scaling, config.rotate_features]
         for name, replace in functions.items():
             monkeypatch.setattr(scheme, name, replace(getattr(scheme, name)))
+
+
+def patch_operations(monkeypatch, config, replace):
+    """Replace every operation of the scheme that a config asks for."""
+    key = config.weight_scaling, config.rotate_features
+    for schemes in (scaling._DIRECT, scaling._DISPATCHED):
+        operations = {name: replace(operation) for name, operation in vars(schemes[key].ops).items()}
+        monkeypatch.setitem(schemes, key, scaling._schemes(SimpleNamespace(**operations))[key])
 
 
 def planned(make, **options):

@@ -53,22 +53,20 @@ def plan_int8_matmul(
     k = padded(a.shape[1])
     pads_a, pads_b = not _in_whole_vectors(a), not _in_whole_vectors(b.t())
 
-    def prepare(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+    def prepare(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any) -> tuple[Any, ...]:
         if pads_a:
             a = _copy_padded(a, k)
         if pads_b:
             b = _copy_padded(b.t(), k).t()
-        return a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous(), out
+        return a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous()
 
-    operands = prepare(a, b, absmax_a, absmax_b, bias, out)
-    multiply = _plan_kernel(operands, absmax_per_col, config)
-    is_prepared = all(one is other for one, other in zip(operands, (a, b, absmax_a, absmax_b, bias, out), strict=True))
+    operands = prepare(a, b, absmax_a, absmax_b, bias)
+    multiply = _plan_kernel(operands, out, absmax_per_col, config)
+    if all(one is other for one, other in zip(operands, (a, b, absmax_a, absmax_b, bias), strict=True)):
+        return multiply
 
     def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
-        if is_prepared:
-            multiply(a, b, absmax_a, absmax_b, bias, out)
-        else:
-            multiply(*prepare(a, b, absmax_a, absmax_b, bias, out))
+        multiply(*prepare(a, b, absmax_a, absmax_b, bias), out_dtype, out)
 
     return run
 
@@ -77,18 +75,20 @@ plan_int8_matmul_mixed_dequantize = functools.partial(plan_int8_matmul, absmax_p
 plan_int8_matmul_rowwise_dequantize = functools.partial(plan_int8_matmul, absmax_per_col=True)
 
 
-def _plan_kernel(operands: tuple[Any, ...], absmax_per_col: bool, config: MatmulConfig | None) -> Plan:
+def _plan_kernel(
+    operands: tuple[Any, ...], out: torch.Tensor, absmax_per_col: bool, config: MatmulConfig | None
+) -> Plan:
     """Return the plan of one kernel: of a configuration, or of the tuned one, or of the first plainer one that runs."""
-    a, b, _, _, _, out = operands
+    a, b = operands[:2]
     (m, k), n = a.shape, b.shape[1]
     fits_tma = k > 0 and out.numel() > 0 and n * out.element_size() % VECTOR == 0 and out.data_ptr() % VECTOR == 0
     if config is not None:
-        return _planner(config, fits_tma, k)(*operands, absmax_per_col, config)
+        return _planner(config, fits_tma, k)(*operands, out, absmax_per_col, config)
     tuned = matmul_config(architecture(a.device), m, n, k, tma=fits_tma)
     while True:
         config, _ = _replaced.get(tuned, (tuned, ""))
         try:
-            return _planner(config, fits_tma, k)(*operands, absmax_per_col, config)
+            return _planner(config, fits_tma, k)(*operands, out, absmax_per_col, config)
         except CannotCompile as error:
             plainer = _PLAINER[config.kernel]
             if config == plainer:

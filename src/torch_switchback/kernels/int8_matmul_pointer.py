@@ -145,7 +145,7 @@ def plan_pointer(
     tensors = a, b, out, absmax_a, absmax_b, out if bias is None else bias
     launch = bind(int8_matmul_kernel, (*tensors, a.shape[0], *sizes), constants)
 
-    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> None:
+    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
         M = a.shape[0]
         grid = (ceil_div(M, block_m) * blocks_n, 1, 1)
         launch(grid, a, b, out, absmax_a, absmax_b, out if bias is None else bias, M, *sizes)

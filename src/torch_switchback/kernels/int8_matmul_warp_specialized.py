@@ -281,7 +281,7 @@ def plan_warp_specialized(
 
     launch = bind(int8_matmul_warp_specialized_kernel, arguments(a, b, absmax_a, absmax_b, bias, out), constants)
 
-    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> None:
+    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
         programs = min(ceil_div(a.shape[0], config.block_m) * blocks_n, max_programs)
         launch((programs, 1, 1), *arguments(a, b, absmax_a, absmax_b, bias, out))
 
