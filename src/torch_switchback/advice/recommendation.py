@@ -5,23 +5,25 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from .._text import table
-from .._timing import WORTH_CHANGING, in_turns, median_ms
+from .._timing import WORTH_CHANGING, elapsed_ms, interleaved
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
 from ..recipes import config_of
 from .explanation import describe, device_of
 from .layer_calls import every_layer_called, layer_calls, run
-from .layer_steps import LEAST_ROUNDS, measure_layers
+from .layer_steps import measure_layers
 from .saved_bytes import saved_bytes
 
 LINEAR = "nn.Linear"
+MODEL_ROUNDS = 3  # in which the whole model is measured, as it is and converted
 Measured = TypeVar("Measured")
 # The paper's default and the variant that saves memory: the recipes between which only speed and memory decide.
 CANDIDATES = ("switchback", "switchback_memory_efficient")
@@ -293,7 +295,13 @@ def _measure_model(
 
     with every_layer_called(model):
         kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
-        times = max(1, int(seconds * 1e3 / (2 * LEAST_ROUNDS * median_ms(step, 1, device))))
-        clock = partial(median_ms, step, times, device)
-        before, after = in_turns({"before": clock, "after": partial(as_recommended, clock)}, LEAST_ROUNDS).values()
+        step()
+        times = max(1, int(seconds * 1e3 / (2 * MODEL_ROUNDS * elapsed_ms(repeat(step), 1, device))))
+
+        def clock() -> float:
+            step()  # not counted: after a conversion the first one looks up its kernels
+            return elapsed_ms(repeat(step), times, device) / times
+
+        clocks = {"before": clock, "after": partial(as_recommended, clock)}
+        before, after = interleaved(clocks, MODEL_ROUNDS).values()
     return MeasuredModel(before, after, *kept)

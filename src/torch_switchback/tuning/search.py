@@ -1,10 +1,10 @@
-"""The search for a product's fastest configuration; whoever calls it brings the clock."""
+"""Search for the fastest configuration of a matmul. The caller brings the clock."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from .._timing import WORTH_CHANGING, in_turns
+from .._timing import WORTH_CHANGING, interleaved
 from ._tables import MatmulConfig
 
 FINALISTS = 6
@@ -59,7 +59,7 @@ def fastest(
     finalists = sorted(first, key=first.__getitem__)[:FINALISTS]
     if current in first and current not in finalists:
         finalists[-1] = current
-    medians = in_turns({config: partial(clock, config, LAUNCHES) for config in finalists}, rounds, advance)
+    medians = interleaved({config: partial(clock, config, LAUNCHES) for config in finalists}, rounds, advance)
     winner = min(medians, key=medians.__getitem__)
     before = medians.get(current)
     if before is not None and before < WORTH_CHANGING * medians[winner]:
