@@ -44,7 +44,9 @@ def times(monkeypatch):
         records = []
         for candidate in candidates:
             _, _, x, _ = candidate.build()[0].args
-            records.append({"name": candidate.name, "median_ms": TIMES[x.shape[1]][candidate.name]})
+            records.append(
+                {"name": candidate.name, "mode": candidate.mode, "median_ms": TIMES[x.shape[1]][candidate.name]}
+            )
         return records
 
     monkeypatch.setattr(layer_steps, "compare", compare)

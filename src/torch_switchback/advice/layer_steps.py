@@ -1,6 +1,6 @@
 """A layer's training step: how long it takes, and what it keeps for its backward."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ def random_inputs(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return pairs of X [tokens, in], which requires a gradient, and G [tokens, out]."""
 
-    def new(width: int, **kwargs: bool) -> Tensor:
-        return torch.randn(tokens, width, device=device, dtype=dtype, **kwargs)
+    def new(width: int) -> Tensor:
+        return torch.randn(tokens, width, device=device, dtype=dtype)
 
-    return [(new(in_features, requires_grad=True), new(out_features)) for _ in range(copies)]
+    return [(new(in_features).requires_grad_(), new(out_features)) for _ in range(copies)]
 
 
 def training_step(
@@ -61,37 +61,65 @@ def add_comparison(records: Iterable[Record], kept: Mapping[tuple[str, Mode], in
     records = list(records)
     base = {record["mode"]: record for record in records if record["name"] == linear}
     for record in records:
-        mode = "graph" if record["mode"] == "graph" else "eager"
+        mode: Mode = "graph" if record["mode"] == "graph" else "eager"
         record |= speed_up(record, base.get(mode))
         saved, before = kept.get((record["name"], record["mode"])), kept.get((linear, mode))
         record["saved_bytes"] = saved
         record["saved_over_linear"] = saved / before if saved is not None and before else None
 
 
+def compare_layers(
+    layers: Mapping[str, tuple[Callable[[], nn.Module], Mode]],
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    seconds: float,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Record]:
+    """Measure training steps of layers interleaved, and compare each with the first, which is nn.Linear.
+
+    Args:
+        layers: a function that builds the layer or raises, and the mode, by name.
+        inputs: pairs of X [tokens, in] and G [tokens, out].
+        seconds: about so long in all, after a first call of each, which may compile.
+        advance: called after each layer is built and warm.
+    """
+    kept: Kept = {}
+
+    def candidates() -> Iterator[Candidate]:
+        for name, (build, mode) in layers.items():
+            yield training_step(name, build, inputs, kept=kept, mode=mode, turn_ms=TURN_MS)
+            advance()
+
+    with torch.enable_grad(), torch.autocast(inputs[0][0].device.type, enabled=False):
+        records = compare(candidates(), seconds=seconds, device=inputs[0][0].device)
+    add_comparison(records, kept, linear=next(iter(layers)))
+    return records
+
+
 def measure_layers(
-    layers: Mapping[str, nn.Module], x: Tensor, *, seconds: float, cuda_graph: bool = False
+    layers: Mapping[str, nn.Linear], x: Tensor, *, seconds: float, cuda_graph: bool = False
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Return the milliseconds of each layer's forward and backward, and the bytes that it keeps between the two.
 
     Args:
-        layers: by name; each is called with x, under autocast if its parameters have another dtype.
+        layers: by name, nn.Linear first; each is called with x, under autocast if its parameters have another dtype.
         x: [tokens, in_features]; its gradient is wanted.
-        seconds: about so long in all, interleaved, after a first call of each, which may compile.
+        seconds: about so long in all.
         cuda_graph: whether to capture each step in a CUDA graph, which leaves out CPU overhead.
+
+    Raises:
+        RuntimeError: a layer's step fails.
     """
+    (linear, *_) = layers.values()
+    inputs = [(x, torch.randn(*x.shape[:-1], linear.out_features, device=x.device, dtype=x.dtype))]
     mode: Mode = "graph" if cuda_graph else "eager"
-    kept: Kept = {}
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        inputs = [(x, torch.randn_like(_forward(next(iter(layers.values())), x)(x)))]
-        candidates = [
-            training_step(name, partial(_itself, layer), inputs, kept=kept, mode=mode, turn_ms=TURN_MS)
-            for name, layer in layers.items()
-        ]
-        records = compare(candidates, seconds=seconds, device=x.device)
+    candidates = {name: (partial(_itself, layer), mode) for name, layer in layers.items()}
+    records = compare_layers(candidates, inputs, seconds=seconds)
     for record in records:
         if "reason" in record:
             raise RuntimeError(f"{record['name']}: {record['reason']}")
-    return {record["name"]: record["median_ms"] for record in records}, {name: kept[name, mode] for name in layers}
+    milliseconds = {record["name"]: record["median_ms"] for record in records}
+    return milliseconds, {record["name"]: record["saved_bytes"] for record in records}
 
 
 def _itself(layer: nn.Module) -> nn.Module:
