@@ -21,7 +21,7 @@ from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, compile_in_place, new_l
 from results_file import Record
 from shapes import LAYERS, MATMULS, SMALL, TINY, Shape
 from torch_switchback import ops
-from torch_switchback.advice.layer_steps import Kept, add_comparison, random_inputs, training_step
+from torch_switchback.analysis.layer_steps import Kept, add_comparison, random_inputs, training_step
 
 # These take longest to compile, so they are compiled for few shapes.
 SLOW_TO_COMPILE = ("linear", "switchback", TORCHAO_INT8)

@@ -1,6 +1,6 @@
 """Train CLIP with open_clip's own program, its MLPs in SwitchBack, through bitsandbytes' old name for the layer.
 
-    python examples/train_open_clip.py                   # coloured squares and their names: half a minute on a CPU
+    python examples/train_open_clip.py                   # colored squares and their names: half a minute on a CPU
     python examples/train_open_clip.py --model ViT-H-14  # a real model on generated data, for a GPU
 
 Prints the command that it runs: with your data it is the same. Needs pip install 'open_clip_torch[training]>=3.3,<4'.
@@ -18,7 +18,7 @@ import torch
 import typer
 from PIL import Image
 
-COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
+COLORS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
 TINY = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "head_width": 32, "width": 64, "layers": 2},
@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(help="Train CLIP with open_clip's own program and SwitchBack.")
 def main(
-    model: Annotated[str | None, typer.Option(help="of open_clip; by default a tiny one on coloured squares")] = None,
+    model: Annotated[str | None, typer.Option(help="of open_clip; by default a tiny one on colored squares")] = None,
     layer: Annotated[str, typer.Option(help="of bitsandbytes")] = "SwitchBackLinearGlobal",
     epochs: Annotated[int, typer.Option(min=1)] = 25,
     out: Annotated[Path, typer.Option(file_okay=False, help="data, log and checkpoints")] = Path("runs/open_clip"),
@@ -48,14 +48,14 @@ def main(
 
 
 def tiny(path: Path) -> list[str]:
-    """Eight coloured squares with captions and a model of two small layers, and the flags that name them."""
+    """Eight colored squares with captions and a model of two small layers, and the flags that name them."""
     with open(path / "pairs.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "caption"])
-        for colour in COLOURS:
-            image = path / f"{colour}.png"
-            Image.new("RGB", (32, 32), colour).save(image)
-            rows.writerow([image, f"a {colour} square"])
+        for color in COLORS:
+            image = path / f"{color}.png"
+            Image.new("RGB", (32, 32), color).save(image)
+            rows.writerow([image, f"a {color} square"])
     (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}))
     data = ["--dataset-type", "csv", "--train-data", str(path / "pairs.csv"), "--csv-separator", ","]
     data += ["--csv-img-key", "path", "--csv-caption-key", "caption", "--workers", "0"]

@@ -70,6 +70,6 @@ def gratings(config: ViTConfig, batch_size: int, *, seed: int, device: torch.dev
     line = torch.linspace(-1, 1, config.image_size, device=device)
     along = line[None, :, None] * angle.cos() + line[None, None, :] * angle.sin()
     frequency, phase = 8 + 8 * uniform(batch_size, 1, 1), 2 * math.pi * uniform(batch_size, 1, 1)
-    colour = uniform(batch_size, 3, 1, 1)
+    color = uniform(batch_size, 3, 1, 1)
     noise = torch.randn(batch_size, 3, *2 * (config.image_size,), generator=generator, device=device)
-    return colour * (frequency * along + phase).sin()[:, None] + 0.5 * noise, labels
+    return color * (frequency * along + phase).sin()[:, None] + 0.5 * noise, labels

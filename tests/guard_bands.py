@@ -5,14 +5,14 @@ import pkgutil
 
 import torch
 
-from cases import assert_same, assert_same_to_a_code, codes, planned
+from testing import assert_same, assert_same_within_one_step, planned, random_int8
 from torch_switchback import kernels, ops
 from torch_switchback.kernels import int8_matmul
 
 BAND = 4096  # bytes, as whole blocks of a kernel's columns
 NAN = 0xFF  # a byte: of NaN in every float, -1 as a code
 SHAPES = [(1, 1), (3, 5), (17, 83), (33, 48), (64, 130), (2, 1100)]
-QUANTISERS = {
+QUANTIZERS = {
     "quantize_rowwise": (),
     "quantize_global": (),
     "quantize_global_transpose": (),
@@ -70,7 +70,7 @@ def launcher_of(name):
 def check(launcher, args, expected, band, *, rotates=False):
     """That a launcher, given args and then its outputs, writes what is expected there and nothing elsewhere.
 
-    rotates: the last two outputs are codes and absmax of rotated columns or rows.
+    rotates: the last two outputs are int8 values and absmax of rotated columns or rows.
     """
     expected = expected if isinstance(expected, tuple) else (expected,)
     outputs = [band.output(each) for each in expected]
@@ -79,15 +79,15 @@ def check(launcher, args, expected, band, *, rotates=False):
     for actual, wanted in zip(outputs[:exact], expected[:exact], strict=True):
         assert_same(actual, wanted)
     if rotates:
-        assert_same_to_a_code(outputs[exact:], expected[exact:])
+        assert_same_within_one_step(outputs[exact:], expected[exact:])
     band.assert_intact()
 
 
-def check_quantiser(name, shape, dtype, band):
+def check_quantizer(name, shape, dtype, band):
     x = torch.randn(shape).to(dtype)
     for operand in (x, x.t().contiguous().t()):
         meaning = getattr(torch.ops.torch_switchback, name)
-        args = (operand, *QUANTISERS[name])
+        args = (operand, *QUANTIZERS[name])
         check(launcher_of(name), args, meaning(*args), band, rotates="rotated" in name)
 
 
@@ -99,7 +99,7 @@ def check_by_absmax(shape, dtype, band):
 
 
 def check_dequantizer(shape, dtype, band):
-    x, absmax = codes(*shape), torch.rand(shape[0])
+    x, absmax = random_int8(*shape), torch.rand(shape[0])
     expected = ops.dequantize_rowwise(x, absmax, dtype)
     check(launcher_of("dequantize_rowwise"), (x, absmax, dtype), expected, band)
 
@@ -108,6 +108,6 @@ def check_product(config, shape, dtype, band):
     m, n, k = shape
     for absmaxes, op in ((1, ops.int8_matmul_mixed_dequantize), (n, ops.int8_matmul_rowwise_dequantize)):
         for bias in (None, torch.randn(n)):
-            args = codes(m, k), codes(n, k).t(), torch.rand(m), torch.rand(absmaxes), bias, dtype
+            args = random_int8(m, k), random_int8(n, k).t(), torch.rand(m), torch.rand(absmaxes), bias, dtype
             launcher = planned(int8_matmul.plan_int8_matmul, absmax_per_col=absmaxes > 1 or n == 1, config=config)
             check(launcher, args, op(*args), band)

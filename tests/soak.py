@@ -21,8 +21,8 @@ from random import Random
 import torch
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, assert_same, assert_same_int8_grad_weight
 from test_nn import STRATEGIES, gradients, make_layer
+from testing import DTYPES, LAYOUTS, assert_same, assert_same_int8_grad_weight
 
 MEMORY_SAMPLES = 200
 LARGEST = {"cpu": 96, "cuda": 1024}
@@ -93,7 +93,7 @@ def check(actual, expected, layer, x, grad) -> None:
         return
     exact_x = x.double()
     if layer.config.mem_efficient:  # what the backward has of X
-        exact_x = ts.dequantize_rowwise(*ts.quantize_rowwise(x), x.dtype).double()
+        exact_x = ts.ops.dequantize_rowwise(*ts.ops.quantize_rowwise(x), x.dtype).double()
     exact = grad.double().t() @ exact_x
     finite = exact.isfinite()
     roundings = [torch.finfo(dtype) for dtype in (x.dtype, layer.weight.dtype)]

@@ -30,7 +30,7 @@ import results_file
 import signal_to_noise
 from blocks import LlamaBlock, Stack, ViTBlock
 from torch_switchback import SwitchBackLinear
-from torch_switchback.advice.saved_bytes import saved_bytes
+from torch_switchback.analysis.saved_bytes import saved_bytes
 from training_statistics import AGAIN, effects
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small

@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from cases import assert_same
-from test_int8_matmul import expected as dequantised_product
+from test_int8_matmul import expected as dequantized_product
 from test_nn import dtypes, gradients, make_layer, unrotated
-from test_quantize import expected_codes
+from test_quantize import expected_qdata
+from testing import assert_same
 
 
 def rowwise(x):
     absmax = x.float().abs().amax(1)
-    return expected_codes(x, absmax[:, None]), absmax
+    return expected_qdata(x, absmax[:, None]), absmax
 
 
-def quantised_weight(weight, scaling):
+def quantized_weight(weight, scaling):
     if scaling == "rowwise":
         return rowwise(weight)
     absmax = weight.float().abs().max().view(1)
-    return expected_codes(weight, absmax), absmax
+    return expected_qdata(weight, absmax), absmax
 
 
 @unrotated
@@ -30,11 +30,11 @@ def test_a_step_is_the_stated_arithmetic(shape, dtype, config, device):
     weight = layer.weight.detach()
     x = torch.randn(tokens, in_features, device=device).to(dtype)
     grad = torch.randn(tokens, out_features, device=device).to(dtype)
-    (x_codes, x_absmax), (grad_codes, grad_absmax) = rowwise(x), rowwise(grad)
-    codes, absmax = quantised_weight(weight, config.weight_scaling)
-    codes_t, absmax_t = quantised_weight(weight.t(), config.weight_scaling)
-    output = dequantised_product(x_codes, codes.t(), x_absmax, absmax, layer.bias.detach(), dtype)
-    grad_input = dequantised_product(grad_codes, codes_t.t(), grad_absmax, absmax_t, None, dtype)
+    (x_int8, x_absmax), (grad_int8, grad_absmax) = rowwise(x), rowwise(grad)
+    qdata, absmax = quantized_weight(weight, config.weight_scaling)
+    qdata_t, absmax_t = quantized_weight(weight.t(), config.weight_scaling)
+    output = dequantized_product(x_int8, qdata.t(), x_absmax, absmax, layer.bias.detach(), dtype)
+    grad_input = dequantized_product(grad_int8, qdata_t.t(), grad_absmax, absmax_t, None, dtype)
     for _ in range(3):
         y, grad_x, *_ = gradients(layer, x, grad)
         assert_same(y, output)

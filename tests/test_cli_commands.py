@@ -22,8 +22,8 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import torch_switchback as ts
-from cases import convert_all
-from torch_switchback.advice import recommendation
+from testing import convert_all
+from torch_switchback.analysis import recommendation
 from torch_switchback.checkpoint import prepared, restored
 from torch_switchback.cli import bench, doctor
 from torch_switchback.cli.app import app
@@ -364,10 +364,10 @@ def test_export_refuses(checkpoint, folder):
 
 
 def test_back_needs_an_absmax_and_a_dtype():
-    codes, absmax = torch.ones(2, 2, dtype=torch.int8), torch.ones(1)
+    weight_int8, absmax = torch.ones(2, 2, dtype=torch.int8), torch.ones(1)
     with pytest.raises(ValueError, match=r"has no a\.weight_absmax"):
-        restored({"a.weight_int8": codes}, {})
-    state = {"a.weight_int8": codes, "a.weight_absmax": absmax}
+        restored({"a.weight_int8": weight_int8}, {})
+    state = {"a.weight_int8": weight_int8, "a.weight_absmax": absmax}
     with pytest.raises(ValueError, match="noted as of 'load'"):
         restored(state, {"a": {"dtype": "load"}})
     assert restored(state, {})[0]["a.weight"].dtype == torch.bfloat16

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
 from torch_switchback import RECIPES, SwitchBackConfig, SwitchBackLinear
 from torch_switchback.filters import LEAST_FEATURES
 
@@ -196,7 +196,7 @@ def test_layers_with_one_weight():
     assert model[0].weight.grad is not None
 
 
-def test_meta_layers_materialise_as_they_were_converted():
+def test_meta_layers_materialize_as_they_were_converted():
     with torch.device("meta"):
         model = convert_all(nn.Sequential(nn.Linear(8, 8)))
     assert model[0].weight.is_meta

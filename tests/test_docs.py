@@ -339,7 +339,7 @@ def test_an_absent_test_is_found(link):
         "```\npython benchmarks/scaling.py \\\n    --nothing 3\n```",
         "```\ntorchrun --nproc-per-node 2 examples/nothing.py\n```",
         "```\n.venv/bin/pip install 'torch-switchback[nothing]'\n```",
-        "`python -m torch_switchback.monitor`",
+        "`python -m torch_switchback.analysis.monitor`",
         "`pytest tests/nothing.py`",
     ],
 )

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
 from torch_switchback import SwitchBackConfig, ops
-from torch_switchback.advice import explanation
+from torch_switchback.analysis import explanation
 from torch_switchback.tuning import matmul_config
 
 
@@ -93,13 +93,13 @@ def test_int8_grad_weight_that_stays_is_a_fallback():
             assert layer.fallback == ""
         else:
             assert layer.fallback.startswith("grad_weight: at high precision: int8 wins from 2048 tokens")
-            with pytest.raises(ts.FallbackError, match="the model: grad_weight: at high precision"):
+            with pytest.raises(explanation.FallbackError, match="the model: grad_weight: at high precision"):
                 ts.explain(model, torch.randn(70, 24), strict=True)
 
 
 def test_a_layer_that_is_not_called_is_a_fallback(model):
     convert_all(model)
-    with pytest.raises(ts.FallbackError, match="unused: not called"):
+    with pytest.raises(explanation.FallbackError, match="unused: not called"):
         ts.explain(model, torch.randn(8, 24), strict=True)
 
 

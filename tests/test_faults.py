@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import torch_switchback as ts
-from cases import patch_scheme
 from test_nn import STRATEGIES, gradients, make_layer
+from testing import patch_scheme
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -80,8 +80,8 @@ def test_an_exception_leaves_nothing_behind(config, device):
     assert freed() is None
 
 
-class Quantised(Dataset):
-    """Rows that the worker which loads them has quantised and put through a layer."""
+class Quantized(Dataset):
+    """Rows that the worker which loads them has quantized and put through a layer."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -92,24 +92,24 @@ class Quantised(Dataset):
     def __getitem__(self, index):
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(index))
         with torch.no_grad():
-            return x, *ts.quantize_rowwise(x), self.layer(x)
+            return x, *ts.ops.quantize_rowwise(x), self.layer(x)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_quantise_while_the_parent_trains(method, device):
+def test_workers_quantize_while_the_parent_trains(method, device):
     layer = ts.SwitchBackLinear(64, 48, device=device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(torch.randn(3, 64, device=device)).sum().backward()  # the parent has computed before it forks
     theirs = ts.SwitchBackLinear(64, 48)
     loader = DataLoader(
-        Quantised(theirs), num_workers=1, multiprocessing_context=multiprocessing.get_context(method), timeout=120
+        Quantized(theirs), num_workers=1, multiprocessing_context=multiprocessing.get_context(method), timeout=120
     )
     count = 0
-    for x, codes, absmax, y in loader:
-        x, codes, absmax, y = x[0], codes[0], absmax[0], y[0]
+    for x, qdata, absmax, y in loader:
+        x, qdata, absmax, y = x[0], qdata[0], absmax[0], y[0]
         assert torch.equal(y, theirs(x))
-        on_device = ts.quantize_rowwise(x.to(device))
-        assert torch.equal(codes, on_device[0].cpu())
+        on_device = ts.ops.quantize_rowwise(x.to(device))
+        assert torch.equal(qdata, on_device[0].cpu())
         assert torch.equal(absmax, on_device[1].cpu())
         layer(x.to(device)).square().mean().backward()
         optimizer.step()

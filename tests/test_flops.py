@@ -23,7 +23,7 @@ def flops(layer, x):
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
 def test_as_many_as_nn_linear(scaling, grad_weight, trains, device):
     for _ in range(2):
-        ts.register_flop_formulas()
+        ts.ops.register_flop_formulas()
     linear = nn.Linear(32, 48, bias=False, device=device).requires_grad_(trains)
     x = torch.randn(2, 64, 32, device=device, requires_grad=True)
     expected = flops(linear, x)

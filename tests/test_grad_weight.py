@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import signal_to_noise
 from test_signal_to_noise import generator
+from testing import signal_to_noise
 from torch_switchback import SwitchBackConfig, _grad_weight
+from torch_switchback.ops import _library
 
 INT8 = SwitchBackConfig(grad_weight="int8_always")
 IN, OUT = 384, 256
@@ -34,7 +35,7 @@ def grad_weight_of(x, grad, config):
 
 
 def float8(x):
-    """Quantised and back: e4m3 with one absmax for the tensor."""
+    """Quantized and back: e4m3 with one absmax for the tensor."""
     scale = x.float().abs().max() / 448
     return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale
 
@@ -62,11 +63,11 @@ def test_the_rotation_is_what_makes_it_accurate(device):
 
 def test_of_the_same_operands_it_is_the_exact_product(device):
     x, grad = torch.randn(150, 24, device=device), torch.randn(150, 40, device=device)
-    (x_codes, x_absmax), (grad_codes, grad_absmax) = (
-        ts.quantize_columnwise_and_transpose(operand, rotate_tokens=64) for operand in (x, grad)
+    (x_int8, x_absmax), (grad_int8, grad_absmax) = (
+        ts.ops.quantize_columnwise_and_transpose(operand, rotate_tokens=64) for operand in (x, grad)
     )
-    expected = ts.int8_matmul_rowwise_dequantize(
-        grad_codes, x_codes.t(), grad_absmax, x_absmax, out_dtype=torch.float32
+    expected = ts.ops.int8_matmul_rowwise_dequantize(
+        grad_int8, x_int8.t(), grad_absmax, x_absmax, out_dtype=torch.float32
     )
     assert torch.equal(grad_weight_of(x, grad, INT8), expected)
 
@@ -96,11 +97,12 @@ def test_it_has_the_weights_dtype_in_one_rounding(grad_dtype, device):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The rotating quantisers' calls, by name."""
+    """The rotating quantizers' calls, by name."""
     made = []
     for name in ("quantize_rowwise_and_rotated_columnwise", "quantize_rotated_columnwise_and_transpose"):
-        op = getattr(_grad_weight.ops, name)
-        monkeypatch.setattr(_grad_weight.ops, name, lambda *args, op=op, name=name: made.append(name) or op(*args))
+        for ops in (_library.direct, _library.dispatched):
+            op = getattr(ops, name)
+            monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: made.append(name) or op(*args))
     return made
 
 
@@ -111,12 +113,12 @@ def layer(device):
     return layer
 
 
-def test_both_operands_share_their_read_with_the_row_wise_codes(layer, calls, device):
+def test_both_operands_share_their_read_with_the_row_wise_int8_values(layer, calls, device):
     layer(torch.randn(5, 64, device=device, requires_grad=True)).sum().backward()
     assert calls == ["quantize_rowwise_and_rotated_columnwise"] * 2
 
 
-def test_without_an_input_gradient_only_the_rotated_codes_of_g_are_made(layer, calls, device):
+def test_without_an_input_gradient_only_the_rotated_int8_values_of_g_are_made(layer, calls, device):
     layer(torch.randn(5, 64, device=device)).sum().backward()
     assert calls == ["quantize_rowwise_and_rotated_columnwise", "quantize_rotated_columnwise_and_transpose"]
 

@@ -1,6 +1,7 @@
 """What is imported, by whom and when; and what is read without running it."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -97,8 +98,10 @@ def imports(file):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join((*base, *filter(None, [node.module])))
-            yield name, node in late
-            yield from ((f"{name}.{alias.name}", node in late) for alias in node.names if name == "torch_switchback")
+            folder = PACKAGE.joinpath(*name.split(".")[1:])
+            for alias in node.names:
+                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
+                yield f"{name}.{alias.name}" if is_module else name, node in late
 
 
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
@@ -122,6 +125,31 @@ def test_layers_import_what_the_architecture_says(file):
             assert top in sys.stdlib_module_names, name
         elif top not in {"torch", *sys.stdlib_module_names}:
             assert top in allowed or late, name
+
+
+def dependencies():
+    """Each module of the package but its __init__, and the modules that it imports, also late or for types alone."""
+    names = {}
+    for file in FILES:
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(("torch_switchback", *(parts[:-1] if parts[-1] == "__init__" else parts)))] = file
+    for module, file in names.items():
+        yield module, {name for name, _ in imports(file) if name in names and name != module}
+
+
+def test_no_circle():
+    """Of any length; TopologicalSorter raises CycleError, which names it."""
+    list(graphlib.TopologicalSorter(dict(dependencies())).static_order())
+
+
+@pytest.mark.parametrize("outer", ["distributed", "integrations", "analysis", "cli"])
+def test_the_core_imports_nothing_around_it(outer):
+    around = tuple(
+        f"torch_switchback.{name}" for name in ("distributed", "integrations", "analysis", "cli", "__main__")
+    )
+    for module, imported in dependencies():
+        if not module.startswith(around):
+            assert not any(name.startswith(f"torch_switchback.{outer}") for name in imported), module
 
 
 # Reading a file must not run it.
@@ -158,10 +186,10 @@ assert False  # is not run
 import torch, test_int8_matmul, test_nn, test_quantize
 for dtype in (torch.float64, torch.complex64, torch.int64):
     test_nn.test_refuses_other_dtypes(dtype, "cpu")
-    test_quantize.test_only_floats(test_quantize.ts.quantize_rowwise, dtype, "cpu")
+    test_quantize.test_only_floats(test_quantize.ts.ops.quantize_rowwise, dtype, "cpu")
 test_nn.test_refuses_other_shapes_and_devices("cpu")
-test_nn.test_refuses_codes_that_do_not_fit("cpu")
-test_quantize.test_dequantise_refuses_what_does_not_fit("cpu")
+test_nn.test_refuses_int8_values_that_do_not_fit("cpu")
+test_quantize.test_dequantize_refuses_what_does_not_fit("cpu")
 test_int8_matmul.test_refuses_what_does_not_fit("cpu")
 """
 

@@ -3,8 +3,10 @@
 No GPU is needed: Triton's compiler is replaced by stand-ins, and tensors are the CPU's.
 """
 
+import gc
 import random
 import warnings
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -12,11 +14,15 @@ import torch
 
 pytest.importorskip("triton")
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from cases import assert_same, codes
+import torch_switchback as ts
+from testing import assert_same, random_int8
 from torch_switchback.kernels import CannotCompile, _absmax, device, launch
 from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _fake_quantize, _quantize_rowwise_reference
@@ -122,6 +128,14 @@ def test_launch_hooks_are_called_by_triton(name, stand_ins):
     assert len(kernel.outcome.runs) == 1
 
 
+def test_another_triton_launches_by_its_public_interface(stand_ins, monkeypatch):
+    monkeypatch.setattr(launch, "RUN_IS_KNOWN", False)
+    kernel = Kernel(Compiled())
+    launch.bind(kernel, (X, 3), Constants())((4, 1, 1), X, 3)
+    assert kernel.outcome.hooked == [((4, 1, 1), (X, 3, 64, False))]
+    assert kernel.outcome.runs == []
+
+
 def test_a_hook_that_compiles_instead_sees_every_launch(stand_ins):
     kernel = Kernel(None)
     run = launch.bind(kernel, (X, 3), Constants())
@@ -145,7 +159,8 @@ def plans_made(calls):
     return len(made)
 
 
-def test_token_counts_share_a_plan_per_power_of_two_and_multiple_of_16():
+def test_token_counts_share_plans_per_power_of_two():
+    """One for multiples of 16, one for the rest."""
     calls = [torch.empty(count, 32) for count in range(65, 129)]
     assert plans_made(calls) == 2
     assert plans_made(calls) == 2  # of another operation
@@ -175,8 +190,11 @@ def test_triton_settings_that_change_code_make_another_plan(name, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, name, None)
     launch.plan_for(make, (x,), (X,))
     launch.plan_for(make, (x,), (X,))
-    monkeypatch.setattr(triton.knobs.runtime, name, lambda *args: None)
-    launch.plan_for(make, (x,), (X,))
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, name, lambda *args: None)
+        launch.plan_for(make, (x,), (X,))
+    assert len(made) == 2
+    launch.plan_for(make, (x,), (X,))  # the one without the setting
     assert len(made) == 2
 
 
@@ -211,7 +229,7 @@ def random_call(name, rng):
     x = random_matrix(rng, rows, cols, dtype)
     if name.startswith("int8_"):
         n, dtype = rng.choice(WIDTHS), rng.choice(DTYPES[1:])
-        a, state_x = codes(rows, cols), torch.empty(rows)
+        a, state_x = random_int8(rows, cols), torch.empty(rows)
         bias = torch.empty(n) if rng.random() < 0.5 else None
         if name == "int8_linear":
             return a, state_x, random_matrix(rng, n, cols, dtype), bias, rng.random() < 0.5, dtype
@@ -219,9 +237,9 @@ def random_call(name, rng):
             rowwise = rng.random() < 0.5
             return a, state_x, random_matrix(rng, cols, n, dtype), torch.empty(cols if rowwise else 1), rowwise, dtype
         state_w = torch.empty(n if "rowwise" in name else 1)
-        return a, codes(n, cols).t(), state_x, state_w, bias, dtype
+        return a, random_int8(n, cols).t(), state_x, state_w, bias, dtype
     if name == "dequantize_rowwise":
-        return codes(rows, cols), torch.empty(rows), dtype
+        return random_int8(rows, cols), torch.empty(rows), dtype
     if "by_absmax" in name:
         return x, torch.empty(rows if name == "quantize_by_absmax" and rng.random() < 0.5 else 1)
     return (x, 16) if "rotated" in name else (x,)
@@ -270,6 +288,23 @@ def test_a_plan_launches_only_what_it_compiled(name, monkeypatch):
     assert len(of_plan) < 550  # so that some calls share a plan
 
 
+@pytest.mark.parametrize("name", sorted(vars(_library.direct)))
+def test_plans_keep_no_tensor(name, monkeypatch):
+    class Forgetful(Compiled):
+        def run(self, *args):
+            pass
+
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup, **options: Forgetful())
+    args = random_call(name, random.Random(0))
+    results = getattr(_library.direct, name)(*args)
+    results = results if isinstance(results, tuple) else (results,)
+    tensors = [weakref.ref(each) for each in (*args, *results) if isinstance(each, torch.Tensor)]
+    del args, results
+    gc.collect()
+    assert launch.plans
+    assert [tensor() for tensor in tensors] == [None] * len(tensors)
+
+
 # Triton's errors
 
 
@@ -315,6 +350,87 @@ def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
             assert_same(actual, expected)
     assert len(tried) == (kernels == "quantize_rowwise")
     assert list(_library.not_compiled) == ["quantize_rowwise"]
+
+
+# Past the dispatcher
+
+
+def test_a_cpu_tensor_does_not_ask_for_the_current_cuda_device(monkeypatch):
+    """Asking initializes CUDA: it fails without a driver, and in a forked worker of a process that uses CUDA."""
+
+    def refuse():
+        raise RuntimeError("Found no NVIDIA driver")
+
+    monkeypatch.setattr(_library, "current_device", refuse)
+    layer = ts.SwitchBackLinear(16, 8)
+    layer(torch.randn(2, 16)).sum().backward()
+    with FakeTensorMode():
+        ts.switchback_linear(torch.empty(2, 16), torch.empty(8, 16))
+    layer.to("meta")(torch.empty(2, 16, device="meta"))
+
+
+def new_dispatch_mode():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    return Mode()
+
+
+def keys_within(enter):
+    """Whether the thread's dispatch keys are the usual ones while a function runs that PyTorch calls."""
+    found = []
+
+    def look(x):
+        found.append(torch._C._dispatch_tls_local_include_set().raw_repr() in _library._USUAL_KEYS)
+        return x * 2
+
+    enter(look)
+    return found[-1]
+
+
+def with_mode(mode):
+    def enter(look):
+        with mode:
+            look(torch.ones(3))
+
+    return enter
+
+
+def batched_backward(look):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return look(grad)
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Function.apply(x), x, torch.eye(3), is_grads_batched=True)
+
+
+WATCHED = {
+    "dispatch mode": with_mode(new_dispatch_mode()),
+    "fake tensors": with_mode(FakeTensorMode()),
+    "vmap": lambda look: torch.vmap(look)(torch.ones(3, 4)),
+    "a batched gradient": batched_backward,
+    "make_fx": lambda look: make_fx(look)(torch.ones(3)),
+    "make_fx before dispatch": lambda look: make_fx(look, pre_dispatch=True)(torch.ones(3)),
+    "torch.jit.trace": lambda look: torch.jit.trace(look, torch.ones(3), check_trace=False),
+}
+UNWATCHED = {
+    "inference_mode": with_mode(torch.inference_mode()),
+    "no_grad": with_mode(torch.no_grad()),
+    "autocast": with_mode(torch.autocast("cpu")),
+}
+
+
+@pytest.mark.parametrize("name", [*WATCHED, *UNWATCHED])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_watches_operations_shows_in_the_dispatch_keys(name):
+    assert keys_within((WATCHED | UNWATCHED)[name]) == (name in UNWATCHED)
 
 
 # Programmatic dependent launch

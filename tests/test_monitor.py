@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all, signal_to_noise
+from testing import convert_all, signal_to_noise
 from torch_switchback import SwitchBackConfig
-from torch_switchback.monitor import CsvWriter, Monitor, measure
+from torch_switchback.analysis.monitor import CsvWriter, Monitor, measure
 
 QUANTITIES = {
     *(f"{product}_snr{rows}" for product in ("output", "grad_input", "grad_weight") for rows in ("", "_worst_rows")),
@@ -165,7 +165,7 @@ def test_a_layer_without_signal_or_with_nan_is_survived(value, model, device):
 def test_autocast_is_measured_in_its_dtype(model, device, monkeypatch):
     dtypes = []
     monkeypatch.setattr(
-        "torch_switchback.monitor.measure", lambda layer, x, grad: dtypes.append((x.dtype, grad.dtype)) or {}
+        "torch_switchback.analysis.monitor.measure", lambda layer, x, grad: dtypes.append((x.dtype, grad.dtype)) or {}
     )
     with Monitor(model) as monitor:
         with torch.autocast(device, torch.bfloat16):
@@ -178,7 +178,7 @@ def test_autocast_is_measured_in_its_dtype(model, device, monkeypatch):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_and_accumulation_give_one_record_a_layer(use_reentrant, model, device, monkeypatch):
     calls = []
-    monkeypatch.setattr("torch_switchback.monitor.measure", lambda layer, x, grad: calls.append(layer) or {})
+    monkeypatch.setattr("torch_switchback.analysis.monitor.measure", lambda layer, x, grad: calls.append(layer) or {})
     with Monitor(model) as monitor:
         for _ in range(2):
             x = torch.randn(5, 64, device=device, requires_grad=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torch_switchback  # noqa: F401  (registers the operations)
-from cases import DTYPES, LAYOUTS, codes
+from testing import DTYPES, LAYOUTS, random_int8
 
 OPS = torch.ops.torch_switchback
 # opcheck compares outputs and has NaN unequal to itself, so not the layout "hostile".
@@ -25,7 +25,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
     ],
 )
 @pytest.mark.parametrize("shape", [(17, 83), (1, 5)], ids=str)
-def test_quantisers(shape, op, dtype, layout, device):
+def test_quantizers(shape, op, dtype, layout, device):
     torch.library.opcheck(getattr(OPS, op).default, (layout(*shape, dtype, device),))
 
 
@@ -46,7 +46,7 @@ def test_quantize_by_absmax(scales, dtype, layout, device):
 
 @dtypes
 def test_dequantize_rowwise(dtype, device):
-    for x in (codes(17, 83, device), codes(83, 17, device).t()):
+    for x in (random_int8(17, 83, device), random_int8(83, 17, device).t()):
         torch.library.opcheck(OPS.dequantize_rowwise.default, (x, torch.rand(17, device=device), dtype))
 
 
@@ -58,7 +58,7 @@ def test_products(has_bias, rowwise, dtype, device):
     state_x, state_w = torch.rand(17, device=device), torch.rand(32 if rowwise else 1, device=device)
     bias = torch.randn(32, device=device) if has_bias else None
     for a, b in (
-        (codes(17, 64, device), codes(32, 64, device).t()),
-        (codes(64, 17, device).t(), codes(64, 32, device)),
+        (random_int8(17, 64, device), random_int8(32, 64, device).t()),
+        (random_int8(64, 17, device).t(), random_int8(64, 32, device)),
     ):
         torch.library.opcheck(op.default, (a, b, state_x, state_w, bias, dtype))

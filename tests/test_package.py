@@ -23,11 +23,11 @@ def wheel(tmp_path_factory):
 
 
 def test_contents(wheel):
-    """The package's sources and data, its licence, nothing else."""
+    """The package's sources and data, its license, nothing else."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = (file for file in (ROOT / "src").rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     assert names == {file.relative_to(ROOT / "src").as_posix() for file in sources}
-    assert all(name.endswith((".py", ".c", ".json", "py.typed")) for name in names)
+    assert all(name.endswith((".py", ".json", "py.typed")) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import torch_switchback as ts
-from cases import DTYPES, assert_same
+from testing import DTYPES, assert_same
 from torch_switchback import SwitchBackConfig
 from torch_switchback.config import ROTATIONS
 from torch_switchback.ops._hadamard import rotate
@@ -47,25 +47,25 @@ def layer_for(x, out_features, seed, config):
 
 
 @given(matrices())
-def test_codes_are_within_half_a_step(x):
-    for codes, absmax in (
-        (ts.quantize_rowwise(x)[0], ts.quantize_rowwise(x)[1][:, None]),
-        ts.quantize_global(x),
-        (ts.quantize_columnwise_and_transpose(x)[0].t(), ts.quantize_columnwise_and_transpose(x)[1]),
+def test_int8_values_are_within_half_a_step(x):
+    for qdata, absmax in (
+        (ts.ops.quantize_rowwise(x)[0], ts.ops.quantize_rowwise(x)[1][:, None]),
+        ts.ops.quantize_global(x),
+        (ts.ops.quantize_columnwise_and_transpose(x)[0].t(), ts.ops.quantize_columnwise_and_transpose(x)[1]),
     ):
-        assert codes.abs().max() <= 127
+        assert qdata.abs().max() <= 127
         step = absmax.double() / 127
-        assert ((codes.double() * step - x.double()).abs() <= step / 2 * (1 + 1e-6)).all()
+        assert ((qdata.double() * step - x.double()).abs() <= step / 2 * (1 + 1e-6)).all()
 
 
 @given(matrices(), st.sampled_from(ROTATIONS))
-def test_rotated_codes_are_within_half_a_step(x, block):
-    codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+def test_rotated_int8_values_are_within_half_a_step(x, block):
+    qdata, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     exact = rotate(torch.nn.functional.pad(x.double(), (0, 0, 0, -x.shape[0] % block)), block)
     step = absmax.double() / 127
     sums = 8 * torch.finfo(torch.float32).eps * x.double().abs().sum(0)
-    assert codes.abs().max() <= 127
-    assert ((codes.t().double() * step - exact).abs() <= step / 2 * (1 + 1e-6) + sums).all()
+    assert qdata.abs().max() <= 127
+    assert ((qdata.t().double() * step - exact).abs() <= step / 2 * (1 + 1e-6) + sums).all()
 
 
 @given(matrices(), sizes, seeds, st.sampled_from(ROTATIONS), seeds)
@@ -92,8 +92,8 @@ def test_output_is_within_the_sum_of_all_roundings(x, out_features, seed, config
     y = layer(x)
     weight = layer.weight.detach().double()
     exact = x.double() @ weight.t() + layer.bias.double()
-    step_x = ts.quantize_rowwise(x)[1].double()[:, None] / 127
-    absmax = ts.quantize_global(weight.float())[1] if config.weight_scaling == "global" else weight.abs().amax(1)
+    step_x = ts.ops.quantize_rowwise(x)[1].double()[:, None] / 127
+    absmax = ts.ops.quantize_global(weight.float())[1] if config.weight_scaling == "global" else weight.abs().amax(1)
     step_w = absmax.double() / 127
     bound = (
         step_w / 2 * x.double().abs().sum(1, keepdim=True)
@@ -108,16 +108,16 @@ def test_output_is_within_the_sum_of_all_roundings(x, out_features, seed, config
 
 
 @given(matrices(max_exponent=3), st.integers(-100, 100))
-def test_a_power_of_two_leaves_the_codes(x, exponent):
+def test_a_power_of_two_leaves_the_int8_values(x, exponent):
     x = x.float()
-    codes, absmax = ts.quantize_rowwise(x)
-    scaled_codes, scaled_absmax = ts.quantize_rowwise(x * 2.0**exponent)
-    assert_same(scaled_codes, codes)
+    qdata, absmax = ts.ops.quantize_rowwise(x)
+    scaled_qdata, scaled_absmax = ts.ops.quantize_rowwise(x * 2.0**exponent)
+    assert_same(scaled_qdata, qdata)
     assert_same(scaled_absmax, absmax * 2.0**exponent)
 
 
 @given(matrices(), sizes, seeds, configs, st.data())
-def test_rows_do_not_know_their_neighbours(x, out_features, seed, config, data):
+def test_rows_do_not_know_their_neighbors(x, out_features, seed, config, data):
     layer = layer_for(x, out_features, seed, config)
     y = layer(x)
     order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed))
@@ -127,16 +127,16 @@ def test_rows_do_not_know_their_neighbours(x, out_features, seed, config, data):
 
 
 @given(matrices())
-def test_fused_transposes_equal_quantising_then_transposing(x):
-    codes, absmax = ts.quantize_global(x)
-    codes_t, absmax_t = ts.quantize_global_transpose(x)
-    assert_same(codes_t, codes.t().contiguous())
+def test_fused_transposes_equal_quantizing_then_transposing(x):
+    qdata, absmax = ts.ops.quantize_global(x)
+    qdata_t, absmax_t = ts.ops.quantize_global_transpose(x)
+    assert_same(qdata_t, qdata.t().contiguous())
     assert_same(absmax_t, absmax)
-    for actual, expected in zip(ts.quantize_global_with_transpose(x), (codes, codes_t, absmax), strict=True):
+    for actual, expected in zip(ts.ops.quantize_global_with_transpose(x), (qdata, qdata_t, absmax), strict=True):
         assert_same(actual, expected)
-    codes, absmax = ts.quantize_rowwise(x.t())
-    codes_t, absmax_t = ts.quantize_columnwise_and_transpose(x)
-    assert_same(codes_t, codes)
+    qdata, absmax = ts.ops.quantize_rowwise(x.t())
+    qdata_t, absmax_t = ts.ops.quantize_columnwise_and_transpose(x)
+    assert_same(qdata_t, qdata)
     assert_same(absmax_t, absmax)
 
 
@@ -151,15 +151,15 @@ def test_strides_do_not_matter(x, row_step, col_step, offset, transposed):
         view = buffer[offset::row_step, ::col_step]
     view = view[:rows, :cols]
     view.copy_(x)
-    for quantise in (
-        ts.quantize_rowwise,
-        ts.quantize_global,
-        ts.quantize_global_transpose,
-        ts.quantize_global_with_transpose,
-        ts.quantize_columnwise_and_transpose,
-        partial(ts.quantize_columnwise_and_transpose, rotate_tokens=16),
+    for quantize in (
+        ts.ops.quantize_rowwise,
+        ts.ops.quantize_global,
+        ts.ops.quantize_global_transpose,
+        ts.ops.quantize_global_with_transpose,
+        ts.ops.quantize_columnwise_and_transpose,
+        partial(ts.ops.quantize_columnwise_and_transpose, rotate_tokens=16),
     ):
-        for actual, expected in zip(quantise(view), quantise(x), strict=True):
+        for actual, expected in zip(quantize(view), quantize(x), strict=True):
             assert_same(actual, expected)
 
 
@@ -170,7 +170,7 @@ def test_the_int8_product_is_the_int64_one(m, n, k, seed, extreme):
     a = torch.randint(low, 128, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(low, 128, (k, n), generator=generator, dtype=torch.int8)
     scale = torch.full((m,), 127.0)
-    out = ts.int8_matmul_mixed_dequantize(a, b, scale, scale[:1], None, torch.float32)
+    out = ts.ops.int8_matmul_mixed_dequantize(a, b, scale, scale[:1], None, torch.float32)
     one = torch.tensor(127.0) * torch.tensor(1.0 / 127.0)
     assert_same(out, (a.long() @ b.long()).float() * (one * one))
 

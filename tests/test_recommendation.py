@@ -8,8 +8,8 @@ from torch import nn
 
 import torch_switchback as ts
 from torch_switchback import SwitchBackLinear
-from torch_switchback.advice import layer_steps, recommendation
-from torch_switchback.advice.recommendation import LINEAR
+from torch_switchback.analysis import layer_steps, recommendation
+from torch_switchback.analysis.recommendation import LINEAR
 
 # Of a layer's step, by its in_features: the middle one wins, the last by too little.
 TIMES = {

@@ -1,15 +1,15 @@
-"""rotate_features: row-wise codes of rows rotated along their columns, and the layer whose products they feed."""
+"""rotate_features: row-wise int8 values of rows rotated along their columns, and the layer whose products they feed."""
 
 import pytest
 import torch
 from torch import nn
-from torch_switchback.autograd import quantize_weight
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, signal_to_noise
 from test_nn import gradients, make_layer
+from testing import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_within_one_step, signal_to_noise
 from torch_switchback import SwitchBackConfig
-from torch_switchback.monitor import measure
+from torch_switchback.analysis.monitor import measure
+from torch_switchback.functional import quantize_weight
 from torch_switchback.ops._hadamard import rotate, rotate_features
 
 BLOCKS = [16, 32, 64, 128]
@@ -34,16 +34,16 @@ def test_rotation_leaves_the_product(block):
 )
 @layouts
 @dtypes
-def test_codes_are_those_of_the_rotated_columns(dtype, layout, shape, block, device):
+def test_int8_values_are_those_of_the_rotated_columns(dtype, layout, shape, block, device):
     x = layout(*shape, dtype, device)
-    codes, absmax = ts.quantize_rowwise(x, rotate_features=block)
+    qdata, absmax = ts.ops.quantize_rowwise(x, rotate_features=block)
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block))
-    expected_codes, expected_absmax = ts.quantize_rowwise(rotate(padded.t(), block).t())
-    assert codes.shape == (shape[0], -(-shape[1] // block) * block)
-    assert_same_to_a_code((codes, absmax), (expected_codes, expected_absmax))
+    expected_qdata, expected_absmax = ts.ops.quantize_rowwise(rotate(padded.t(), block).t())
+    assert qdata.shape == (shape[0], -(-shape[1] // block) * block)
+    assert_same_within_one_step((qdata, absmax), (expected_qdata, expected_absmax))
     if device == "cpu":
         assert_same(absmax, expected_absmax)
-        assert_same(codes, expected_codes)
+        assert_same(qdata, expected_qdata)
 
 
 @blocks
@@ -51,8 +51,8 @@ def test_both_rotations_are_one(block):
     """Of an operand's inner dimension, whether it lies along the rows or the columns."""
     x = torch.randn(3 * block - 5, 40)
     for by_columns, by_rows in zip(
-        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
-        ts.quantize_rowwise(x.t(), rotate_features=block),
+        ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+        ts.ops.quantize_rowwise(x.t(), rotate_features=block),
         strict=True,
     ):
         assert_same(by_columns, by_rows)
@@ -64,9 +64,9 @@ def test_what_is_not_finite_marks_its_row_and_no_other(values, block, device):
     x = torch.randn(5, 2 * block, device=device)
     for col, value in enumerate(values):
         x[3, col] = value
-    codes, absmax = ts.quantize_rowwise(x, rotate_features=block)
+    qdata, absmax = ts.ops.quantize_rowwise(x, rotate_features=block)
     assert absmax.isfinite().tolist() == [True, True, True, False, True]
-    assert not codes[3].any()
+    assert not qdata[3].any()
 
 
 @pytest.mark.parametrize("block", [0, 1, 8, 48, 256, -16])
@@ -74,7 +74,7 @@ def test_only_blocks_that_there_are(block, device):
     with pytest.raises(
         ValueError, match=f"quantize_rowwise: rotate_features must be one of 16, 32, 64, 128, got {block}"
     ):
-        ts.quantize_rowwise(torch.randn(4, 64, device=device), block)
+        ts.ops.quantize_rowwise(torch.randn(4, 64, device=device), block)
 
 
 @blocks
@@ -97,17 +97,17 @@ def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device
     y, grad_input, grad_weight_, _ = gradients(layer, x, grad)
 
     def product(a, b, bias=None):
-        (a_codes, a_absmax), (b_codes, b_absmax) = a, b
-        return ts.int8_matmul_rowwise_dequantize(a_codes, b_codes.t(), a_absmax, b_absmax, bias, torch.float32)
+        (a_int8, a_absmax), (b_int8, b_absmax) = a, b
+        return ts.ops.int8_matmul_rowwise_dequantize(a_int8, b_int8.t(), a_absmax, b_absmax, bias, torch.float32)
 
     def rows(x):
-        return ts.quantize_rowwise(x, rotate_features=block)
+        return ts.ops.quantize_rowwise(x, rotate_features=block)
 
     assert torch.equal(y, product(rows(x), rows(layer.weight), layer.bias))
-    weight_t = ts.quantize_columnwise_and_transpose(layer.weight, rotate_tokens=block)
+    weight_t = ts.ops.quantize_columnwise_and_transpose(layer.weight, rotate_tokens=block)
     assert torch.equal(grad_input, product(rows(grad), weight_t))
     if grad_weight == "int8_always":
-        columns = (ts.quantize_columnwise_and_transpose(each, rotate_tokens=64) for each in (grad, x))
+        columns = (ts.ops.quantize_columnwise_and_transpose(each, rotate_tokens=64) for each in (grad, x))
         assert torch.equal(grad_weight_, product(*columns))
     else:
         assert torch.equal(grad_weight_, grad.t() @ x)
@@ -132,7 +132,7 @@ def test_outlier_channels_cost_nothing(device):
     assert min(rotated) > 36
 
 
-def test_cached_codes_are_those_of_the_layer(device):
+def test_cached_int8_values_are_those_of_the_layer(device):
     cached = make_layer(SwitchBackConfig("rowwise", rotate_features=16, cache_quantized_weight=True), 83, 70, device)
     plain = make_layer(ROTATED, 83, 70, device)
     plain.load_state_dict(cached.state_dict())
@@ -183,7 +183,7 @@ def test_a_layer_that_rotates_is_not_prepared(device):
     layer = make_layer(ROTATED, device=device)
     x = torch.randn(3, 64, device=device)
     y = layer(x)
-    with pytest.raises(ValueError, match="rotate_features=16: codes of a rotated weight cannot be kept"):
+    with pytest.raises(ValueError, match="rotate_features=16"):
         layer.prepare_for_eval()
     with pytest.raises(ValueError, match="rotate_features=16"):
         quantize_weight(layer.weight, ROTATED)
@@ -191,14 +191,14 @@ def test_a_layer_that_rotates_is_not_prepared(device):
     assert torch.equal(layer(x), y)
 
 
-def test_codes_of_a_prepared_layer_are_refused(device):
+def test_int8_values_of_a_prepared_layer_are_refused(device):
     prepared = make_layer(SwitchBackConfig("rowwise"), device=device)
     prepared.prepare_for_eval()
     layer = make_layer(ROTATED, device=device)
     before = layer.weight.clone()
-    with pytest.raises(RuntimeError, match="it comes as int8 codes, which rotate_features cannot use"):
+    with pytest.raises(RuntimeError, match="it comes as int8 values, which rotate_features cannot use"):
         layer.load_state_dict(prepared.state_dict())
     assert torch.equal(layer.weight, before)
     prepared.config = ROTATED
-    with pytest.raises(ValueError, match="rotate_features=16 needs a float weight, not codes"):
+    with pytest.raises(ValueError, match="rotate_features=16 needs a float weight, not int8 values"):
         prepared(torch.randn(3, 64, device=device))

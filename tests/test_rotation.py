@@ -1,10 +1,10 @@
-"""Column-wise quantisation of what was rotated along the rows: its meaning, its padding, its hostile inputs."""
+"""Column-wise quantization of what was rotated along the rows: its meaning, its padding, its hostile inputs."""
 
 import pytest
 import torch
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_to_a_code, contiguous
+from testing import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_within_one_step, contiguous
 from torch_switchback import ops
 from torch_switchback.ops._hadamard import rotate, signs
 
@@ -67,23 +67,23 @@ def test_rotation_leaves_the_product_of_two(block):
 )
 @layouts
 @dtypes
-def test_codes_are_those_of_the_rotated_rows(dtype, layout, shape, block, device):
+def test_int8_values_are_those_of_the_rotated_rows(dtype, layout, shape, block, device):
     x = layout(*shape, dtype, device)
-    codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    qdata, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     expected = rotate(padded(x.float(), block), block)
-    expected_codes, expected_absmax = ts.quantize_rowwise(expected.t())
-    assert codes.shape == (shape[1], -(-shape[0] // block) * block)
-    assert_same_to_a_code((codes, absmax), (expected_codes, expected_absmax))
+    expected_qdata, expected_absmax = ts.ops.quantize_rowwise(expected.t())
+    assert qdata.shape == (shape[1], -(-shape[0] // block) * block)
+    assert_same_within_one_step((qdata, absmax), (expected_qdata, expected_absmax))
     if device == "cpu":
         assert_same(absmax, expected_absmax)
-        assert_same(codes, expected_codes)
+        assert_same(qdata, expected_qdata)
 
 
 @layouts
 @dtypes
-def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
+def test_together_with_the_row_wise_int8_values(dtype, layout, device, block=64):
     x = layout(131, 257, dtype, device)
-    expected = (*ts.quantize_rowwise(x), *ts.quantize_columnwise_and_transpose(x, rotate_tokens=block))
+    expected = (*ts.ops.quantize_rowwise(x), *ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block))
     for actual, wanted in zip(ops.quantize_rowwise_and_rotated_columnwise(x, block), expected, strict=True):
         assert_same(actual, wanted)
 
@@ -92,10 +92,10 @@ def test_together_with_the_row_wise_codes(dtype, layout, device, block=64):
 @dtypes
 def test_a_step_of_the_rotated_absmax_bounds_the_error(dtype, block, device):
     x = contiguous(3 * block - 5, 40, dtype, device)
-    codes, absmax = ts.quantize_columnwise_and_transpose(x, rotate_tokens=block)
+    qdata, absmax = ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block)
     exact = rotate(padded(x.double(), block), block)
     step = absmax.double() / 127
-    assert ((codes.t().double() * step - exact).abs() <= step / 2 + 1e-5 * exact.abs().amax(0)).all()
+    assert ((qdata.t().double() * step - exact).abs() <= step / 2 + 1e-5 * exact.abs().amax(0)).all()
 
 
 @blocks
@@ -104,30 +104,30 @@ def test_what_is_not_finite_marks_its_column_and_no_other(values, block, device)
     x = torch.randn(2 * block, 5, device=device)
     for row, value in enumerate(values):
         x[row, 3] = value
-    for codes, absmax in (
-        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+    for qdata, absmax in (
+        ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
         ops.quantize_rowwise_and_rotated_columnwise(x, block)[2:],
     ):
         assert absmax.isfinite().tolist() == [True, True, True, False, True]
-        assert not codes[3].any()
+        assert not qdata[3].any()
 
 
 @pytest.mark.parametrize("block", [0, 1, 8, 48, 256, -16])
 def test_only_blocks_that_there_are(block, device):
     x = torch.randn(64, 4, device=device)
-    for quantiser in (ts.quantize_columnwise_and_transpose, ops.quantize_rowwise_and_rotated_columnwise):
+    for quantizer in (ts.ops.quantize_columnwise_and_transpose, ops.quantize_rowwise_and_rotated_columnwise):
         with pytest.raises(
-            ValueError, match=rf"{quantiser.__name__}: rotate_tokens must be one of 16, 32, 64, 128, got {block}"
+            ValueError, match=rf"{quantizer.__name__}: rotate_tokens must be one of 16, 32, 64, 128, got {block}"
         ):
-            quantiser(x, block)
+            quantizer(x, block)
 
 
 def test_only_float_matrices(device):
-    quantiser = ops.quantize_rowwise_and_rotated_columnwise
+    quantizer = ops.quantize_rowwise_and_rotated_columnwise
     with pytest.raises(ValueError, match=r"x must be 2-D, got \(3, 4, 5\)"):
-        quantiser(torch.randn(3, 4, 5, device=device), 64)
+        quantizer(torch.randn(3, 4, 5, device=device), 64)
     with pytest.raises(TypeError, match=r"x must be float16, bfloat16 or float32, got torch\.float64"):
-        quantiser(torch.zeros(3, 4, device=device, dtype=torch.float64), 64)
+        quantizer(torch.zeros(3, 4, device=device, dtype=torch.float64), 64)
 
 
 @blocks

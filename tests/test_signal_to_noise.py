@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torch_switchback as ts
-from cases import signal_to_noise
+from testing import signal_to_noise
 from torch_switchback import SwitchBackConfig
 
 SIZE = 2048
@@ -21,7 +21,7 @@ def gaussian(device):
 
 
 def layer_norm(device):
-    """Normalised rows times a gain a channel, log-normal with sigma 0.4."""
+    """Normalized rows times a gain a channel, log-normal with sigma 0.4."""
     gain = (0.4 * torch.randn(SIZE, generator=generator(2, device), device=device)).exp()
     return torch.nn.functional.layer_norm(gaussian(device), (SIZE,)) * gain
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all, hostile
 from test_nn import strategies
-from torch_switchback.advice.saved_bytes import saved_bytes
+from testing import convert_all, hostile
+from torch_switchback.analysis.saved_bytes import saved_bytes
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
@@ -59,7 +59,7 @@ def test_memory_efficient_gradients_of_hostile_data_are_those_of_eager(backend, 
 # The first has the compiler's default partition and no code generation.
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
 @pytest.mark.parametrize("weight_scaling", ["global", "rowwise"])
-def test_memory_efficient_layers_keep_no_codes_of_what_is_computed_again(weight_scaling, backend, device):
+def test_memory_efficient_layers_keep_no_int8_values_of_what_is_computed_again(weight_scaling, backend, device):
     tokens, width, hidden = 256, 64, 192
     layers = nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
     model = convert_all(nn.Sequential(*layers), ts.SwitchBackConfig(weight_scaling, mem_efficient=True))
@@ -72,14 +72,14 @@ def test_memory_efficient_layers_keep_no_codes_of_what_is_computed_again(weight_
 
 
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
-def test_memory_efficient_layers_keep_the_codes_of_what_nothing_else_keeps(backend, device):
+def test_memory_efficient_layers_keep_the_int8_values_of_what_nothing_else_keeps(backend, device):
     tokens, width, hidden = 256, 64, 192
     layers = nn.Linear(width, hidden), nn.Linear(hidden, width)
     model = convert_all(nn.Sequential(*layers), ts.SwitchBackConfig(mem_efficient=True)).to(device, torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
-    codes_and_absmaxes = tokens * (width + hidden + 2 * 4)
-    assert saved_bytes(model, lambda: compiled(x)) <= codes_and_absmaxes + 1024
+    qdata_and_absmaxes = tokens * (width + hidden + 2 * 4)
+    assert saved_bytes(model, lambda: compiled(x)) <= qdata_and_absmaxes + 1024
 
 
 @backends

@@ -218,9 +218,7 @@ def test_candidates_fit_shared_memory(architecture, quick):
     for c in found:
         assert limits.tma or not c.tma
         assert candidates.shared_memory(c, out_bytes=4) <= limits.shared_memory_kib * 1024
-        assert (
-            candidates.shared_memory(c, out_bytes=2) * c.programs_per_multiprocessor <= limits.shared_memory_kib * 1024
-        )
+        assert candidates.shared_memory(c, out_bytes=2) * c.ctas_per_sm <= limits.shared_memory_kib * 1024
 
 
 def test_candidates_of_hopper():
@@ -228,7 +226,7 @@ def test_candidates_of_hopper():
     tma = [c for c in found if c.kernel == "tma"]
     assert {(c.block_m, c.block_n, c.block_k) for c in tma} == set(candidates.TMA_TILES)
     assert {c.num_stages for c in tma} == {3, 4, 5}
-    assert {c.programs_per_multiprocessor for c in tma} == {1, 2}
+    assert {c.ctas_per_sm for c in tma} == {1, 2}
     specialized = [c for c in found if c.kernel == "warp_specialized"]
     assert {(c.block_m, c.block_n, c.block_k) for c in specialized} == set(candidates.WARP_SPECIALIZED_TILES)
     assert {c.num_stages for c in specialized} == {3, 4, 5, 6}

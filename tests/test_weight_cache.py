@@ -1,4 +1,4 @@
-"""cache_quantized_weight: the weight is quantised once until it changes, and never used after it has."""
+"""cache_quantized_weight: the weight is quantized once until it changes, and never used after it has."""
 
 import copy
 import dataclasses
@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from cases import assert_same, patch_scheme
 from test_nn import count_weight_quantizations
+from testing import assert_same, patch_scheme
 from torch_switchback.ops import quantize_global
 from torch_switchback.weight_cache import WeightCache
 
 
 @pytest.fixture(params=["global", "rowwise"])
 def layers(request, device, monkeypatch):
-    """A caching layer, its twin that does not, and the list of quantisations that the caching one makes."""
+    """A caching layer, its twin that does not, and the list of quantizations that the caching one makes."""
     calls = count_weight_quantizations(
         monkeypatch, ts.SwitchBackConfig(request.param), lambda weight: weight.data_ptr() == caching.weight.data_ptr()
     )
@@ -38,14 +38,14 @@ def check_same(caching, plain, x):
         assert_same(actual, expected)
 
 
-def test_microbatches_quantise_once(layers, device):
+def test_microbatches_quantize_once(layers, device):
     caching, plain, calls = layers
     for _ in range(4):
         check_same(caching, plain, torch.randn(5, 64, device=device))
     assert calls == ["quantize_weight_with_transpose"]
 
 
-def test_an_evaluation_quantises_no_transpose(layers, device):
+def test_an_evaluation_quantizes_no_transpose(layers, device):
     caching, plain, calls = layers
     x = torch.randn(5, 64, device=device)
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_a_change_is_seen(layers, change, device):
     check_same(caching, plain, x)
 
 
-def test_the_codes_of_a_frozen_weight_outlive_the_steps_of_others(layers, device):
+def test_the_int8_values_of_a_frozen_weight_outlive_the_steps_of_others(layers, device):
     caching, plain, calls = layers
     caching.weight.requires_grad_(False)
     x = torch.randn(5, 64, device=device)
@@ -192,7 +192,7 @@ def test_an_evaluation_in_inference_mode_between_two_steps(layers, device):
     check_same(caching, plain, x)
 
 
-def test_a_parametrised_weight_is_never_cached(layers, device):
+def test_a_parametrized_weight_is_never_cached(layers, device):
     """Its values change without a sign, and its memory is used again by the next."""
     caching, plain, _ = layers
     for layer in (caching, plain):
@@ -205,7 +205,7 @@ def test_a_parametrised_weight_is_never_cached(layers, device):
                 layer.parametrizations.weight.original0.mul_(1.5)
 
 
-def test_what_another_thread_quantises_meanwhile_is_its_own(device, monkeypatch):
+def test_what_another_thread_quantizes_meanwhile_is_its_own(device, monkeypatch):
     """As nn.DataParallel's threads do, whose replicas share what a layer has."""
     one, other = (nn.Parameter(torch.randn(48, 64, device=device)) for _ in range(2))
     config, cache = ts.SwitchBackConfig(), WeightCache()
@@ -262,7 +262,7 @@ def test_preparing_frees_it(layers, device):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
-def test_a_prepared_layer_transposes_its_codes_once(scaling, cached, device, monkeypatch):
+def test_a_prepared_layer_transposes_its_int8_values_once(scaling, cached, device, monkeypatch):
     calls = []
 
     def counted(transpose):
@@ -292,7 +292,7 @@ def test_a_prepared_layer_transposes_its_codes_once(scaling, cached, device, mon
 
 
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
-def test_other_codes_are_seen(scaling, device):
+def test_other_int8_values_are_seen(scaling, device):
     config = ts.SwitchBackConfig(scaling, cache_quantized_weight=True)
     layer, other = (ts.convert_to_switchback(nn.Linear(64, 48, device=device), config=config) for _ in range(2))
     x = torch.randn(5, 64, device=device, requires_grad=True)

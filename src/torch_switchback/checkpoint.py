@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from .config import config_of
+from .filters import look_up
 from .functional import quantize_weight
 from .ops import dequantize_rowwise
 from .ops._validation import FLOAT_DTYPES
-from .recipes import config_of, look_up
 
 NOTE = "torch_switchback"  # the entry of the file's metadata: which layers are prepared, and from which dtype
 State = dict[str, torch.Tensor]

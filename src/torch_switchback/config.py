@@ -1,4 +1,4 @@
-"""How a SwitchBack layer computes its three products, as data."""
+"""SwitchBackConfig, which says how a layer computes its three matmuls, and RECIPES, the named ones."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,30 +19,30 @@ class SwitchBackConfig:
             input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
         mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
             dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
-            sees the quantised input. ``torch.compile`` does not even keep those codes where it can compute them
+            sees the quantized input. ``torch.compile`` does not even keep those int8 values where it can compute them
             again from what is kept anyway, such as a GELU's or a norm's input.
         cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
-            accumulation then quantises it once an optimiser step instead of once a microbatch. It takes 2 bytes an
+            accumulation then quantizes it once an optimizer step instead of once a microbatch. It takes 2 bytes an
             element of the weight from the first training forward on. The layer keeps it, so the functional
             form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
             shows, as of in-place edits and ``load_state_dict``; of a parameter that requires grad also the ``step`` of
             any ``torch.optim.Optimizer``, however it writes. What writes through ``weight.data`` or raw memory outside
-            of one (merging a LoRA adapter, DeepSpeed's engine, an optimiser inside a CUDA graph) must say so:
+            of one (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph) must say so:
             ``torch.autograd.graph.increment_version(weight)``. Prepared for evaluation, a layer that
-            propagates gradients keeps the transposed codes beside its own.
+            propagates gradients keeps the transposed int8 values beside its own.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
-            the rotated codes of X for the backward, which are as small as mem_efficient's. Where quantising costs more
-            than the product gains (few features, few tokens; :func:`explain` says which layers) it
-            stays at high precision, and says so once. ``"int8_always"``: there too. Not for tensor-parallel layers.
-        rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantised
+            the rotated int8 values of X for the backward, which are as small as mem_efficient's. Where quantizing
+            costs more than the product gains (few features, few tokens; :func:`explain` says which layers) it
+            stays at high precision and warns once. ``"int8_always"``: there too. Not for tensor-parallel layers.
+        rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantized
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
-            policy. ``"int8"``: as the codes that the layer computes with, quantised from the shards by the absmax
+            policy. ``"int8"``: as the int8 values that the layer computes with, quantized from the shards by the absmax
             over all of them (docs/scaling.md). Without FSDP2 it makes no difference.
         rotate_features: how many features (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes in both operands of
-            the output and of the input gradient before they are quantised; None: no rotation. It spreads channels that
-            are much larger than the others and would leave those a handful of codes (docs/architecture.md). With
+            the output and of the input gradient before they are quantized; None: no rotation. It spreads channels that
+            are much larger than the others and would leave those a handful of int8 levels (docs/architecture.md). With
             ``weight_scaling="rowwise"`` only, in layers that are neither prepared for evaluation nor tensor-parallel.
 
     Raises:
@@ -94,3 +94,30 @@ class SwitchBackConfig:
             return name
         rotation = "" if self.rotate_tokens is None else f" rotated by {self.rotate_tokens}"
         return f"{name}, grad_weight {self.grad_weight}{rotation}"
+
+
+RECIPES = {
+    "switchback": SwitchBackConfig(),
+    "switchback_memory_efficient": SwitchBackConfig(mem_efficient=True),
+    "switchback_int8_grad_weight": SwitchBackConfig(grad_weight="int8"),
+    "rowwise": SwitchBackConfig("rowwise"),
+    "rowwise_memory_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
+    "rowwise_int8_grad_weight": SwitchBackConfig("rowwise", grad_weight="int8"),
+    "rowwise_rotated_features": SwitchBackConfig("rowwise", rotate_features=64),
+}
+
+
+def config_of(config: SwitchBackConfig | str) -> SwitchBackConfig:
+    """A configuration itself, or the one of a recipe.
+
+    Raises:
+        ValueError: there is no recipe of that name.
+        TypeError: config is something else.
+    """
+    if isinstance(config, str):
+        if config not in RECIPES:
+            raise ValueError(f"config: the recipes are {', '.join(RECIPES)}; got {config!r}")
+        return RECIPES[config]
+    if not isinstance(config, SwitchBackConfig):
+        raise TypeError(f"config must be a SwitchBackConfig or the name of a recipe, got {config!r}")
+    return config

@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import extensions
 from ._text import table
-from .config import SwitchBackConfig
-from .distributed.fsdp import undo_int8_all_gather, use_int8_all_gather
-from .filters import default_filter
+from .config import SwitchBackConfig, config_of
+from .filters import default_filter, look_up, unmatched
 from .nn import SwitchBackLinear
-from .recipes import config_of, look_up, unmatched
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = SwitchBackConfig | str
@@ -81,7 +80,7 @@ def convert_to_switchback(
 ) -> Model:
     """Make a model's exact nn.Linear layers SwitchBackLinear, in place. :func:`conversion_report` says which and why.
 
-    Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimisers
+    Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimizers
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
     in a dtype that the int8 products do not take (float64) are refused when the layer is called. If a model is refused,
     nothing of it has been changed.
@@ -154,7 +153,7 @@ def convert_to_switchback(
     if not report.converted and any(patterns.values()):
         warnings.warn(_nothing_converted(report), stacklevel=2)
     if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
-        use_int8_all_gather(model, chosen)
+        extensions.distributed.use_int8_all_gather(model, chosen)
     for module, found in chosen.items():  # from here on nothing raises: a model that is refused is as it was
         module.__class__ = SwitchBackLinear
         module.config = found  # type: ignore[assignment]
@@ -184,7 +183,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
-    A layer that was prepared for evaluation gets a new ``weight``, dequantised. Subclasses of SwitchBackLinear, such as
+    A layer that was prepared for evaluation gets a new ``weight``, dequantized. Subclasses of SwitchBackLinear, such as
     torch.nn.utils.parametrize and fully_shard make, stay, with a warning each, but for those that set ``reverts_to``
     themselves.
 
@@ -198,7 +197,7 @@ def revert_switchback(model: Model) -> Model:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
             the graph of a forward.
     """
-    undo_int8_all_gather(model)
+    extensions.distributed.undo_int8_all_gather(model)
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
         if not isinstance(module, SwitchBackLinear):

@@ -1,13 +1,17 @@
-"""Which layers convert_to_switchback leaves alone unless it is told to convert them, and why."""
+"""Which layers convert_to_switchback leaves alone unless it is told to convert them, and why; layers by name."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
+Value = TypeVar("Value")
+
 # The narrower side of the narrowest layers that have been seen to gain: trained on an H200 and compiled, a GPT whose
 # layers have 1024 features and more gains, one of 768 gains or loses with the speed of the host (docs/performance.md).
-# Quantising costs in proportion to in + out, the products gain in proportion to in * out.
+# Quantizing costs in proportion to in + out, the products gain in proportion to in * out.
 LEAST_FEATURES = 1024
 
 
@@ -36,3 +40,15 @@ def default_filter(model: nn.Module, least_features: int = LEAST_FEATURES) -> Ca
         return ""
 
     return why_left
+
+
+def look_up(patterns: Mapping[str, Value], fqn: str) -> Value | None:
+    """What stands under a layer's very name, else under the first fnmatch pattern that matches it, else None."""
+    if fqn in patterns:
+        return patterns[fqn]
+    return next((value for pattern, value in patterns.items() if fnmatchcase(fqn, pattern)), None)
+
+
+def unmatched(patterns: Iterable[str], fqns: Collection[str]) -> list[str]:
+    """The names and fnmatch patterns that no layer has."""
+    return [p for p in patterns if p not in fqns and not any(fnmatchcase(fqn, p) for fqn in fqns)]

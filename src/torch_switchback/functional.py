@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _grad_weight
-from .config import SwitchBackConfig
+from . import _grad_weight, extensions
+from .config import SwitchBackConfig, config_of
 from .ops._numerics import quantize_traceably
 from .ops._validation import (
     DEVICE_TYPES,
@@ -56,35 +56,42 @@ def switchback_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    config: SwitchBackConfig | None = None,
-    *,
-    weight_absmax: torch.Tensor | None = None,
-    weight_cache: WeightCache | None = None,
+    config: SwitchBackConfig | str | None = None,
 ) -> torch.Tensor:
-    """torch.nn.functional.linear with int8 forward and input-gradient products.
+    """Apply torch.nn.functional.linear with int8 matmuls for the output and the input's gradient.
 
     Args:
         x: (*, in_features), float16, bfloat16 or float32; under autocast it is cast to autocast's dtype.
-        weight: [out_features, in_features], float16, bfloat16 or float32 (not necessarily x's dtype); or int8
-            codes, with weight_absmax.
+        weight: [out_features, in_features], float16, bfloat16 or float32, not necessarily x's dtype.
         bias: [out_features], float16, bfloat16 or float32, or None.
-        config: how the products are computed; the paper's default if None.
-        weight_absmax: for an int8 weight its absmax, as a prepared layer's ``weight_absmax``.
-        weight_cache: a layer's own, with ``cache_quantized_weight``: where this weight's codes stay until it changes.
+        config: a SwitchBackConfig, or the name of a recipe; the paper's default if None.
 
     Returns:
         (*, out_features) in x's dtype, or in autocast's.
 
     Raises:
         TypeError: an argument has another dtype, x is no tensor, a NestedTensor or sparse, or config is something else.
-        ValueError: shapes do not match, the arguments are on different devices, or on one that is neither a CPU nor
-            CUDA (ROCm's is) nor meta, or the weight is codes and config rotates the features.
+        ValueError: shapes do not match; the arguments are on different devices, or on one that is neither a CPU nor
+            CUDA (ROCm included) nor meta; or there is no recipe of that name.
         RuntimeError: once its gradients are differentiated again.
     """
-    if config is None:
-        config = SwitchBackConfig()
-    elif not isinstance(config, SwitchBackConfig):
-        raise TypeError(f"switchback_linear: config must be a SwitchBackConfig, got {config!r}")
+    return linear(x, weight, bias, SwitchBackConfig() if config is None else config_of(config))
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: SwitchBackConfig,
+    weight_absmax: torch.Tensor | None = None,
+    weight_cache: WeightCache | None = None,
+) -> torch.Tensor:
+    """Apply :func:`switchback_linear` with the state that a layer has besides its parameters.
+
+    Args:
+        weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
+        weight_cache: where the int8 values of this weight stay until it changes.
+    """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
     device_type = x.device.type
@@ -92,15 +99,13 @@ def switchback_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, bias, weight_absmax, config)
     if _is_distributed(x) or _is_distributed(weight):
-        from .distributed import tensor_parallel
-
-        return tensor_parallel.switchback_linear(x, weight, bias, config)
+        return extensions.distributed.linear(x, weight, bias, config)
     call = Call(config, weight_cache, None, _grad_weight.runs_in_int8(config, x, weight))
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
 
 
 def _is_distributed(x: torch.Tensor) -> bool:
-    """Whether x is a DTensor, without importing torch.distributed.tensor for those that are none."""
+    """Return whether x is a DTensor, without importing torch.distributed.tensor."""
     return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
@@ -131,7 +136,7 @@ def _check(
         check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
         check_same_device(op, x, weight_absmax=weight_absmax)
         if config.rotate_features is not None:
-            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not codes")
+            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not int8 values")
     elif weight.dtype not in FLOAT_DTYPES:
         check_float(op, "weight", weight)
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -148,7 +153,7 @@ def _check(
 
 
 class Call(NamedTuple):
-    """What a call of the autograd Function takes besides tensors."""
+    """Hold what a call of the autograd Function takes besides tensors."""
 
     config: SwitchBackConfig
     weight_cache: WeightCache | None

@@ -1,37 +1,36 @@
 """SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from .config import SwitchBackConfig
-from .distributed.fsdp import unwrap, wrap_like
-from .functional import quantize_weight, switchback_linear
-from .ops import dequantize_rowwise
+from .config import SwitchBackConfig, WeightScaling, config_of
+from .functional import linear
+from .prepared import PreparedWeight
 from .weight_cache import WeightCache
 
-torch.fx.wrap("switchback_linear")  # a node of its own in torch.fx's graphs: its checks are no operations
-
-Entry = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype; None: any float, to be cast
-_PREPARED = "weight_int8", "weight_absmax"
-_OF_BITSANDBYTES = "W_int8", "state_W"
+torch.fx.wrap("linear")  # a node of its own in torch.fx's graphs: its checks are no operations
 
 
-class SwitchBackLinear(nn.Linear):
+class SwitchBackLinear(PreparedWeight, nn.Linear):
     """A drop-in nn.Linear for INT8 training (SwitchBack, arXiv 2304.13013).
 
     Args:
         in_features: size of each input row.
         out_features: size of each output row.
-        bias: whether to add a learnt bias.
+        bias: whether to add a learned bias.
         device: where the parameters live.
         dtype: the parameters' dtype: float16, bfloat16 or float32. The input may have another one.
-        vector_wise_quantization: one absmax a row of the weight (and a column, in the backward) instead of one
-            for all of it.
+        vector_wise_quantization: one absmax per row of the weight (per column in the backward) instead of one for all
+            of it.
         mem_efficient: keep the input for the backward in int8 instead of its own dtype.
+        config: a SwitchBackConfig or the name of a recipe, instead of the two before.
+
+    Raises:
+        ValueError: config comes with one of the two before, or there is no recipe of that name.
+        TypeError: config is something else.
 
     Shape:
         input (*, in_features), output (*, out_features) in the input's dtype (autocast's under autocast).
@@ -44,10 +43,6 @@ class SwitchBackLinear(nn.Linear):
     """What :func:`torch_switchback.revert_switchback` makes of this very class."""
 
     config: SwitchBackConfig
-    weight_int8: torch.Tensor  # while prepared, as are the next three
-    weight_absmax: torch.Tensor
-    _weight_dtype: torch.dtype
-    _weight_requires_grad: bool
 
     def __init__(
         self,
@@ -58,11 +53,20 @@ class SwitchBackLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         vector_wise_quantization: bool = False,
         mem_efficient: bool = False,
+        *,
+        config: SwitchBackConfig | str | None = None,
     ) -> None:
+        if config is None:
+            scaling: WeightScaling = "rowwise" if vector_wise_quantization else "global"
+            config = SwitchBackConfig(scaling, mem_efficient=mem_efficient)
+        elif vector_wise_quantization or mem_efficient:
+            raise ValueError(
+                f"SwitchBackLinear: config={config!r} goes without vector_wise_quantization={vector_wise_quantization} "
+                f"and mem_efficient={mem_efficient}: it says both itself"
+            )
+        config = config_of(config)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.config = SwitchBackConfig(
-            weight_scaling="rowwise" if vector_wise_quantization else "global", mem_efficient=mem_efficient
-        )
+        self.config = config
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Also how FSDP2 puts a gathered weight in: often in the same memory, and at the same version."""
@@ -70,166 +74,24 @@ class SwitchBackLinear(nn.Linear):
             self.__dict__.pop("_weight_cache", None)
         super().__setattr__(name, value)
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the weight has been replaced by its int8 codes."""
-        return self.weight is None
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         weight, config = self.weight, self.config
         if weight is not None and not config.cache_quantized_weight:
-            return switchback_linear(input, weight, self.bias, config)
+            return linear(input, weight, self.bias, config)
         absmax = cache = None
         if weight is None:
             weight, absmax = self.weight_int8, self.weight_absmax
         is_traced = not isinstance(input, torch.Tensor)  # but torch.fx's Proxy
         if config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-        return switchback_linear(input, weight, self.bias, config, weight_absmax=absmax, weight_cache=cache)
-
-    def prepare_for_eval(self) -> None:
-        """Quantise the weight for good and free it: the same output bit for bit, less time and memory.
-
-        The input still gets its gradient, the weight none. Calling it again does nothing.
-        :meth:`prepare_for_training` undoes it.
-
-        Raises:
-            RuntimeError: the weight is not a parameter of this layer but computed from others, or is a DTensor.
-            TypeError: the weight is not float16, bfloat16 or float32.
-            ValueError: the layer rotates its features.
-        """
-        if self.is_prepared:
-            return
-        if self._parameters.get("weight") is None:
-            raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrised, or pruned?")
-        if hasattr(self.weight, "device_mesh"):
-            raise RuntimeError("prepare_for_eval: weight is sharded over processes; load its state into a plain model")
-        with torch.inference_mode(False), torch.no_grad():
-            codes, absmax = quantize_weight(self.weight, self.config)
-        self._become_prepared(codes, absmax)
-
-    def prepare_for_training(self) -> None:
-        """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantised, in the dtype it had.
-
-        What was rounded away stays away (at most absmax / 254 an element), and an optimiser must be given the
-        new parameter. A weight that was tied to another module's is no longer. On an unprepared layer it does nothing.
-        """
-        if not self.is_prepared:
-            return
-        absmax = self.weight_absmax.expand(self.out_features).contiguous()
-        self._become_unprepared(dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype))
-
-    def _become_prepared(self, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-        self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
-        self.weight = None  # type: ignore[assignment]
-        self.__dict__.pop("_weight_cache", None)
-        self.register_buffer("weight_int8", codes)
-        self.register_buffer("weight_absmax", absmax)
-
-    def _become_unprepared(self, weight: torch.Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
-        del self.weight_int8, self.weight_absmax, self._weight_dtype, self._weight_requires_grad
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SwitchBackLinear":
-        """Move buffers between devices, but keep their dtypes through ``.half()``, ``.bfloat16()`` and ``.type()``."""
-        self.__dict__.pop("_weight_cache", None)
-        before = {name: self._buffers.get(name) for name in ("weight_int8", "weight_absmax")}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
-                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
-        if self.is_prepared:
-            self._weight_dtype = fn(self.weight_absmax.new_empty(0, dtype=self._weight_dtype)).dtype
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        name = f"{prefix}weight"  # not there while prepared, and of a parametrised layer
-        if name in destination and not keep_vars:
-            destination[name] = unwrap(destination[name])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take a training state_dict or a prepared one, whichever of the two this layer is; or leave it as it is.
-
-        nn.Linear copies what fits before it complains of what does not. Here nothing is copied then.
-        """
-        found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        becomes_prepared = not found.keys().isdisjoint(_PREPARED)
-        expected = self._expected_state(becomes_prepared, becomes_unprepared=self.is_prepared and "weight" in found)
-        problems = [
-            f"{what} mismatch for {prefix}{name}: got {got}, the layer has {has}."
-            for name in expected.keys() & found.keys()
-            for what, got, has in _mismatches(found[name], *expected[name])
-        ]
-        if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
-            problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 codes and their absmax do.")
-        elif becomes_prepared and self.config.rotate_features is not None:
-            problems.append(f"mismatch for {prefix}weight: it comes as int8 codes, which rotate_features cannot use.")
-        elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
-            problems.append(
-                f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
-                "call prepare_for_eval() here."
-            )
-        if problems:
-            error_msgs.extend(problems)
-            return
-        if local_metadata.get("assign_to_params_buffers") and not becomes_prepared and f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}weight"] = wrap_like(state_dict[f"{prefix}weight"], self.weight)
-        if becomes_prepared and not self.is_prepared:
-            device = self.weight.device
-            self._become_prepared(
-                *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in (expected[n] for n in _PREPARED))
-            )
-        elif self.is_prepared and not becomes_prepared and "weight" in found:
-            self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _expected_state(self, becomes_prepared: bool, becomes_unprepared: bool) -> dict[str, Entry]:
-        """Shapes and dtypes of what a state_dict has for this layer, once prepared or once not."""
-        state = {**self._parameters, **self._buffers}
-        expected = {
-            name: (tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in state.items()
-            if tensor is not None and name not in self._non_persistent_buffers_set
-        }
-        weight: dict[str, Entry] = {}
-        shape = self.out_features, self.in_features
-        if becomes_prepared:
-            absmaxes = self.config.scales_of(self.out_features)
-            weight = {"weight_int8": (shape, torch.int8), "weight_absmax": ((absmaxes,), torch.float32)}
-        elif becomes_unprepared:
-            weight = {"weight": (shape, None)}
-        else:
-            return expected
-        return {name: entry for name, entry in expected.items() if name not in ("weight", *_PREPARED)} | weight
+        return linear(input, weight, self.bias, config, absmax, cache)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")
-
-
-def _mismatches(found: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[tuple[str, Any, Any]]:
-    """What is wrong with a state_dict's entry: of what, what it is, what it must be."""
-    if not isinstance(found, torch.Tensor):
-        yield "type", type(found).__name__, "torch.Tensor"
-    elif tuple(found.shape) != shape:
-        yield "size", tuple(found.shape), shape
-    elif found.dtype != dtype and not (dtype is None and found.is_floating_point()):
-        yield "dtype", found.dtype, dtype or "a float"
 
 
 SwitchBackLinearGlobal = partial(SwitchBackLinear, vector_wise_quantization=False)

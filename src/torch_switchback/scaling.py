@@ -1,4 +1,4 @@
-"""How the operands of a layer's matmuls are quantized: one small class per scheme (arXiv 2304.13013, section 2.2).
+"""Schemes: how the operands of a layer's matmuls are quantized (arXiv 2304.13013, section 2.2).
 
 With X [tokens, in], W [out, in] and G = dL/dY [tokens, out], a scheme says how the rows of X and G, and W and Wᵀ, are
 quantized, and which matmul undoes it. Every method returns int8 values, and their absmax in float32.
@@ -18,7 +18,7 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scaling:
-    """What all schemes share: one absmax per row of X and of G.
+    """Base of all schemes: one absmax per row of X and of G.
 
     Args:
         ops: the operations to call, :data:`.ops._library.direct` or :data:`.ops._library.dispatched`.
@@ -141,7 +141,7 @@ def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
 _DIRECT, _DISPATCHED = _schemes(direct), _schemes(dispatched)
 
 
-def scaling_for(config: SwitchBackConfig, *tensors: torch.Tensor | None) -> Scaling:
+def scaling_for(config: SwitchBackConfig, first: torch.Tensor, *others: torch.Tensor | None) -> Scaling:
     """Return the scheme of a config, for a pass on these tensors: past the dispatcher if nothing can tell."""
-    schemes = _DIRECT if can_skip_dispatcher(*tensors) else _DISPATCHED
+    schemes = _DIRECT if can_skip_dispatcher(first, *others) else _DISPATCHED
     return schemes[config.weight_scaling, config.rotate_features]

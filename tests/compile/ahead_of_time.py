@@ -56,14 +56,14 @@ class Launch:
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
 
-    def specialisation(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    def specialization(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
         """What Triton compiles for: the arguments' types, the constants among them, and what 16 divides."""
         bound = dict(zip(self.kernel.arg_names, self.args, strict=False))
         bound |= {name: value for name, value in self.kwargs.items() if name in self.kernel.arg_names}
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = bound[parameter.name]
-            kind, divisible = _specialise(value, parameter)
+            kind, divisible = _specialize(value, parameter)
             signature[parameter.name] = kind
             if kind == "constexpr":
                 constants[(index,)] = value
@@ -73,11 +73,11 @@ class Launch:
 
     def compile(self, target: GPUTarget) -> Any:
         source_type = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
-        source = source_type(self.kernel, *self.specialisation())
+        source = source_type(self.kernel, *self.specialization())
         return triton.compile(source, target=target, options=self.options)
 
 
-def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
+def _specialize(value: Any, parameter: Any) -> tuple[str, bool]:
     """The type that Triton gives an argument, and whether it may count on 16 dividing it."""
     if hasattr(value, "block_shape"):
         layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors have one

@@ -39,12 +39,12 @@ def compile_all(launches, architecture):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_quantisers(architecture, dtype):
+def test_quantizers(architecture, dtype):
     launches = []
     for cols in (128, 1280, 16_384, 20_000):
-        launches += quantiser_launches(DTYPES[dtype], 2, cols)["quantize_rowwise"]
+        launches += quantizer_launches(DTYPES[dtype], 2, cols)["quantize_rowwise"]
     for shape in ((256, 128), (512, 256)):  # which take one pass and two
-        for each in quantiser_launches(DTYPES[dtype], *shape).values():
+        for each in quantizer_launches(DTYPES[dtype], *shape).values():
             launches += each
     compile_all(launches, architecture)
 
@@ -56,9 +56,9 @@ def test_quantisers(architecture, dtype):
         *((architecture, dtype, 128) for architecture in ("sm_86", "gfx942") for dtype in ("bf16", "fp32")),
     ],
 )
-def test_rotating_quantisers(architecture, dtype, block):
-    x, codes = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
-    outputs = codes, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
+def test_rotating_quantizers(architecture, dtype, block):
+    x, qdata = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
+    outputs = qdata, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
     launches = record(quantize_rotated.plan_quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
     for cols in (5120, 28_672):  # held in several tiles, and read twice
         launches += rotated_rowwise_launches(65, cols, DTYPES[dtype], block)
@@ -66,26 +66,29 @@ def test_rotating_quantisers(architecture, dtype, block):
 
 
 def rotated_rowwise_launches(rows, cols, dtype, block):
-    x, codes = torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols, dtype=torch.int8)
-    return record(quantize_rotated_rowwise.plan_quantize_rotated_rowwise, x, block, codes, torch.empty(rows))
+    x, qdata = torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols, dtype=torch.int8)
+    return record(quantize_rotated_rowwise.plan_quantize_rotated_rowwise, x, block, qdata, torch.empty(rows))
 
 
 @pytest.mark.parametrize("cols", [4096, 5120])
 def test_rotation_of_the_features_is_a_product_of_tensor_cores(cols):
-    """x is read once, 16 bytes a thread at a time, and so are codes stored."""
+    """x is read once, 16 bytes a thread at a time, and so are int8 values stored."""
     (compiled,) = compile_all(rotated_rowwise_launches(65, cols, torch.bfloat16, 64), "sm_90")
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert set(re.findall(r"ld\.global\.\S+", ptx)) == {"ld.global.v4.b32"}
-    assert set(re.findall(r"st\.global\.\S+", ptx)) == {"st.global.v4.b32", "st.global.b32"}  # the codes, the absmax
+    assert set(re.findall(r"st\.global\.\S+", ptx)) == {
+        "st.global.v4.b32",
+        "st.global.b32",
+    }  # the int8 values, the absmax
 
 
 @pytest.mark.parametrize("block", [16, 128])
 def test_rotation_is_a_product_of_tensor_cores(block):
-    """Tiles are copied to where tensor cores read them while the one before is worked on, codes stored 16 at a time."""
-    x, codes = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
+    """The next tile is copied while the tensor cores work on one; int8 values are stored 16 at a time."""
+    x, qdata = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256, dtype=torch.int8)
     launches = record(
-        quantize_rotated.plan_quantize_rotated_columnwise_and_transpose, x, block, codes, torch.empty(256)
+        quantize_rotated.plan_quantize_rotated_columnwise_and_transpose, x, block, qdata, torch.empty(256)
     )
     for kernel in (compiled := compile_all(launches, "sm_90")):
         assert "wgmma.mma_async" in kernel.asm["ptx"]
@@ -93,27 +96,27 @@ def test_rotation_is_a_product_of_tensor_cores(block):
     assert {store[-7:] for store in re.findall(r"st\.global\.\S+", compiled[1].asm["ptx"])} == {".v4.b32"}
 
 
-def quantiser_launches(dtype, rows, cols):
-    """What each quantiser launches."""
+def quantizer_launches(dtype, rows, cols):
+    """What each quantizer launches."""
     x = torch.empty(rows, cols, dtype=dtype)
-    codes, codes_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
+    qdata, qdata_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
     absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)
     calls = [
-        (quantize_rowwise.plan_quantize_rowwise, x, codes, absmax_row),
-        (quantize_rowwise.plan_dequantize_rowwise, codes, absmax_row, dtype, x),
-        (quantize_global.plan_quantize_global, x, codes, absmax),
-        (quantize_global.plan_quantize_global_transpose, x, codes_t, absmax),
-        (quantize_global.plan_quantize_transpose_by_absmax, x, absmax, codes_t),
-        (quantize_global.plan_quantize_global_with_transpose, x, codes, codes_t, absmax),
-        (quantize_columnwise.plan_quantize_columnwise_and_transpose, x, codes_t, absmax_col),
-        (quantize_by_absmax.plan_quantize_by_absmax, x, absmax_row, codes),
+        (quantize_rowwise.plan_quantize_rowwise, x, qdata, absmax_row),
+        (quantize_rowwise.plan_dequantize_rowwise, qdata, absmax_row, dtype, x),
+        (quantize_global.plan_quantize_global, x, qdata, absmax),
+        (quantize_global.plan_quantize_global_transpose, x, qdata_t, absmax),
+        (quantize_global.plan_quantize_transpose_by_absmax, x, absmax, qdata_t),
+        (quantize_global.plan_quantize_global_with_transpose, x, qdata, qdata_t, absmax),
+        (quantize_columnwise.plan_quantize_columnwise_and_transpose, x, qdata_t, absmax_col),
+        (quantize_by_absmax.plan_quantize_by_absmax, x, absmax_row, qdata),
     ]
     return {make.__name__.removeprefix("plan_"): record(make, *args) for make, *args in calls}
 
 
 def test_launches():
     """Small tensors take one. With a first pass for the absmax it is two, even for both of W and Wᵀ."""
-    small, large = (quantiser_launches(torch.bfloat16, rows, 128) for rows in (128, 129))
+    small, large = (quantizer_launches(torch.bfloat16, rows, 128) for rows in (128, 129))
     assert {len(launches) for launches in small.values()} == {1}
     passes = {name: len(launches) for name, launches in large.items()}
     assert passes == {
@@ -129,9 +132,9 @@ def test_launches():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantisers_store_whole_vectors(dtype):
-    """16 bytes a thread of the codes, plain and transposed, which leave a tile along different axes."""
-    *_, second_pass = quantiser_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
+def test_quantizers_store_whole_vectors(dtype):
+    """16 bytes a thread of the int8 values, plain and transposed, which leave a tile along different axes."""
+    *_, second_pass = quantizer_launches(DTYPES[dtype], 1024, 1024)["quantize_global_with_transpose"]
     (compiled,) = compile_all([second_pass], "sm_90")
     stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
     stores.remove("st.global.b32")  # the absmax
@@ -141,7 +144,7 @@ def test_quantisers_store_whole_vectors(dtype):
 
 HOPPER = {
     "pointer": MatmulConfig("pointer", 128, 128, 64, group_m=8, num_stages=3, num_warps=8),
-    "tma": MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=3, num_warps=4, programs_per_multiprocessor=2),
+    "tma": MatmulConfig("tma", 128, 128, 128, group_m=8, num_stages=3, num_warps=4, ctas_per_sm=2),
     "warp_specialized": MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8),
 }
 
@@ -194,8 +197,8 @@ def test_products_that_begin_early_wait_before_they_read(kernel, monkeypatch):
     before, wait, _ = product.compile(TARGETS["sm_90"]).asm["ptx"].partition("griddepcontrol.wait")
     assert wait
     assert not re.search(r"ld\.global|cp\.async", before)
-    (quantiser, *_) = quantiser_launches(torch.bfloat16, 64, 1024)["quantize_rowwise"]
-    assert "griddepcontrol.launch_dependents" in quantiser.compile(TARGETS["sm_90"]).asm["ptx"]
+    (quantizer, *_) = quantizer_launches(torch.bfloat16, 64, 1024)["quantize_rowwise"]
+    assert "griddepcontrol.launch_dependents" in quantizer.compile(TARGETS["sm_90"]).asm["ptx"]
 
 
 def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
@@ -240,13 +243,13 @@ def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
 
 
 def odd_step_launches(tokens, in_features, out_features):
-    """The launches of a step that take longest to compile: the quantiser that transposes and the two products."""
-    weight, codes_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
+    """The launches of a step that take longest to compile: the quantizer that transposes and the two products."""
+    weight, qdata_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
     launches = record(
         quantize_global.plan_quantize_transpose_by_absmax,
         weight,
         torch.empty(1),
-        torch.empty(codes_t, dtype=torch.int8),
+        torch.empty(qdata_t, dtype=torch.int8),
     )
     for n, k, bias in ((out_features, in_features, True), (in_features, out_features, False)):
         a, b = torch.empty(tokens, k, dtype=torch.int8), torch.empty(k, n, dtype=torch.int8)
@@ -268,17 +271,17 @@ def odd_step_launches(tokens, in_features, out_features):
 def test_odd_layers_share_their_kernels_and_so_do_forward_and_backward():
     layers = [(333, 1001, 1001), (300, 257, 131), (500, 250, 999)]
     launches = [launch for layer in layers for launch in odd_step_launches(*layer)]
-    compiled = {launch.kernel.__name__: (launch.specialisation(), launch.options) for launch in launches}
+    compiled = {launch.kernel.__name__: (launch.specialization(), launch.options) for launch in launches}
     assert set(compiled) == {"quantize_transpose_kernel", "int8_matmul_kernel"}
     for launch in launches:
-        assert (launch.specialisation(), launch.options) == compiled[launch.kernel.__name__]
+        assert (launch.specialization(), launch.options) == compiled[launch.kernel.__name__]
 
 
-def test_the_global_quantiser_of_an_odd_number_of_elements_is_that_of_others():
+def test_the_global_quantizer_of_an_odd_number_of_elements_is_that_of_others():
     """Whole vectors are read as such whatever is behind them, and nothing is compiled anew."""
-    launches = [quantiser_launches(torch.bfloat16, *shape)["quantize_global"] for shape in ((256, 256), (131, 257))]
+    launches = [quantizer_launches(torch.bfloat16, *shape)["quantize_global"] for shape in ((256, 256), (131, 257))]
     for even, odd in zip(*launches, strict=True):
-        assert (even.specialisation(), even.options) == (odd.specialisation(), odd.options)
+        assert (even.specialization(), even.options) == (odd.specialization(), odd.options)
     pass_1, pass_2 = (kernel.asm["ptx"] for kernel in compile_all(launches[1], "sm_90"))
     assert "ld.global.v4.b32" in pass_1
     assert "ld.global.v4.b32" in pass_2 and "st.global.v4.b32" in pass_2
@@ -320,12 +323,12 @@ def test_no_sum_is_contracted_with_a_product(allowed):
 def step_launches(tokens, in_features=256, out_features=384):
     """The launches of a step that depend on the token count, in bfloat16."""
     x, grad = (torch.empty(tokens, width, dtype=torch.bfloat16) for width in (in_features, out_features))
-    x_codes, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
+    x_int8, absmax = torch.empty(tokens, in_features, dtype=torch.int8), torch.empty(tokens)
     config = matmul_config("sm_90", tokens, out_features, in_features)
     return [
-        *record(quantize_rowwise.plan_quantize_rowwise, x, x_codes, absmax),
+        *record(quantize_rowwise.plan_quantize_rowwise, x, x_int8, absmax),
         *record(quantize_rowwise.plan_quantize_rowwise, grad, grad.to(torch.int8), absmax),
-        *record(quantize_rowwise.plan_dequantize_rowwise, x_codes, absmax, x.dtype, x),
+        *record(quantize_rowwise.plan_dequantize_rowwise, x_int8, absmax, x.dtype, x),
         *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
         *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
     ]
@@ -335,7 +338,7 @@ def step_launches(tokens, in_features=256, out_features=384):
 def test_a_changing_token_count_compiles_once_a_power_of_two(octave):
     counts = [octave + 1, octave + 16, octave + octave // 2, 2 * octave - 1, 2 * octave]
     first, *others = (
-        [(launch.kernel, launch.specialisation(), launch.options) for launch in step_launches(count)]
+        [(launch.kernel, launch.specialization(), launch.options) for launch in step_launches(count)]
         for count in counts
     )
     for other in others:

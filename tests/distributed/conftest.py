@@ -1,6 +1,6 @@
 import pytest
 import torch.distributed as dist
-from world import World
+from dist_utils import World
 
 collect_ignore_glob = [] if dist.is_available() and dist.is_gloo_available() else ["test_*.py"]
 

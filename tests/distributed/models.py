@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
 
 
 def mlp(hidden=33, out=7):

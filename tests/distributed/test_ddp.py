@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch.nn.parallel import DistributedDataParallel
-from world import in_processes
 
 STRATEGIES = [
     {"weight_scaling": scaling, "mem_efficient": mem_efficient}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,13 +16,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from world import in_processes
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
+from torch_switchback.analysis.monitor import Monitor, measure
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 from torch_switchback.distributed.fsdp_weights import ShardWeight
-from torch_switchback.monitor import Monitor, measure
 
 SCALINGS = ["global", "rowwise"]
 
@@ -34,11 +34,11 @@ def sharded(model, **options):
 
 
 def gathered(layer):
-    """A layer's codes and absmax as FSDP2 gathers them."""
+    """A layer's int8 values and absmax as FSDP2 gathers them."""
     layer.unshard()
-    codes, absmax = layer.weight._codes.clone(), layer.weight._absmax.clone()
+    qdata, absmax = layer.weight._qdata.clone(), layer.weight._absmax.clone()
     layer.reshard()
-    return codes[: layer.out_features], absmax
+    return qdata[: layer.out_features], absmax
 
 
 def full_weights(model):
@@ -109,16 +109,16 @@ def test_a_weight_cache_when_the_next_weight_lies_in_the_same_memory():
 @pytest.mark.parametrize("out", [7, 3, 8], ids=lambda out: f"{out} rows")
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(4)
-def test_codes_are_those_of_one_process(scaling, out):
+def test_int8_values_are_those_of_one_process(scaling, out):
     """Also with shards that are padded (33 and 7 rows among 4), or empty (3 rows)."""
-    quantize = ts.quantize_global if scaling == "global" else ts.quantize_rowwise
+    quantize = ts.ops.quantize_global if scaling == "global" else ts.ops.quantize_rowwise
     original = mlp(out=out)
     model = sharded(converted(original, weight_scaling=scaling, all_gather="int8"))
     optimizer = sgd(model)
     for step in range(3):
         for layer in (model[0], model[2]):
-            codes, absmax = quantize(layer.weight.full_tensor())
-            for actual, expected in zip(gathered(layer), (codes, absmax), strict=True):
+            qdata, absmax = quantize(layer.weight.full_tensor())
+            for actual, expected in zip(gathered(layer), (qdata, absmax), strict=True):
                 assert actual.dtype == expected.dtype and torch.equal(actual, expected)
         loss_of(model(own(batch(step=step)))).backward()
         optimizer.step()
@@ -148,7 +148,7 @@ def test_int8_trains_as_one_process(reshard):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        # The same weights to the bit again, or the products' last codes may differ from here on.
+        # The same weights to the bit again, or the products' last int8 values may differ from here on.
         with torch.no_grad():
             for parameter, value in zip(alone.parameters(), full_weights(model), strict=True):
                 parameter.copy_(value)
@@ -156,8 +156,8 @@ def test_int8_trains_as_one_process(reshard):
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
-def test_int8_with_a_policy_quantises_the_weights_themselves(scaling):
-    """Not what they are in the policy's dtype: the codes are more exact than those of bf16's all-gather."""
+def test_int8_with_a_policy_quantizes_the_weights_themselves(scaling):
+    """Not what they are in the policy's dtype: the int8 values are more exact than those of bf16's all-gather."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8"), mp_policy=policy)
     x = batch()
@@ -179,10 +179,11 @@ def test_shards_along_the_input_features(scaling):
     original = nn.Linear(20, 6)
     layer = converted(original, weight_scaling=scaling, all_gather="int8")
     fully_shard(layer, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
-    expected = ts.quantize_global(original.weight) if scaling == "global" else ts.quantize_rowwise(original.weight)
+    quantize = ts.ops.quantize_global if scaling == "global" else ts.ops.quantize_rowwise
+    expected = quantize(original.weight)
     assert layer.weight.to_local().shape == (6, 10)
-    codes, absmax = gathered(layer)
-    assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
+    qdata, absmax = gathered(layer)
+    assert torch.equal(qdata, expected[0]) and torch.equal(absmax, expected[1])
 
 
 @in_processes(4)
@@ -283,10 +284,10 @@ def test_a_change_is_seen(change):
     precompute_absmax_for_fsdp(model)
     before = gathered(model[2])
     CHANGES[change](model)
-    codes, absmax = ts.quantize_global(model[2].weight.full_tensor())
+    qdata, absmax = ts.ops.quantize_global(model[2].weight.full_tensor())
     after = gathered(model[2])
     assert not torch.equal(before[1], after[1])
-    assert torch.equal(after[0], codes) and torch.equal(after[1], absmax)
+    assert torch.equal(after[0], qdata) and torch.equal(after[1], absmax)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")], ids=str)
@@ -316,7 +317,7 @@ def test_state_dict_is_that_of_a_plain_model():
     model.load_state_dict(expected)
     model.load_state_dict(expected, assign=True)
     assert isinstance(model[0].weight.to_local(), ShardWeight)
-    assert torch.equal(gathered(model[0])[0], ts.quantize_global(mlp()[0].weight)[0])
+    assert torch.equal(gathered(model[0])[0], ts.ops.quantize_global(mlp()[0].weight)[0])
 
 
 @in_processes(2)
@@ -397,13 +398,13 @@ def test_compiled(all_gather, backend):
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
-def test_the_monitor_compares_with_the_gathered_codes(scaling):
-    """As measure() would do with a layer whose weight is what the codes stand for."""
+def test_the_monitor_compares_with_the_gathered_int8_values(scaling):
+    """As measure() would do with a layer whose weight is what the int8 values stand for."""
     alone = converted(mlp(), weight_scaling=scaling)
     model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8"))
-    codes, absmax = gathered(model[2])
+    qdata, absmax = gathered(model[2])
     with torch.no_grad():
-        alone[2].weight.copy_(codes * (absmax / 127).reshape(-1, 1))
+        alone[2].weight.copy_(qdata * (absmax / 127).reshape(-1, 1))
     inputs = []
     model[2].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with Monitor(model) as monitor:
@@ -519,7 +520,7 @@ def test_one_graph_serves_two_weights_but_not_their_absmax():
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_parameters_stay_the_same_objects(scaling):
-    """There and back, with what belongs to them, so that an optimiser made before trains them."""
+    """There and back, with what belongs to them, so that an optimizer made before trains them."""
     model, called = mlp(), []
     before = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,11 +15,10 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from world import in_processes
 
 import torch_switchback as ts
-from cases import codes as random_codes
-from cases import convert_all
+from testing import convert_all
+from testing import qdata as random_int8
 from torch_switchback import ops
 from torch_switchback.distributed import precompute_absmax_for_fsdp, sharding_rules  # noqa: F401  (registers them)
 
@@ -49,7 +49,7 @@ def check_gradients(model, alone):
 @pytest.mark.parametrize(("scaling", "mem_efficient"), STRATEGIES)
 @in_processes(2)
 def test_column_parallel(scaling, mem_efficient, features):
-    """The output is one process's bit for bit: its codes are, and a product's terms are not spread over ranks."""
+    """The output is one process's bit for bit: its int8 values are, and a product's terms are not spread over ranks."""
     config = {"weight_scaling": scaling, "mem_efficient": mem_efficient}
     alone, layer = (converted(nn.Linear(20, features), **config) for _ in range(2))
     layer.load_state_dict(alone.state_dict())
@@ -162,9 +162,9 @@ def test_with_fully_shard_on_a_2d_mesh(scaling, all_gather):
         loss_of(alone(x)).backward()
         loss_of(y).backward()
         if all_gather == "int8":
-            check_codes(model[0], scaling)
-            check_codes(model[2], scaling)
-        if (scaling, all_gather) != ("rowwise", "int8"):  # whose Wᵀ is quantised from the codes of W
+            check_qdata(model[0], scaling)
+            check_qdata(model[2], scaling)
+        if (scaling, all_gather) != ("rowwise", "int8"):  # whose Wᵀ is quantized from the int8 values of W
             check_gradients(model, alone)
         optimizer.step()
         optimizer.zero_grad()
@@ -172,13 +172,13 @@ def test_with_fully_shard_on_a_2d_mesh(scaling, all_gather):
             precompute_absmax_for_fsdp(model)
 
 
-def check_codes(layer, scaling):
-    quantize = ts.quantize_global if scaling == "global" else ts.quantize_rowwise
-    codes, absmax = quantize(layer.weight.full_tensor().detach())
+def check_qdata(layer, scaling):
+    quantize = ts.ops.quantize_global if scaling == "global" else ts.ops.quantize_rowwise
+    qdata, absmax = quantize(layer.weight.full_tensor().detach())
     layer.unshard()
     mesh, placements = layer.weight.device_mesh, layer.weight.placements
     local = layer.weight.to_local()
-    assert torch.equal(local._codes[: local.shape[0]], distribute_tensor(codes, mesh, placements).to_local())
+    assert torch.equal(local._qdata[: local.shape[0]], distribute_tensor(qdata, mesh, placements).to_local())
     if scaling == "rowwise" and placements == (Shard(0),):
         absmax = distribute_tensor(absmax, mesh, placements).to_local()
     assert torch.equal(local._absmax, absmax)
@@ -255,7 +255,7 @@ def test_sharding_rules(rule):
     """An operation on DTensors is the operation on the whole tensors, and stays sharded where it can."""
     name, placements, expected_placements = RULES[rule]
     torch.manual_seed(0)
-    x = random_codes(6, 10) if name.startswith("dequantize") else torch.randn(6, 10)
+    x = random_int8(6, 10) if name.startswith("dequantize") else torch.randn(6, 10)
     absmax = torch.rand(1) + 9 if "transpose_by" in name else torch.rand(6) + 9
     arguments = [x, absmax][: len(placements)]
     operation = getattr(ops, name)
@@ -270,9 +270,9 @@ def test_sharding_rules(rule):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
 def test_sharding_rules_of_the_products(scaling):
-    operation = ts.int8_matmul_mixed_dequantize if scaling == "global" else ts.int8_matmul_rowwise_dequantize
+    operation = ts.ops.int8_matmul_mixed_dequantize if scaling == "global" else ts.ops.int8_matmul_rowwise_dequantize
     torch.manual_seed(0)
-    a, b, x = random_codes(6, 8), random_codes(8, 10), torch.rand(6)
+    a, b, x = random_int8(6, 8), random_int8(8, 10), torch.rand(6)
     w, bias = torch.rand(1 if scaling == "global" else 10), torch.randn(10)
     by_columns = R if scaling == "global" else S0
     for placements, given, placement in (

@@ -70,7 +70,7 @@ def test_results(undisturbed):
     for result in document["results"]:
         assert len(result["curve"]["train_losses"]) == 12
         assert abs(result["final_validation_loss"] / linear["final_validation_loss"] - 1) < 5e-3
-    # float32 weights and float32 gathers: the codes are the same, so all the rest is.
+    # float32 weights and float32 gathers: the int8 values are the same, so all the rest is.
     assert int8["curve"]["train_losses"] == high_precision["curve"]["train_losses"]
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import guard_bands
-from cases import DTYPES
+from testing import DTYPES
 from torch_switchback.kernels import _absmax
 from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_table
@@ -47,22 +47,22 @@ class Alone:
 
 
 class Written(Alone):
-    """Outputs that were written before: initcheck does not see what TMA writes, and calls it uninitialised."""
+    """Outputs that were written before: initcheck does not see what TMA writes, and calls it uninitialized."""
 
     def output(self, like):
         return torch.full_like(like, torch.nan, device="cuda", memory_format=torch.contiguous_format)
 
 
 def cases():
-    """Calls, each of one kernel or two: quantisers in one pass and forced to two, products tuned and by force."""
+    """Calls, each of one kernel or two: quantizers in one pass and forced to two, products tuned and by force."""
     forced = itertools.cycle(
         {config.kernel: config for _, config in matmul_table(architecture(torch.device("cuda", 0)))}.values()
     )
     for shape, dtype, max_small in zip(
         MATRICES, itertools.cycle(DTYPES), itertools.cycle([_absmax.MAX_SMALL, 0]), strict=False
     ):
-        for name in guard_bands.QUANTISERS:
-            yield lambda s=shape, d=dtype, n=name, m=max_small: quantise(n, s, d, m)
+        for name in guard_bands.QUANTIZERS:
+            yield lambda s=shape, d=dtype, n=name, m=max_small: quantize(n, s, d, m)
         yield lambda s=shape, d=dtype: guard_bands.check_by_absmax(s, d, Alone())
         yield lambda s=shape, d=dtype: guard_bands.check_dequantizer(s, d, Alone())
     for shape, dtype in zip(PRODUCTS, itertools.cycle(DTYPES), strict=False):
@@ -70,9 +70,9 @@ def cases():
             yield lambda s=shape, d=dtype, c=config: guard_bands.check_product(c, s, d, Written())
 
 
-def quantise(name, shape, dtype, max_small):
+def quantize(name, shape, dtype, max_small):
     _absmax.MAX_SMALL = max_small
-    guard_bands.check_quantiser(name, shape, dtype, Alone())
+    guard_bands.check_quantizer(name, shape, dtype, Alone())
 
 
 # Planted faults
@@ -96,7 +96,7 @@ def out_of_bounds():
     copy_kernel[(1,)](torch.zeros(1024, device="cuda"), torch.empty(1000, device="cuda"), 1024)
 
 
-def uninitialised():
+def uninitialized():
     copy_kernel[(1,)](torch.empty(1024, device="cuda"), torch.empty(1024, device="cuda"), 1024)
 
 
@@ -105,7 +105,7 @@ def race():
     kernel(grid=(1, 1, 1), block=(128, 1, 1), args=(torch.zeros(128, dtype=torch.int32, device="cuda"),))
 
 
-PLANTED = {"out_of_bounds": out_of_bounds, "uninitialised": uninitialised, "race": race}
+PLANTED = {"out_of_bounds": out_of_bounds, "uninitialized": uninitialized, "race": race}
 
 
 def main():

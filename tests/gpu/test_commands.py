@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from torch_switchback.advice.recommendation import LINEAR
+from torch_switchback.analysis.recommendation import LINEAR
 from torch_switchback.kernels import int8_matmul, int8_matmul_tma, launch
 from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_config

@@ -97,7 +97,7 @@ def test_graphed_callable(config):
         for expected, actual in zip(*steps, strict=True):
             assert torch.equal(actual, expected)
         with torch.no_grad():
-            for each in (layer, graphed):  # in place, as optimisers do
+            for each in (layer, graphed):  # in place, as optimizers do
                 each.weight.mul_(1.5)
 
 
@@ -106,45 +106,46 @@ def test_more_than_two_to_the_31_elements():
     assert rows * cols > 2**31
     x = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
     tail = slice(rows - 64, rows)
-    codes, absmax = ts.quantize_rowwise(x)
-    for actual, expected in zip((codes[tail], absmax[tail]), ts.quantize_rowwise(x[tail].cpu()), strict=True):
+    qdata, absmax = ts.ops.quantize_rowwise(x)
+    for actual, expected in zip((qdata[tail], absmax[tail]), ts.ops.quantize_rowwise(x[tail].cpu()), strict=True):
         assert torch.equal(actual.cpu(), expected)
-    del codes
+    del qdata
     x[-1, -1] = 100.0
-    codes, absmax = ts.quantize_global(x)
+    qdata, absmax = ts.ops.quantize_global(x)
     assert absmax.item() == 100.0
     inverse = torch.tensor(127.0) / torch.tensor(100.0)
     expected = (x[tail].cpu().float() * inverse).round().to(torch.int8)
-    assert torch.equal(codes[tail].cpu(), expected)
-    del codes
-    codes, absmax = ts.quantize_global_transpose(x)
+    assert torch.equal(qdata[tail].cpu(), expected)
+    del qdata
+    qdata, absmax = ts.ops.quantize_global_transpose(x)
     assert absmax.item() == 100.0
-    assert torch.equal(codes[:, tail].t().cpu(), expected)
-    del codes
-    codes, absmax = ts.quantize_columnwise_and_transpose(x)
+    assert torch.equal(qdata[:, tail].t().cpu(), expected)
+    del qdata
+    qdata, absmax = ts.ops.quantize_columnwise_and_transpose(x)
     assert absmax[-1].item() == 100.0
-    assert codes[-1, -1].item() == 127
-    del codes
-    *_, codes, absmax = ops.quantize_rowwise_and_rotated_columnwise(x, 64)
+    assert qdata[-1, -1].item() == 127
+    del qdata
+    *_, qdata, absmax = ops.quantize_rowwise_and_rotated_columnwise(x, 64)
     last = rows // 64 * 64
     padded = nn.functional.pad(x[last:].cpu().float(), (0, 0, 0, last + 64 - rows))
-    assert torch.equal(codes[:, last:].t().cpu(), ops.quantize_by_absmax(rotate(padded, 64).t(), absmax.cpu()).t())
+    assert torch.equal(qdata[:, last:].t().cpu(), ops.quantize_by_absmax(rotate(padded, 64).t(), absmax.cpu()).t())
 
 
-def test_more_than_two_to_the_31_codes():
+def test_more_than_two_to_the_31_int8_values():
     rows, cols = 70_000, 32_768
     x = torch.randint(-127, 128, (rows, cols), device="cuda", dtype=torch.int8)
     absmax = torch.rand(rows, device="cuda")
-    out = ts.dequantize_rowwise(x, absmax, torch.bfloat16)
-    assert torch.equal(out[-64:].cpu(), ts.dequantize_rowwise(x[-64:].cpu(), absmax[-64:].cpu(), torch.bfloat16))
+    out = ts.ops.dequantize_rowwise(x, absmax, torch.bfloat16)
+    assert torch.equal(out[-64:].cpu(), ts.ops.dequantize_rowwise(x[-64:].cpu(), absmax[-64:].cpu(), torch.bfloat16))
 
 
 def test_a_product_of_more_than_two_to_the_31_elements():
     a = torch.randint(-127, 128, (70_000, 64), device="cuda", dtype=torch.int8)
     b = torch.randint(-127, 128, (32_768, 64), device="cuda", dtype=torch.int8)
     absmax = torch.rand(70_000, device="cuda")
-    out = ts.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
-    expected = ts.int8_matmul_mixed_dequantize(a[-64:].cpu(), b.t().cpu(), absmax[-64:].cpu(), absmax[:1].cpu(), None)
+    out = ts.ops.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
+    on_cpu = a[-64:].cpu(), b.t().cpu(), absmax[-64:].cpu(), absmax[:1].cpu()
+    expected = ts.ops.int8_matmul_mixed_dequantize(*on_cpu, None)
     assert torch.equal(out[-64:].cpu(), expected)
 
 

@@ -14,8 +14,8 @@ import triton
 from triton.runtime.jit import JITFunction
 
 import torch_switchback as ts
-from cases import assert_same
 from test_nn import STRATEGIES, gradients, make_layer
+from testing import assert_same
 from torch_switchback import ops
 from torch_switchback.kernels import int8_matmul, launch
 from torch_switchback.ops import _library
@@ -44,7 +44,7 @@ def test_out_of_memory(config):
     kept = fill_holes(200 * 2**20)
     total = torch.cuda.get_device_properties(0).total_memory
     before = torch.cuda.memory_allocated()
-    # Room for the codes (256 MiB), not for the output beside them (512 MiB).
+    # Room for the int8 values (256 MiB), not for the output beside them (512 MiB).
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 400 * 2**20) / total)
     try:
         with pytest.raises(torch.OutOfMemoryError):
@@ -92,10 +92,10 @@ def test_nothing_compiles(dtype, config, nothing_compiles):
 def test_it_is_said_once(nothing_compiles):
     x = torch.randn(5, 64, device="cuda")
     with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly: .*Failed to find C compiler"):
-        ts.quantize_rowwise(x)
+        ts.ops.quantize_rowwise(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ts.quantize_rowwise(x)
+        ts.ops.quantize_rowwise(x)
 
 
 @pytest.mark.filterwarnings("ignore:torch_switchback runs")

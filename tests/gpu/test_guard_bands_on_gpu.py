@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import guard_bands
-from cases import DTYPES
+from testing import DTYPES
 from torch_switchback.kernels.device import architecture
 from torch_switchback.tuning import matmul_table
 
@@ -15,10 +15,10 @@ CONFIGS = {config.kernel: config for _, config in matmul_table(architecture(torc
 
 @shifts
 @dtypes
-@pytest.mark.parametrize("name", guard_bands.QUANTISERS)
+@pytest.mark.parametrize("name", guard_bands.QUANTIZERS)
 @pytest.mark.parametrize("shape", [*guard_bands.SHAPES, (257, 513), (1, 70_001)], ids=str)
-def test_quantisers_between_bands(shape, name, dtype, shift):
-    guard_bands.check_quantiser(name, shape, dtype, guard_bands.Band("cuda", shift))
+def test_quantizers_between_bands(shape, name, dtype, shift):
+    guard_bands.check_quantizer(name, shape, dtype, guard_bands.Band("cuda", shift))
 
 
 @shifts

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import torch_switchback as ts
-from cases import convert_all
+from testing import convert_all
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,7 +21,7 @@ def process_group():
 @pytest.mark.parametrize("precomputes", [False, True])
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
 def test_trains_as_without(scaling, precomputes):
-    """The weights are bfloat16 already, so the codes are the same; and with them the output."""
+    """The weights are bfloat16 already, so the int8 values are the same; and with them the output."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     torch.manual_seed(0)
     original = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4))).to("cuda", torch.bfloat16)
@@ -40,10 +40,10 @@ def test_trains_as_without(scaling, precomputes):
             y = model(x)
             y.float().square().mean().backward()
             outputs[all_gather].append(y.detach())
-            if scaling == "global":  # a rowwise Wᵀ is quantised from the codes of W, so the gradients differ
+            if scaling == "global":  # a rowwise Wᵀ is quantized from the int8 values of W, so the gradients differ
                 optimizer.step()
             optimizer.zero_grad()
             if precomputes and all_gather == "int8":
-                ts.precompute_absmax_for_fsdp(model)
+                ts.distributed.precompute_absmax_for_fsdp(model)
     for actual, expected in zip(*outputs.values(), strict=True):
         assert torch.equal(actual, expected)

@@ -1,6 +1,6 @@
-"""The same bits on the GPU as on the CPU: codes, products, and a layer's output and input gradient.
+"""The same bits on the GPU as on the CPU: int8 values, products, and a layer's output and input gradient.
 
-All but the rotated codes, whose sums are in the hardware's order.
+All but the rotated int8 values, whose sums are in the hardware's order.
 """
 
 import dataclasses
@@ -10,18 +10,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import torch_switchback as ts
-from cases import (
+from test_nn import STRATEGIES, gradients, make_layer
+from testing import (
     DTYPES,
     LAYOUTS,
     SHAPES,
     assert_same,
     assert_same_int8_grad_weight,
-    assert_same_to_a_code,
-    codes,
+    assert_same_within_one_step,
     planned,
+    random_int8,
     signal_to_noise,
 )
-from test_nn import STRATEGIES, gradients, make_layer
 from torch_switchback import ops
 from torch_switchback.kernels import int8_matmul, launch
 from torch_switchback.tuning import MatmulConfig, matmul_table
@@ -30,22 +30,22 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout._
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
-QUANTISERS = [
-    ts.quantize_rowwise,
-    ts.quantize_columnwise_and_transpose,
-    ts.quantize_global,
-    ts.quantize_global_transpose,
-    ts.quantize_global_with_transpose,
+QUANTIZERS = [
+    ts.ops.quantize_rowwise,
+    ts.ops.quantize_columnwise_and_transpose,
+    ts.ops.quantize_global,
+    ts.ops.quantize_global_transpose,
+    ts.ops.quantize_global_with_transpose,
 ]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-@pytest.mark.parametrize("quantiser", QUANTISERS, ids=lambda f: f.__name__)
-def test_quantisers(quantiser, dtype, layout, shape):
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda f: f.__name__)
+def test_quantizers(quantizer, dtype, layout, shape):
     x = layout(*shape, dtype)
-    for actual, expected in zip(quantiser(on_gpu(x)), quantiser(x), strict=True):
+    for actual, expected in zip(quantizer(on_gpu(x)), quantizer(x), strict=True):
         assert_same(actual, expected)
 
 
@@ -60,15 +60,15 @@ def on_gpu(x):
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-def test_rotating_quantisers(dtype, layout, shape, block=64):
+def test_rotating_quantizers(dtype, layout, shape, block=64):
     x = layout(*shape, dtype)
     gpu, expected = on_gpu(x), ops.quantize_rowwise_and_rotated_columnwise(x, block)
     actual = ops.quantize_rowwise_and_rotated_columnwise(gpu, block)
     for rows, wanted in zip(actual[:2], expected[:2], strict=True):
         assert_same(rows, wanted)
-    assert_same_to_a_code(actual[2:], expected[2:])
+    assert_same_within_one_step(actual[2:], expected[2:])
     again = ops.quantize_rowwise_and_rotated_columnwise(gpu, block)
-    alone = ts.quantize_columnwise_and_transpose(gpu, rotate_tokens=block)
+    alone = ts.ops.quantize_columnwise_and_transpose(gpu, rotate_tokens=block)
     for other in (again[2:], alone):
         assert_same(other[0], actual[2])
         assert_same(other[1], actual[3])
@@ -78,14 +78,14 @@ def test_rotating_quantisers(dtype, layout, shape, block=64):
 @pytest.mark.parametrize("shape", [*SHAPES, (70_000, 24), (513, 1280), (333, 5120), (33, 14_336)], ids=str)
 @layouts
 @dtypes
-def test_rotating_row_wise_quantiser(dtype, layout, shape, block):
+def test_rotating_row_wise_quantizer(dtype, layout, shape, block):
     x = layout(*shape, dtype)
     gpu = on_gpu(x)
-    actual = ts.quantize_rowwise(gpu, rotate_features=block)
-    assert_same_to_a_code(actual, ts.quantize_rowwise(x, rotate_features=block))
+    actual = ts.ops.quantize_rowwise(gpu, rotate_features=block)
+    assert_same_within_one_step(actual, ts.ops.quantize_rowwise(x, rotate_features=block))
     order = torch.randperm(shape[0])
-    again = ts.quantize_rowwise(gpu, rotate_features=block)
-    permuted = ts.quantize_rowwise(gpu[order.cuda()], rotate_features=block)
+    again = ts.ops.quantize_rowwise(gpu, rotate_features=block)
+    permuted = ts.ops.quantize_rowwise(gpu[order.cuda()], rotate_features=block)
     for one, same, other in zip(actual, again, permuted, strict=True):
         assert_same(same, one)
         assert_same(other, one[order.cuda()])
@@ -94,7 +94,7 @@ def test_rotating_row_wise_quantiser(dtype, layout, shape, block):
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 96, 128), (333, 131, 257)], ids=str)
 def test_layer_that_rotates_its_features(shape, dtype):
-    """Run to run the same bits, and the CPU's up to the codes that are one apart."""
+    """Run to run the same bits, and the CPU's up to the int8 values that are one apart."""
     tokens, in_features, out_features = shape
     layer = make_layer(ts.SwitchBackConfig("rowwise", rotate_features=64), in_features, out_features, dtype=dtype)
     x, grad = torch.randn(tokens, in_features).to(dtype), torch.randn(tokens, out_features).to(dtype)
@@ -109,11 +109,11 @@ def test_layer_that_rotates_its_features(shape, dtype):
 
 @dtypes
 @pytest.mark.parametrize("block", [16, 64])  # whose square roots are powers of two
-def test_rotated_codes_of_exact_sums(block, dtype):
+def test_rotated_int8_values_of_exact_sums(block, dtype):
     x = torch.randint(-128, 129, (1000, 300)).to(dtype)
     for actual, expected in zip(
-        ts.quantize_columnwise_and_transpose(x.cuda(), rotate_tokens=block),
-        ts.quantize_columnwise_and_transpose(x, rotate_tokens=block),
+        ts.ops.quantize_columnwise_and_transpose(x.cuda(), rotate_tokens=block),
+        ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
         strict=True,
     ):
         assert_same(actual, expected)
@@ -121,19 +121,19 @@ def test_rotated_codes_of_exact_sums(block, dtype):
 
 @dtypes
 def test_dequantize_rowwise(dtype):
-    x, absmax = codes(1000, 777), torch.rand(1000)
+    x, absmax = random_int8(1000, 777), torch.rand(1000)
     absmax[3] = float("nan")
-    assert_same(ts.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.dequantize_rowwise(x, absmax, dtype))
+    assert_same(ts.ops.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.ops.dequantize_rowwise(x, absmax, dtype))
 
 
 def product_of(m, n, k, scales, bias):
     bias = torch.randn(n) if bias else None
-    return codes(m, k), codes(n, k).t(), torch.rand(m), torch.rand(scales), bias, torch.bfloat16
+    return random_int8(m, k), random_int8(n, k).t(), torch.rand(m), torch.rand(scales), bias, torch.bfloat16
 
 
 OPERATIONS = {
     "quantize_rowwise": lambda: (torch.randn(333, 1280),),
-    "dequantize_rowwise": lambda: (codes(333, 1280), torch.rand(333), torch.bfloat16),
+    "dequantize_rowwise": lambda: (random_int8(333, 1280), torch.rand(333), torch.bfloat16),
     "quantize_global": lambda: (torch.randn(333, 1280),),
     "quantize_global_transpose": lambda: (torch.randn(1280, 333).to(torch.bfloat16),),
     "quantize_global_with_transpose": lambda: (torch.randn(64, 64),),
@@ -160,14 +160,14 @@ def test_later_launches_get_their_own_arguments(name):
 
 
 def test_one_tensor_as_both_operands():
-    a, b, absmax = codes(256, 512), codes(256, 512), torch.rand(256)
+    a, b, absmax = random_int8(256, 512), random_int8(256, 512), torch.rand(256)
     on_gpu = {id(each): each.cuda() for each in (a, b)}
     for left, right in ((a, a), (a, b), (b, b), (b, a)):
         absmaxes = absmax, absmax.clone()
-        actual = ts.int8_matmul_rowwise_dequantize(
+        actual = ts.ops.int8_matmul_rowwise_dequantize(
             on_gpu[id(left)], on_gpu[id(right)].t(), *(each.cuda() for each in absmaxes), None
         )
-        assert_same(actual, ts.int8_matmul_rowwise_dequantize(left, right.t(), *absmaxes, None))
+        assert_same(actual, ts.ops.int8_matmul_rowwise_dequantize(left, right.t(), *absmaxes, None))
 
 
 CONFIGS = {
@@ -185,9 +185,9 @@ CONFIGS = {
 @dtypes
 def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulConfig):
     m, n, k = shape
-    a, b = codes(m, k), codes(n, k).t()
+    a, b = random_int8(m, k), random_int8(n, k).t()
     absmax_a, absmax_b, bias = torch.rand(m), torch.rand(n if rowwise else 1), torch.randn(n)
-    op = ts.int8_matmul_rowwise_dequantize if rowwise else ts.int8_matmul_mixed_dequantize
+    op = ts.ops.int8_matmul_rowwise_dequantize if rowwise else ts.ops.int8_matmul_mixed_dequantize
     for bias_ in (bias, None):
         expected = op(a, b, absmax_a, absmax_b, bias_, dtype)
         out = torch.full((m, n), 99, dtype=dtype, device="cuda")
@@ -241,9 +241,13 @@ def test_hopper_matmuls_take_tma_where_they_can():
     """By the names of the kernels that ran."""
     names = []
     for tokens, inner, cols in ((16384, 4096, 4096), (16384, 4095, 4096), (16384, 4096, 4095), (1, 4096, 4096)):
-        a, b, absmax = codes(tokens, inner, "cuda"), codes(cols, inner, "cuda"), torch.rand(tokens, device="cuda")
+        a, b, absmax = (
+            random_int8(tokens, inner, "cuda"),
+            random_int8(cols, inner, "cuda"),
+            torch.rand(tokens, device="cuda"),
+        )
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            ts.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
+            ts.ops.int8_matmul_mixed_dequantize(a, b.t(), absmax, absmax[:1], None)
             torch.cuda.synchronize()
         names += [event.key for event in profiler.key_averages() if event.key.startswith("int8_matmul")]
     assert names == 2 * ["int8_matmul_warp_specialized_kernel"] + 2 * ["int8_matmul_kernel"]
@@ -254,9 +258,9 @@ def test_a_configuration_that_does_not_fit_gives_way_to_a_plainer_one(monkeypatc
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: too_large)
     monkeypatch.setattr(int8_matmul, "_replaced", {})
     monkeypatch.setattr(launch, "plans", {})
-    a, absmax = codes(256, 1024), torch.rand(256)
-    expected = ts.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
+    a, absmax = random_int8(256, 1024), torch.rand(256)
+    expected = ts.ops.int8_matmul_mixed_dequantize(a, a.t(), absmax, absmax[:1], None)
     on_gpu = a.cuda(), a.t().cuda(), absmax.cuda(), absmax[:1].cuda()
     with pytest.warns(UserWarning, match="instead of"):
-        assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)
-    assert_same(ts.int8_matmul_mixed_dequantize(*on_gpu, None), expected)  # and says so once
+        assert_same(ts.ops.int8_matmul_mixed_dequantize(*on_gpu, None), expected)
+    assert_same(ts.ops.int8_matmul_mixed_dequantize(*on_gpu, None), expected)  # and says so once

@@ -2,7 +2,7 @@
 
 Only with ``--sanitizer``: it takes minutes. They run side by side, after runs without them have compiled the kernels.
 
-Racecheck takes Triton's own hand-over to the warps of a warp-specialised kernel for a race: the warps read there what
+Racecheck takes Triton's own hand-over to the warps of a warp-specialized kernel for a race: the warps read there what
 they are to run, which other warps have written. Barriers of the whole block lie between every such write and read
 (``barrier.sync 1`` in the kernel's PTX), but not at one place for all warps. No line of ours touches that memory.
 """
@@ -24,7 +24,7 @@ PARTS = 3
 PROGRAM = [sys.executable, str(Path(__file__).with_name("sanitized.py"))]
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
-PLANTED = {"memcheck": "out_of_bounds", "racecheck": "race", "initcheck": "uninitialised"}
+PLANTED = {"memcheck": "out_of_bounds", "racecheck": "race", "initcheck": "uninitialized"}
 FLAGS = ["--target-processes", "application-only", "--print-limit", "20"]
 FLAGS_OF = {"memcheck": ["--report-api-errors", "no"]}
 
@@ -41,7 +41,7 @@ def watched(tool, *arguments):
 
 
 def hand_overs(said):
-    """How many of racecheck's reports are of Triton's hand-over to the warps of a warp-specialised kernel."""
+    """How many of racecheck's reports are of Triton's hand-over to the warps of a warp-specialized kernel."""
     kernel = int8_matmul_warp_specialized.int8_matmul_warp_specialized_kernel
     lines, first = inspect.getsourcelines(kernel.fn)
     file = Path(inspect.getsourcefile(kernel.fn)).name

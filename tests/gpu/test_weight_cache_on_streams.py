@@ -9,7 +9,7 @@ import torch_switchback as ts
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])
-def test_a_stream_does_not_take_codes_that_another_has_yet_to_compute(is_prepared):
+def test_a_stream_does_not_take_int8_values_that_another_has_yet_to_compute(is_prepared):
     layer, plain = (ts.SwitchBackLinear(1024, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     plain.load_state_dict(layer.state_dict())
     layer.config = ts.SwitchBackConfig(cache_quantized_weight=True)

@@ -81,5 +81,5 @@ def test_synthetic_data(tmp_path):
     command += ["--model", f"local-dir:{tmp_path}", "--use-bnb-linear", "SwitchBackLinearVectorwise"]
     command += ["--dataset-type", "synthetic", "--train-num-samples", "16", "--batch-size", "8", "--epochs", "1"]
     command += ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--log-every-n-steps", "1"]
-    # All pairs are one pair: nothing can be learnt, and the loss is log(8) whatever the model.
+    # All pairs are one pair: nothing can be learned, and the loss is log(8) whatever the model.
     assert losses(run(*command, cwd=tmp_path)) == pytest.approx([math.log(8)] * 2, abs=1e-3)

@@ -176,6 +176,6 @@ def test_refusals():
 
 def test_a_model_with_a_layer_that_cannot_be_frozen_stays_as_it_was():
     model = make_model({TARGETS[0]: "rowwise", TARGETS[1]: "rowwise_rotated_features"})
-    with pytest.raises(ValueError, match="rotated features cannot be kept as codes"):
+    with pytest.raises(ValueError, match="rotated features cannot be kept as int8 values"):
         freeze_base(model)
     assert not any(layer.is_prepared for layer in base_layers(model))

@@ -23,7 +23,7 @@ from torch_switchback.integrations.torchtitan import SwitchBackTitanLinear
 
 
 def build(*converters):
-    """The model as torchtitan's Trainer builds and initialises it."""
+    """The model as torchtitan's Trainer builds and initializes it."""
     with torch.device("meta"):
         model = model_spec(*converters).model.build()
     model.verify_module_protocol()
@@ -63,7 +63,7 @@ def test_converted_model_trains_and_its_state_is_the_stock_models():
         assert type(layer) is SwitchBackTitanLinear
         assert layer.config == CONFIG
     for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
-        assert torch.equal(ours, theirs), f"{name} was initialised otherwise"
+        assert torch.equal(ours, theirs), f"{name} was initialized otherwise"
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
     losses = []
@@ -106,7 +106,7 @@ def test_only_plain_linears_are_replaced_and_others_keep_their_fields():
     for fqn, each, *_ in spec.model.traverse(Linear.Config):
         assert type(each) is SwitchBackTitanLinear.Config
         for field in dataclasses.fields(stock[fqn]):
-            if field.name != "param_init":  # functions, compared by what they initialise above
+            if field.name != "param_init":  # functions, compared by what they initialize above
                 assert getattr(each, field.name) == getattr(stock[fqn], field.name)
 
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from torch_switchback import SwitchBackConfig
+from torch_switchback.analysis.monitor import CsvWriter
 from torch_switchback.integrations.transformers import SwitchBackCallback, SwitchBackQuantizationConfig
-from torch_switchback.monitor import CsvWriter
 
 VOCABULARY = 64
 CONFIG = LlamaConfig(

@@ -9,10 +9,10 @@ import guard_bands
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 
-@pytest.mark.parametrize("name", guard_bands.QUANTISERS)
+@pytest.mark.parametrize("name", guard_bands.QUANTIZERS)
 @pytest.mark.parametrize("shape", guard_bands.SHAPES[2:4], ids=str)
-def test_quantisers_between_bands(shape, name):
-    guard_bands.check_quantiser(name, shape, torch.bfloat16, guard_bands.Band("cpu", 1))
+def test_quantizers_between_bands(shape, name):
+    guard_bands.check_quantizer(name, shape, torch.bfloat16, guard_bands.Band("cpu", 1))
 
 
 @pytest.mark.parametrize("shape", guard_bands.SHAPES[2:4], ids=str)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from cases import DTYPES, LAYOUTS, assert_same, codes, planned
+from testing import DTYPES, LAYOUTS, assert_same, planned, random_int8
 from torch_switchback import ops
 from torch_switchback.kernels import (
     CannotCompile,
@@ -53,12 +53,12 @@ def passes(request, monkeypatch):
         monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
 
 
-def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
-    out, absmax = poisoned(*codes_shape), poisoned(*absmax_shape, dtype=torch.float32)
+def check_quantizer(launcher, op, x, qdata_shape, absmax_shape):
+    out, absmax = poisoned(*qdata_shape), poisoned(*absmax_shape, dtype=torch.float32)
     launcher(x, out, absmax)
-    expected_codes, expected_absmax = op(x)
+    expected_qdata, expected_absmax = op(x)
     assert_same(absmax, expected_absmax)
-    assert_same(out, expected_codes)
+    assert_same(out, expected_qdata)
 
 
 @shapes
@@ -66,7 +66,7 @@ def check_quantiser(launcher, op, x, codes_shape, absmax_shape):
 @dtypes
 def test_quantize_rowwise(dtype, layout, shape):
     x = layout(*shape, dtype)
-    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, shape, shape[:1])
+    check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, shape, shape[:1])
 
 
 @pytest.mark.parametrize("cols", [257, 640, 1100, 1280, 1536])
@@ -74,7 +74,7 @@ def test_quantize_rowwise(dtype, layout, shape):
 def test_quantize_rowwise_of_rows_in_several_chunks(layout, cols):
     assert quantize_rowwise.row_tile(cols).CHUNKS > 1
     x = layout(9, cols, torch.bfloat16)
-    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (9, cols), (9,))
+    check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (9, cols), (9,))
 
 
 def test_the_tile_of_a_row():
@@ -93,7 +93,7 @@ def test_the_tile_of_a_row():
 @pytest.mark.parametrize("cols", [16_384, 16_385, 40_000])
 def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     x = torch.randn(2, cols)
-    check_quantiser(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (2, cols), (2,))
+    check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (2, cols), (2,))
 
 
 @shapes
@@ -101,7 +101,7 @@ def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
 @dtypes
 def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
     rows, cols = shape
-    check_quantiser(
+    check_quantizer(
         planned(quantize_columnwise.plan_quantize_columnwise_and_transpose),
         ops.quantize_columnwise_and_transpose,
         layout(*shape, dtype),
@@ -115,14 +115,14 @@ def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     monkeypatch.setattr(_absmax, "CTAS_PER_SM", 1)  # so that one does both tiles
     x = far_apart(130, 3)
     launcher = planned(quantize_columnwise.plan_quantize_columnwise_and_transpose)
-    check_quantiser(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
+    check_quantizer(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
 
 
 @shapes
 @layouts
 @dtypes
 def test_quantize_global(dtype, layout, shape, passes):
-    check_quantiser(
+    check_quantizer(
         planned(quantize_global.plan_quantize_global), ops.quantize_global, layout(*shape, dtype), shape, (1,)
     )
 
@@ -132,7 +132,7 @@ def test_quantize_global(dtype, layout, shape, passes):
 @dtypes
 def test_quantize_global_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
-    check_quantiser(
+    check_quantizer(
         planned(quantize_global.plan_quantize_global_transpose), ops.quantize_global_transpose, x, shape[::-1], (1,)
     )
     expected, absmax = ops.quantize_global_transpose(x)
@@ -184,7 +184,7 @@ def test_dequantize_rowwise(dtype, shape):
     rows, cols = shape
     absmax = torch.rand(rows)
     absmax[1:2] = float("nan")
-    for x in (codes(rows, cols), codes(cols, rows).t()):
+    for x in (random_int8(rows, cols), random_int8(cols, rows).t()):
         out = poisoned(rows, cols, dtype=dtype)
         planned(quantize_rowwise.plan_dequantize_rowwise)(x, absmax, dtype, out)
         if dtype == torch.bfloat16:
@@ -197,7 +197,7 @@ def test_dequantize_rowwise(dtype, shape):
 
 
 CONFIGS = {
-    "tma": MatmulConfig("tma", 32, 32, 32, group_m=2, num_stages=2, num_warps=4, programs_per_multiprocessor=2),
+    "tma": MatmulConfig("tma", 32, 32, 32, group_m=2, num_stages=2, num_warps=4, ctas_per_sm=2),
     "tma wide": MatmulConfig("tma", 16, 64, 64, group_m=3, num_stages=2, num_warps=4),
     "pointer": MatmulConfig("pointer", 32, 32, 32, group_m=2, num_stages=2, num_warps=4),
     "pointer tall": MatmulConfig("pointer", 64, 16, 64, group_m=3, num_stages=2, num_warps=4),
@@ -218,7 +218,7 @@ PRODUCTS = [
 @dtypes
 def test_products(dtype, has_bias, rowwise, shape, config):
     m, n, k = shape
-    a, b = codes(m, k), codes(n, k).t()
+    a, b = random_int8(m, k), random_int8(n, k).t()
     absmax_a, absmax_b = torch.rand(m), torch.rand(n if rowwise else 1)
     bias = torch.randn(n) if has_bias else None
     out = poisoned(m, n, dtype=dtype)
@@ -262,7 +262,7 @@ def test_products_that_int32_cannot_hold(inner):
 
 
 def test_the_launchers_of_both_products_pass_their_arguments_on():
-    a, b, out = codes(5, 64), codes(7, 64).t(), poisoned(5, 7, dtype=torch.float32)
+    a, b, out = random_int8(5, 64), random_int8(7, 64).t(), poisoned(5, 7, dtype=torch.float32)
     absmax_a, absmax_b = torch.rand(5), torch.rand(7)
     planned(int8_matmul.plan_int8_matmul_rowwise_dequantize)(a, b, absmax_a, absmax_b, None, torch.float32, out)
     assert_same(out, ops.int8_matmul_rowwise_dequantize(a, b, absmax_a, absmax_b, None, torch.float32))
@@ -278,7 +278,7 @@ def test_a_kernel_that_cannot_run_gives_way_to_a_plainer_one(monkeypatch):
     config = MatmulConfig("warp_specialized", 128, 256, 128, group_m=8, num_stages=4, num_warps=8)
     monkeypatch.setattr(int8_matmul, "matmul_config", lambda *args, **kwargs: config)
     monkeypatch.setattr(int8_matmul, "_replaced", {})
-    a, b, absmax = codes(16, 32), codes(48, 32).t(), torch.rand(16)
+    a, b, absmax = random_int8(16, 32), random_int8(48, 32).t(), torch.rand(16)
     out = torch.empty(16, 48)
     expected = ops.int8_matmul_mixed_dequantize(a, b, absmax, absmax[:1], None, torch.float32)
     with pytest.warns(UserWarning, match="instead of .*warp_specialized.* the interpreter does not run Gluon"):

@@ -12,8 +12,8 @@ import test_int8_matmul
 import test_nn
 import test_quantize
 import test_rotation
-from cases import assert_same, assert_same_int8_grad_weight
 from test_nn import gradients, make_layer
+from testing import assert_same, assert_same_int8_grad_weight
 from torch_switchback import kernels
 from torch_switchback.kernels import int8_matmul
 from torch_switchback.tuning import MatmulConfig
@@ -93,7 +93,7 @@ test_inference_mode = test_nn.test_inference_mode
 test_float16_result_overflows_to_inf_and_others_do_not = (
     test_int8_matmul.test_float16_result_overflows_to_inf_and_others_do_not
 )
-test_a_power_of_two_leaves_the_codes = test_quantize.test_a_power_of_two_leaves_the_codes
+test_a_power_of_two_leaves_the_int8_values = test_quantize.test_a_power_of_two_leaves_the_int8_values
 test_the_flush_limit_is_where_127_over_absmax_overflows = (
     test_quantize.test_the_flush_limit_is_where_127_over_absmax_overflows
 )

@@ -1,10 +1,10 @@
-"""The rotating quantisers, interpreted, against their meaning in plain torch, for every tile."""
+"""The rotating quantizers, interpreted, against their meaning in plain torch, for every tile."""
 
 import pytest
 import torch
 from test_kernels import far_apart, poisoned
 
-from cases import DTYPES, LAYOUTS, assert_same, assert_same_to_a_code, planned
+from testing import DTYPES, LAYOUTS, assert_same, assert_same_within_one_step, planned
 from torch_switchback import ops
 from torch_switchback.kernels import quantize_rotated
 
@@ -23,7 +23,7 @@ def check(x, block, exact=False):
     for actual, wanted in zip(out[:2], expected[:2], strict=True):
         assert_same(actual, wanted)
     for columns in (out[2:], alone):
-        assert_same_to_a_code(columns, expected[2:])
+        assert_same_within_one_step(columns, expected[2:])
         if exact:
             assert_same(columns[0], expected[2])
             assert_same(columns[1], expected[3])

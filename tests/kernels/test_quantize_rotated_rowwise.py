@@ -1,11 +1,11 @@
-"""The row-wise quantiser that rotates the columns, interpreted, against its meaning in plain torch, for every tile."""
+"""The row-wise quantizer that rotates the columns, interpreted, against its meaning in plain torch, for every tile."""
 
 import pytest
 import torch
 from test_kernels import poisoned
 
 import torch_switchback as ts
-from cases import DTYPES, LAYOUTS, assert_same, assert_same_to_a_code, planned
+from testing import DTYPES, LAYOUTS, assert_same, assert_same_within_one_step, planned
 from torch_switchback.kernels import quantize_rotated_rowwise
 from torch_switchback.kernels.quantize_rotated_rowwise import MAX_HELD, rotated_row_tile
 
@@ -16,10 +16,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 
 
 def check(x, block, exact=False):
-    expected = ts.quantize_rowwise(x, rotate_features=block)
+    expected = ts.ops.quantize_rowwise(x, rotate_features=block)
     out = tuple(poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected)
     planned(quantize_rotated_rowwise.plan_quantize_rotated_rowwise)(x, block, *out)
-    assert_same_to_a_code(out, expected)
+    assert_same_within_one_step(out, expected)
     if exact:
         for actual, wanted in zip(out, expected, strict=True):
             assert_same(actual, wanted)

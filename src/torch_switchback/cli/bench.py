@@ -14,11 +14,11 @@ from typer import Option
 from .. import __version__
 from .._text import table
 from .._timing import Mode, Record, copies
-from ..advice.explanation import describe
-from ..advice.layer_steps import compare_layers, random_inputs
-from ..advice.recommendation import LINEAR
+from ..analysis.explanation import describe
+from ..analysis.layer_steps import compare_layers, random_inputs
+from ..analysis.recommendation import LINEAR
+from ..config import RECIPES
 from ..convert import convert_to_switchback
-from ..recipes import RECIPES
 from . import common
 from .common import CudaGraphFlag, DeviceFlag, JsonFlag, RecipesFlag, Shape, WrongCall
 

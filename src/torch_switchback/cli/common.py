@@ -18,7 +18,7 @@ from torch import nn
 from typer import Option
 
 from .._timing import reason_of
-from ..recipes import RECIPES
+from ..config import RECIPES
 
 DEFAULT_TOKENS = 8192
 MODEL = (

@@ -7,7 +7,7 @@ import typer
 from typer import Option
 
 from .._timing import reason_of
-from ..advice.explanation import explain as explain_model
+from ..analysis.explanation import explain as explain_model
 from ..convert import convert_to_switchback
 from ..nn import SwitchBackLinear
 from . import common

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from .._timing import reason_of
-from ..advice.recommendation import CANDIDATES, Recommendation, recommend_in_steps
+from ..analysis.recommendation import CANDIDATES, Recommendation, recommend_in_steps
 from . import common
 from .common import CudaGraphFlag, DeviceFlag, JsonFlag, ModelArgument, RecipesFlag, Stop, TokensFlag
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import SwitchBackConfig
-from .fsdp_weights import Absmax, GatheredWeight, ShardWeight, local_part
-from .shard_absmax import Shard, find_absmaxes
+from .fsdp_weights import GatheredWeight, ShardWeight, local_part
+from .shard_absmax import Absmax, Shard, find_absmaxes
 
 
 def precompute_absmax_for_fsdp(model: nn.Module) -> None:
@@ -35,7 +35,7 @@ def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     for weight in weights:
         local = local_part(weight)
         if isinstance(local, ShardWeight) and (mesh_dim := _shard_dim(weight)) is not None:
-            shard = Shard(local, weight.device_mesh, mesh_dim)
+            shard = Shard(local._data, local._absmax, weight.device_mesh, mesh_dim)
             together.setdefault(shard.groups, []).append(shard)
     for shards in together.values():
         find_absmaxes(shards)
@@ -126,7 +126,7 @@ def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
 
 
 def _put_into_parameters(tensors: Iterable[tuple[nn.Parameter, torch.Tensor, str]]) -> None:
-    """Give parameters other tensors to be, into all of them or none; an optimiser goes on with the same objects.
+    """Give parameters other tensors to be, into all of them or none; an optimizer goes on with the same objects.
 
     Args:
         tensors: of each parameter, with the name of a module that has it.

@@ -1,7 +1,7 @@
 """The tensors that FSDP2 gathers as int8, by its all-gather extensions: a shard of a weight, and the weight gathered.
 
-Of a :class:`ShardWeight` FSDP2 asks what to gather: the codes of each rank's shard, quantised by the absmax over all
-shards, so that they are the codes of the whole weight. What it gathers becomes the :class:`GatheredWeight` that the
+FSDP2 asks a :class:`ShardWeight` what to gather: the int8 values of each rank's shard, quantized by the absmax over
+all shards, so that they are part of the whole weight's. What it gathers becomes the :class:`GatheredWeight` that the
 layer computes with.
 """
 
@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..config import WeightScaling
 from ..ops import dequantize_rowwise, quantize_by_absmax, quantize_columnwise_and_transpose
-from .shard_absmax import Shard, find_absmaxes
+from .shard_absmax import Absmax, Shard, find_absmaxes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,51 +23,6 @@ if TYPE_CHECKING:
 
 _ATEN = torch.ops.aten
 _OPS = torch.ops.torch_switchback
-
-
-class Absmax:
-    """How a weight is scaled and, until the weight changes, its absmax. All views of the weight share it."""
-
-    def __init__(
-        self,
-        scaling: WeightScaling,
-        shape: torch.Size,
-        tensor_parallel: dist.ProcessGroup | None = None,
-        tensor_parallel_dims: int = 0,
-    ) -> None:
-        self.scaling = scaling
-        self.shape = shape
-        """[out, in] of what FSDP2 shards: this rank's part of the weight, if tensor parallelism has cut it up."""
-        self.tensor_parallel = tensor_parallel
-        """The group of the other parts, if one absmax covers them too."""
-        self.tensor_parallel_dims = tensor_parallel_dims
-        """How many dimensions of the sharded weight's mesh are tensor parallelism's."""
-        self.writes = 0
-        """Through wrappers. Autograd's version counter does not run below them, and counts those past them."""
-        self._known: torch.Tensor | None = None
-        self._seen = (-1, -1)
-
-    @property
-    def how(self) -> tuple[WeightScaling, torch.Size, dist.ProcessGroup | None, int]:
-        """All but the absmax itself."""
-        return self.scaling, self.shape, self.tensor_parallel, self.tensor_parallel_dims
-
-    def copy(self) -> Absmax:
-        """For a weight in other memory."""
-        return Absmax(*self.how)
-
-    def __deepcopy__(self, memo: Any) -> Absmax:
-        """Of a model's copy, and for Dynamo's guards; a process group has no copies."""
-        return self.copy()
-
-    def set(self, absmax: torch.Tensor | None, data: torch.Tensor) -> None:
-        self._known, self._seen = absmax, (self.writes, data._version)
-
-    def get(self, data: torch.Tensor) -> torch.Tensor | None:
-        return self._known if self._seen == (self.writes, data._version) else None
-
-    def forget(self) -> None:
-        self._known = None
 
 
 class ShardWeight(torch.Tensor):
@@ -141,21 +94,21 @@ class ShardWeight(torch.Tensor):
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
-        """This rank's codes, padded to the largest shard, and the absmax of the whole weight."""
+        """This rank's int8 values, padded to the largest shard, and the absmax of the whole weight."""
         if tuple(outer_size) != tuple(self._absmax.shape):
             raise RuntimeError(
                 f"all_gather='int8': a weight of shape {tuple(self._absmax.shape)} has become {tuple(outer_size)}; "
                 "convert_to_switchback goes after parallelize_module and before fully_shard"
             )
-        shard = Shard(self, mesh, 0)
+        shard = Shard(self._data, self._absmax, mesh, 0)
         absmax = self._absmax.get(self._data)
         if absmax is None:
             (absmax,) = find_absmaxes([shard])
-        codes = quantize_by_absmax(self._data, absmax[shard.rows] if absmax.numel() > 1 else absmax)
-        missing = shard.padded_rows - codes.shape[0]
+        qdata = quantize_by_absmax(self._data, absmax[shard.rows] if absmax.numel() > 1 else absmax)
+        missing = shard.padded_rows - qdata.shape[0]
         if missing:
-            codes = torch.cat([codes, codes.new_zeros(missing, codes.shape[1])])
-        return (codes,), absmax
+            qdata = torch.cat([qdata, qdata.new_zeros(missing, qdata.shape[1])])
+        return (qdata,), absmax
 
     def fsdp_post_all_gather(
         self,
@@ -165,10 +118,10 @@ class ShardWeight(torch.Tensor):
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[GatheredWeight, tuple[torch.Tensor]] | None:
-        """The weight that the layer computes with; given out, its codes are in place and only its absmax is set."""
-        (codes,) = all_gather_outputs
+        """The weight that the layer computes with; given out, only its absmax is still to be set."""
+        (qdata,) = all_gather_outputs
         if out is None:
-            return GatheredWeight(codes, metadata, param_dtype), (codes,)
+            return GatheredWeight(qdata, metadata, param_dtype), (qdata,)
         local_part(out)._absmax = metadata
         return None
 
@@ -208,38 +161,38 @@ def _count_write(weight: ShardWeight) -> None:
 
 
 class GatheredWeight(torch.Tensor):
-    """A weight [out, in] of which a rank has the int8 codes and the absmax.
+    """A weight [out, in] of which a rank has the int8 values and the absmax.
 
-    Quantising it gives those back, so a SwitchBackLinear computes with them as it would with a plain weight; its
+    Quantizing it gives those back, so a SwitchBackLinear computes with them as it would with a plain weight; its
     gradient is plain, in the dtype that FSDP2's policy says. No other operation may read it.
     """
 
-    _codes: torch.Tensor
+    _qdata: torch.Tensor
     _absmax: torch.Tensor
 
     @staticmethod
-    def __new__(cls, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> GatheredWeight:
+    def __new__(cls, qdata: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> GatheredWeight:
         self = torch.Tensor._make_wrapper_subclass(
-            cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device
+            cls, qdata.shape, strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
-        self._codes, self._absmax = codes, absmax
+        self._qdata, self._absmax = qdata, absmax
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({self._codes!r}, {self._absmax!r}, {self.dtype})"
+        return f"{type(self).__name__}({self._qdata!r}, {self._absmax!r}, {self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["_codes", "_absmax"], self.dtype
+        return ["_qdata", "_absmax"], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], dtype: torch.dtype, size: Any, stride: Any
     ) -> GatheredWeight:
-        return GatheredWeight(inner["_codes"], inner["_absmax"], dtype)
+        return GatheredWeight(inner["_qdata"], inner["_absmax"], dtype)
 
     def dequantize(self) -> torch.Tensor:
-        """The plain weight that the codes stand for."""
-        return dequantize_rowwise(self._codes, self._absmax.expand(self.shape[0]).contiguous(), self.dtype)
+        """The plain weight that the int8 values stand for."""
+        return dequantize_rowwise(self._qdata, self._absmax.expand(self.shape[0]).contiguous(), self.dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -247,37 +200,37 @@ class GatheredWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         weight = args[0]
-        if func in _QUANTISERS and isinstance(weight, GatheredWeight):
-            return _QUANTISERS[func](*args)
+        if func in _QUANTIZERS and isinstance(weight, GatheredWeight):
+            return _QUANTIZERS[func](*args)
         if func in _GATHERED_VIEWS and isinstance(weight, GatheredWeight):
-            return GatheredWeight(func(weight._codes, *args[1:], **kwargs), weight._absmax, weight.dtype)
+            return GatheredWeight(func(weight._qdata, *args[1:], **kwargs), weight._absmax, weight.dtype)
         if func in _FACTORIES and isinstance(weight, GatheredWeight):
-            return func(weight._codes, *args[1:], **{"dtype": weight.dtype} | kwargs)
+            return func(weight._qdata, *args[1:], **{"dtype": weight.dtype} | kwargs)
         raise NotImplementedError(
             f"{func} on a weight that was gathered as int8: only SwitchBackLinear computes with it; "
             "leave the layer out of the conversion, or set all_gather='high_precision'"
         )
 
 
-def _codes_and_absmax(weight: GatheredWeight, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _qdata_and_absmax(weight: GatheredWeight, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     if weight._absmax.numel() != scales:
         raise ValueError(
             f"the weight was gathered with {weight._absmax.numel()} absmaxes, the layer's config wants {scales}; "
             "with all_gather='int8' the weight scaling stays as it was converted"
         )
-    return weight._codes, weight._absmax
+    return weight._qdata, weight._absmax
 
 
 def _requantize_columnwise(weight: GatheredWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    float_weight = dequantize_rowwise(weight._codes, weight._absmax, torch.float32)
+    float_weight = dequantize_rowwise(weight._qdata, weight._absmax, torch.float32)
     return quantize_columnwise_and_transpose(float_weight)
 
 
-_QUANTISERS: dict[Any, Callable[..., Any]] = {
-    _OPS.quantize_global.default: lambda weight: _codes_and_absmax(weight, 1),
-    _OPS.quantize_rowwise.default: lambda weight: _codes_and_absmax(weight, weight.shape[0]),
-    _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._codes,
-    _OPS.quantize_transpose_by_absmax.default: lambda weight, absmax: weight._codes.t().contiguous(),
+_QUANTIZERS: dict[Any, Callable[..., Any]] = {
+    _OPS.quantize_global.default: lambda weight: _qdata_and_absmax(weight, 1),
+    _OPS.quantize_rowwise.default: lambda weight: _qdata_and_absmax(weight, weight.shape[0]),
+    _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._qdata,
+    _OPS.quantize_transpose_by_absmax.default: lambda weight, absmax: weight._qdata.t().contiguous(),
     _OPS.quantize_columnwise_and_transpose.default: _requantize_columnwise,
 }
 _GATHERED_VIEWS = {_ATEN.alias.default, _ATEN.as_strided.default, _ATEN.detach.default, _ATEN.view.default}

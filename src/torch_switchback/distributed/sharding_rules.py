@@ -1,6 +1,6 @@
 """How each operation may be sharded, for DTensor: what is not here DTensor gathers first.
 
-The layer itself does not need the rules for quantisers whose absmax spans shards: it all-reduces the absmax
+The layer itself does not need the rules for quantizers whose absmax spans shards: it all-reduces the absmax
 (tensor_parallel.py), where DTensor would gather the tensor.
 """
 

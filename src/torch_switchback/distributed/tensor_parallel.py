@@ -1,7 +1,7 @@
 """Tensor parallelism: the layer on DTensors, as ``parallelize_module`` makes them.
 
-Every absmax is that of the whole tensor, so every rank's codes are its part of a single process's. Where an absmax
-spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output's gradient, → how it is cut):
+Every absmax is that of the whole tensor, so every rank's int8 values are its part of a single process's. Where an
+absmax spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the output's gradient, → how it is cut):
 
     weight            X            Y            spans the shards
     Shard(0), column  whole        by features  W's global absmax; a column's of W; a row's of G
@@ -34,7 +34,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
         DTensor (*, out_features): Shard(-1), Partial() or Replicate(), in the order of the weight's placements.
 
     Raises:
-        TypeError: one of the tensors is no DTensor, or the weight has been quantised for good.
+        TypeError: one of the tensors is no DTensor, or the weight has been quantized for good.
         ValueError: their meshes differ or have several dimensions, a placement is another, or the config asks for an
             int8 weight gradient or rotated features.
     """

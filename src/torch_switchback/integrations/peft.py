@@ -19,12 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def freeze_base(model: Model) -> Model:
-    """Quantise the frozen weights of a PEFT model's SwitchBack layers once and for all, and free them.
+    """Quantize the frozen weights of a PEFT model's SwitchBack layers once and for all, and free them.
 
     A frozen layer then keeps 1 byte an element and no 16-bit copy; output and input gradient are computed from those
-    codes. With one absmax a weight they are, bit for bit, what they were before. The backward transposes the codes each
-    time; with ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once and keeps both, 2 bytes an element.
-    With one absmax a row (``"rowwise"``) that saves more: there the codes are quantised again, by column.
+    int8 values. With one absmax a weight they are, bit for bit, what they were before. The backward transposes them
+    each time; with ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once and keeps both: 2 bytes each.
+    With one absmax a row (``"rowwise"``) that saves more: there the int8 values are quantized again, by column.
 
     Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
     So do all, if one is refused.
@@ -56,7 +56,7 @@ def freeze_base(model: Model) -> Model:
     ]
     for module in frozen:  # prepare_for_eval would refuse them too, but after those before them have been freed
         if module.config.rotate_features is not None:
-            raise ValueError(f"freeze_base: a frozen layer's rotated features cannot be kept as codes: {module}")
+            raise ValueError(f"freeze_base: a frozen layer's rotated features cannot be kept as int8 values: {module}")
         if hasattr(module.weight, "device_mesh"):
             raise RuntimeError(f"freeze_base: a frozen layer's weight is sharded over processes: {module}")
     for module in frozen:
@@ -65,7 +65,7 @@ def freeze_base(model: Model) -> Model:
 
 
 def unfreeze_base(model: Model) -> Model:
-    """Undo :func:`freeze_base`: weights in the dtype they had, dequantised. What was rounded away stays away."""
+    """Undo :func:`freeze_base`: weights in the dtype they had, dequantized. What was rounded away stays away."""
     for module in _switchback_layers(model):
         module.prepare_for_training()
     return model

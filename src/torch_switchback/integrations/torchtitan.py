@@ -19,7 +19,7 @@ with peer("torchtitan", "torchtitan>=0.3,<0.4"):
 
 
 class SwitchBackTitanLinear(SwitchBackLinear, Module):
-    """SwitchBackLinear, built, initialised and sharded as torchtitan does; it reverts to torchtitan's Linear."""
+    """SwitchBackLinear, built, initialized and sharded as torchtitan does; it reverts to torchtitan's Linear."""
 
     reverts_to = Linear
 
@@ -53,7 +53,7 @@ class SwitchBackLinearConverter(QuantizationConverter):
         """The configuration with SwitchBackTitanLinear.Config for what convert_to_switchback converts.
 
         Raises:
-            ValueError: all_gather is "int8", which torchtitan's meta-device initialisation does not carry.
+            ValueError: all_gather is "int8", which torchtitan's meta-device initialization does not carry.
         """
         # Only exact Linear: its other kinds have a forward of their own.
         linears = [found for found in model_config.traverse(Linear.Config) if type(found[1]) is Linear.Config]

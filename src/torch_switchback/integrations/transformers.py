@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import SwitchBackConfig, SwitchBackLinear, convert_to_switchback, revert_switchback
-from ..monitor import Monitor, Writer
+from ..analysis.monitor import Monitor, Writer
 from ._peer import peer
 
 with peer("transformers", "transformers>=5,<6"):
@@ -25,10 +25,10 @@ _CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SwitchBack
 
 
 class SwitchBackCallback(TrainerCallback):
-    """Converts the Trainer's model as soon as the Trainer is made, and logs what quantising costs it.
+    """Converts the Trainer's model as soon as the Trainer is made, and logs what quantizing costs it.
 
     Args:
-        monitor_every: steps from one sample of :class:`torch_switchback.monitor.Monitor` to the next; 0: none.
+        monitor_every: steps from one sample of :class:`torch_switchback.analysis.monitor.Monitor` to the next; 0: none.
         monitor_layers: glob patterns of the layers to sample.
         writer: gets the samples; without one they are entries of ``trainer.state.log_history``, which checkpoints keep.
         conversion: keyword arguments of :func:`torch_switchback.convert_to_switchback`: config, module_filter_fn.

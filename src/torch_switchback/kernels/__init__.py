@@ -1,6 +1,7 @@
-"""The Triton kernels, one file per family, each with its launcher. The first CUDA call imports them, and Triton.
+"""The Triton kernels, one file per family, each with the plans of its operations. The first CUDA call imports them.
 
-A launcher takes an operation's arguments and then its empty outputs, which it fills. It runs on the current device.
+A plan takes an operation's arguments and then its empty outputs, which it fills, on the current device. It is made for
+arguments of one kind, and takes even those that it does not read, so that all plans are called alike.
 """
 
 

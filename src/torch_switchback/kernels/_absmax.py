@@ -1,6 +1,6 @@
-"""The absmax of x for quantisers whose programs share it: the first of their two passes, and its use in the second.
+"""The absmax of x for quantizers whose programs share it: the first of their two passes, and its use in the second.
 
-The first pass leaves the absmax of each part of x, the second reduces them, in every program, before it quantises.
+The first pass leaves the absmax of each part of x, the second reduces them, in every program, before it quantizes.
 Small x has no first pass: it is its own parts. Of columns there are too many parts to reduce again in every program:
 they are gathered by atomics. An integer max over the bits of float32 (see ``magnitude_bits``) is exact in any order.
 """

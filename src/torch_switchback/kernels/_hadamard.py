@@ -50,8 +50,8 @@ def rotate_transposed(x, matrix):
 def unshuffle(x):
     """[n, SIZE] -> [n, SIZE], the columns of rotate_transposed in their own order.
 
-    Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbours, so that it stores
-    whole words of codes and none changes its thread.
+    Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbors, so that it stores
+    whole words of int8 values and none changes its thread.
     """
     n: tl.constexpr = x.shape[0]
     size: tl.constexpr = x.shape[1]

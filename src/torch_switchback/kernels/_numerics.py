@@ -25,13 +25,13 @@ def bits_to_float(bits):
 
 @triton.jit
 def inverse_scale(absmax):
-    """127 / absmax, or 0 where the codes are 0: absmax tiny, Inf or NaN. One IEEE division an absmax."""
+    """127 / absmax, or 0 where the int8 values are 0: absmax tiny, Inf or NaN. One IEEE division an absmax."""
     usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
     return tl.where(usable, tl.div_rn(127.0, tl.where(usable, absmax, 1.0)), 0.0)
 
 
 @triton.jit
 def quantize(x, inverse):
-    """int8 codes rint(x * inverse), half to even; 0 where inverse is 0, whatever x is."""
+    """int8 values rint(x * inverse), half to even; 0 where inverse is 0, whatever x is."""
     scaled = tl.where(inverse > 0.0, x.to(tl.float32), 0.0) * inverse
     return (scaled + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)

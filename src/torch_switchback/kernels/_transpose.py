@@ -1,4 +1,4 @@
-"""Quantise tiles of x and store them transposed, and plain where asked: the second pass of four quantisers."""
+"""Quantize tiles of x and store them transposed, and plain where asked: the second pass of four quantizers."""
 
 from typing import NamedTuple
 
@@ -17,15 +17,15 @@ BLOCK_COLS, NUM_WARPS = 128, 4
 # Of rows that are no whole vectors each element is loaded and stored by itself: a tile half as large takes 0.7 of the
 # time to compile, and 0.9 to 1.2 of it to run.
 BLOCK_COLS_ODD, NUM_WARPS_ODD = 64, 8
-GROUP_ROWS = 8  # blocks of rows whose transposed codes are written side by side
+GROUP_ROWS = 8  # blocks of rows whose transposed int8 values are written side by side
 
 
 @triton.jit(do_not_specialize=["parts"])
 def quantize_transpose_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     parts_ptr,  # [parts, cols] if COLUMNWISE, else [parts], fp16/bf16/fp32, with the absmax of x
-    codes_ptr,  # [rows, cols] int8, contiguous; unused unless STORE_PLAIN
-    codes_t_ptr,  # [cols, rows] int8, contiguous
+    qdata_ptr,  # [rows, cols] int8, contiguous; unused unless STORE_PLAIN
+    qdata_t_ptr,  # [cols, rows] int8, contiguous
     absmax_ptr,  # [cols] if COLUMNWISE, else [1], fp32; unused unless STORE_ABSMAX
     parts,
     rows,
@@ -62,17 +62,17 @@ def quantize_transpose_kernel(
         absmax = reduce_columnwise_absmax(
             parts_ptr, start_col + col, parts, cols, stride_part, stride_part_col, BLOCK_PARTS, BLOCK_COLS
         )
-        codes = quantize(x, inverse_scale(absmax)[None, :])
+        qdata = quantize(x, inverse_scale(absmax)[None, :])
     else:
         absmax = reduce_absmax(parts_ptr, parts, 0, BLOCK_PARTS, BLOCK_PARTS)
-        codes = quantize(x, inverse_scale(absmax))
+        qdata = quantize(x, inverse_scale(absmax))
 
     if STORE_PLAIN:
-        code_rows = codes_ptr + start_row * cols + start_col + row[:, None].to(tl.int64) * cols
-        tl.store(code_rows + col[None, :], codes, mask=in_x, eviction_policy="evict_last")
-    code_cols = codes_t_ptr + start_col * rows + start_row + col[:, None].to(tl.int64) * rows
-    in_codes_t = in_cols[:, None] & in_rows[None, :]
-    tl.store(code_cols + row[None, :], tl.trans(codes), mask=in_codes_t, eviction_policy="evict_last")
+        code_rows = qdata_ptr + start_row * cols + start_col + row[:, None].to(tl.int64) * cols
+        tl.store(code_rows + col[None, :], qdata, mask=in_x, eviction_policy="evict_last")
+    code_cols = qdata_t_ptr + start_col * rows + start_row + col[:, None].to(tl.int64) * rows
+    in_qdata_t = in_cols[:, None] & in_rows[None, :]
+    tl.store(code_cols + row[None, :], tl.trans(qdata), mask=in_qdata_t, eviction_policy="evict_last")
     if STORE_ABSMAX:
         if COLUMNWISE:
             if row_block == 0:
@@ -97,13 +97,13 @@ class TransposeTile(NamedTuple):
 def plan_quantize_transpose(
     x: torch.Tensor,
     parts: torch.Tensor,
-    codes_t: torch.Tensor,
+    qdata_t: torch.Tensor,
     absmax: torch.Tensor | None,
-    codes: torch.Tensor | None,
+    qdata: torch.Tensor | None,
     *,
     columnwise: bool = False,
 ) -> Plan:
-    """Return the plan that fills codes_t [cols, rows], and absmax and codes [rows, cols] if given, from x [rows, cols].
+    """Return the plan that fills qdata_t [cols, rows], and absmax and qdata [rows, cols] if given, from x [rows, cols].
 
     parts: values with the absmax of x, contiguous; if columnwise, [parts, cols] with that of each column, any strides.
     """
@@ -112,7 +112,7 @@ def plan_quantize_transpose(
     in_vectors = rows % VECTOR == 0 and cols % VECTOR == 0
     tile = TransposeTile(
         COLUMNWISE=columnwise,
-        STORE_PLAIN=codes is not None,
+        STORE_PLAIN=qdata is not None,
         STORE_ABSMAX=absmax is not None,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS if in_vectors else BLOCK_COLS_ODD,
@@ -123,16 +123,16 @@ def plan_quantize_transpose(
     strides = (*x.stride(), *(parts.stride() if columnwise else (1, 1)))
     # At least one program per block of columns: without rows there is still an absmax to store.
     col_blocks = max(1, ceil_div(cols, tile.BLOCK_COLS))
-    unused = codes_t
-    tensors = x, parts, unused if codes is None else codes, codes_t, unused if absmax is None else absmax
+    unused = qdata_t
+    tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
     launch = bind(quantize_transpose_kernel, (*tensors, count, rows, cols, *strides), tile)
 
     def run(
         x: torch.Tensor,
         parts: torch.Tensor,
-        codes_t: torch.Tensor,
+        qdata_t: torch.Tensor,
         absmax: torch.Tensor | None,
-        codes: torch.Tensor | None,
+        qdata: torch.Tensor | None,
     ) -> None:
         rows = x.shape[0]
         count = parts.shape[0] if columnwise else parts.numel()
@@ -140,9 +140,9 @@ def plan_quantize_transpose(
             (max(1, ceil_div(rows, BLOCK_ROWS)) * col_blocks, 1, 1),
             x,
             parts,
-            codes_t if codes is None else codes,
-            codes_t,
-            codes_t if absmax is None else absmax,
+            qdata_t if qdata is None else qdata,
+            qdata_t,
+            qdata_t if absmax is None else absmax,
             count,
             rows,
             cols,

@@ -22,7 +22,7 @@ from .launch import VECTOR, Plan
 # The next plainer kernel, for a configuration that this Triton or this GPU cannot run.
 _LAST_RESORT = MatmulConfig("pointer", 64, 64, 64, group_m=8, num_stages=3, num_warps=4)
 _PLAINER = {
-    "warp_specialized": MatmulConfig("tma", 128, 128, 128, 8, num_stages=3, num_warps=4, programs_per_multiprocessor=2),
+    "warp_specialized": MatmulConfig("tma", 128, 128, 128, 8, num_stages=3, num_warps=4, ctas_per_sm=2),
     "tma": _LAST_RESORT,
     "pointer": _LAST_RESORT,
 }

@@ -60,7 +60,7 @@ def int8_matmul_tma_kernel(
                 b = b_desc.load([start_n, k])
                 acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
 
-        # Two halves: the first is stored while the second is dequantised, through half the shared memory.
+        # Two halves: the first is stored while the second is dequantized, through half the shared memory.
         halves = acc.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
         high_halves = high.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
         row = start_m + tl.arange(0, BLOCK_M)
@@ -121,7 +121,7 @@ def plan_tma(
     block_a, block_b = [config.block_m, config.block_k], [config.block_n, config.block_k]
     block_out = [config.block_m, config.block_n // 2]
     strides_a, strides_b = (a.stride(0), 1), (b.stride(1), 1)
-    max_programs, blocks_n = config.programs_per_multiprocessor * num_sms(a.device), ceil_div(N, config.block_n)
+    max_programs, blocks_n = config.ctas_per_sm * num_sms(a.device), ceil_div(N, config.block_n)
 
     def arguments(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
         M = a.shape[0]

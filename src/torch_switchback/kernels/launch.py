@@ -25,6 +25,9 @@ INT32_MAX = 2**31 - 1
 MAX_PLANS = 10_000
 """A few per layer shape are in use. All are forgotten at once before they could grow without bound."""
 
+RUN_IS_KNOWN = triton.__version__.startswith("3.")
+"""Whether ``CompiledKernel.run`` takes the arguments that it takes in Triton 3.6 to 3.9."""
+
 Plan = Callable[..., None]
 """It takes an operation's arguments and then its empty outputs, which it fills."""
 
@@ -52,7 +55,9 @@ def plan_for(make: Callable[..., Plan], args: tuple[Any, ...], outputs: tuple[to
         specialization_key(args),
     )
     plan = plans.get(key)
-    if plan is None or knobs.runtime.add_stages_inspection_hook is not None:
+    if knobs.runtime.add_stages_inspection_hook is not None:  # changes how kernels are compiled, maybe at every call
+        return make(*args, *outputs)
+    if plan is None:
         plan = make(*args, *outputs)
         if len(plans) >= MAX_PLANS:
             plans.clear()
@@ -64,8 +69,9 @@ def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what decides which kernels an operation launches on these arguments, and how they are compiled.
 
     The first argument's rows are usually tokens, whose number changes from call to call: only its power of two and
-    whether 16 divides it count. Of other matrices the whole shape does. Vectors have as many elements as a matrix has
-    rows or columns. Two calls with the same key launch kernels with the same key in Triton's own cache.
+    whether 16 divides it count. Of other matrices the whole shape does, and of all tensors the strides. Vectors have as
+    many elements as a matrix has rows or columns. Two calls with the same key launch kernels with the same key in
+    Triton's own cache.
     """
     first = args[0]
     shape, elements = first.shape, first.numel()
@@ -75,6 +81,7 @@ def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows & 15 == 0,
         octave(elements),
         elements > INT32_MAX,
+        rows > INT32_MAX - 128,  # rows padded to a rotation's block may pass it
         shape[1] if len(shape) == 2 else shape[1:],
         first.dtype,
         first.stride(),
@@ -133,7 +140,7 @@ def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., No
             is_hooked = knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls
         except AttributeError:  # a hook in place of Triton's chain of hooks
             is_hooked = True
-        if is_hooked:
+        if is_hooked or not RUN_IS_KNOWN:
             compiled[grid](*args, *constexprs)
         else:  # the same, without the 5 µs for absent hooks and for the stream
             run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)

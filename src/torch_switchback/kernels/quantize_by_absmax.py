@@ -1,4 +1,4 @@
-"""Quantisation by known absmaxes in one pass."""
+"""Quantization by known absmaxes in one pass."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ BLOCK = 4096
 def quantize_by_absmax_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     absmax_ptr,  # [1] or [rows] fp32
-    codes_ptr,  # [rows, cols] int8, contiguous
+    qdata_ptr,  # [rows, cols] int8, contiguous
     rows,
     cols,
     stride_row,
@@ -30,7 +30,7 @@ def quantize_by_absmax_kernel(
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     inverse = inverse_scale(tl.load(absmax_ptr + row * stride_absmax, mask=row < rows, other=0.0))
     x = tl.load(x_ptr + row[:, None] * stride_row + col[None, :] * stride_col, mask=mask, other=0.0)
-    tl.store(codes_ptr + row[:, None] * cols + col[None, :], quantize(x, inverse[:, None]), mask=mask)
+    tl.store(qdata_ptr + row[:, None] * cols + col[None, :], quantize(x, inverse[:, None]), mask=mask)
 
 
 class Tile(NamedTuple):
@@ -41,16 +41,16 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def plan_quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> Plan:
+def plan_quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> Plan:
     rows, cols = x.shape
     block_cols = min(next_power_of_2(cols), 1024)
     tile = Tile(BLOCK // block_cols, block_cols, num_warps=8)
     sizes = (cols, *x.stride(), 0 if absmax.numel() == 1 else absmax.stride(0))
     grid_cols = ceil_div(cols, block_cols)
-    launch = bind(quantize_by_absmax_kernel, (x, absmax, codes, rows, *sizes), tile)
+    launch = bind(quantize_by_absmax_kernel, (x, absmax, qdata, rows, *sizes), tile)
 
-    def run(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
+    def run(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> None:
         rows = x.shape[0]
-        launch((ceil_div(rows, tile.BLOCK_ROWS), grid_cols, 1), x, absmax, codes, rows, *sizes)
+        launch((ceil_div(rows, tile.BLOCK_ROWS), grid_cols, 1), x, absmax, qdata, rows, *sizes)
 
     return run

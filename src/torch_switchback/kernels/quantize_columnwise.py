@@ -8,20 +8,20 @@ from ._transpose import plan_quantize_transpose
 from .launch import Plan
 
 
-def plan_quantize_columnwise_and_transpose(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
+def plan_quantize_columnwise_and_transpose(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> Plan:
     if x.numel() <= _absmax.MAX_SMALL:
-        transpose = plan_quantize_transpose(x, x, codes, absmax, None, columnwise=True)
+        transpose = plan_quantize_transpose(x, x, qdata, absmax, None, columnwise=True)
 
-        def run_once(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-            transpose(x, x, codes, absmax, None)
+        def run_once(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
+            transpose(x, x, qdata, absmax, None)
 
         return run_once
 
     find_absmax = plan_columnwise_absmax(x, absmax)
-    transpose = plan_quantize_transpose(x, absmax[None], codes, None, None, columnwise=True)
+    transpose = plan_quantize_transpose(x, absmax[None], qdata, None, None, columnwise=True)
 
-    def run(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         find_absmax(x, absmax)
-        transpose(x, absmax[None], codes, None, None)
+        transpose(x, absmax[None], qdata, None, None)
 
     return run

@@ -1,4 +1,4 @@
-"""Global quantisation: absmax of parts; then reduce the parts, quantise and store, plain, transposed or both."""
+"""Global quantization: absmax of parts; then reduce the parts, quantize and store, plain, transposed or both."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ BLOCK = 4096
 def quantize_global_kernel(
     x_ptr,  # [elements] fp16/bf16/fp32
     parts_ptr,  # [parts] fp16/bf16/fp32 with the absmax of x
-    codes_ptr,  # [elements] int8
+    qdata_ptr,  # [elements] int8
     absmax_ptr,  # [1] fp32
     elements,
     parts,
@@ -33,12 +33,12 @@ def quantize_global_kernel(
     x = tl.load(x_ptr + offset, mask=offset < whole, other=0.0)
     absmax = reduce_absmax(parts_ptr, parts, 0, BLOCK_PARTS, BLOCK_PARTS)
     inverse = inverse_scale(absmax)
-    tl.store(codes_ptr + offset, quantize(x, inverse), mask=offset < whole)
+    tl.store(qdata_ptr + offset, quantize(x, inverse), mask=offset < whole)
     if program == 0:
         tl.store(absmax_ptr, absmax)
         rest = whole + tl.arange(0, VECTOR)
         last = tl.load(x_ptr + rest, mask=rest < elements, other=0.0)
-        tl.store(codes_ptr + rest, quantize(last, inverse), mask=rest < elements)
+        tl.store(qdata_ptr + rest, quantize(last, inverse), mask=rest < elements)
 
 
 class Tile(NamedTuple):
@@ -50,57 +50,57 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def plan_quantize_global(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
+def plan_quantize_global(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> Plan:
     is_contiguous, x = x.is_contiguous(), x.contiguous()
     parts = empty_parts(x)
     find_parts = bind_partial_absmax(x, parts)
     elements, count = x.numel(), parts.numel()
     tile = Tile(BLOCK, parts_block(count), VECTOR, num_warps=4)
-    launch = bind(quantize_global_kernel, (x, parts, codes, absmax, elements, count, whole_vectors(elements)), tile)
+    launch = bind(quantize_global_kernel, (x, parts, qdata, absmax, elements, count, whole_vectors(elements)), tile)
 
-    def run(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         if not is_contiguous:
             x = x.contiguous()
         parts, elements = empty_parts(x), x.numel()
         whole = whole_vectors(elements)
         if find_parts is not None:
             find_parts((parts.numel() - 1, 1, 1), x, parts, elements, whole)
-        launch((max(1, ceil_div(whole, BLOCK)), 1, 1), x, parts, codes, absmax, elements, parts.numel(), whole)
+        launch((max(1, ceil_div(whole, BLOCK)), 1, 1), x, parts, qdata, absmax, elements, parts.numel(), whole)
 
     return run
 
 
-def plan_quantize_global_transpose(input: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
-    transpose = plan_quantize_global_with_transpose(input, None, codes, absmax)
+def plan_quantize_global_transpose(input: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> Plan:
+    transpose = plan_quantize_global_with_transpose(input, None, qdata, absmax)
 
-    def run(input: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-        transpose(input, None, codes, absmax)
+    def run(input: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
+        transpose(input, None, qdata, absmax)
 
     return run
 
 
 def plan_quantize_global_with_transpose(
-    x: torch.Tensor, codes: torch.Tensor | None, codes_t: torch.Tensor, absmax: torch.Tensor
+    x: torch.Tensor, qdata: torch.Tensor | None, qdata_t: torch.Tensor, absmax: torch.Tensor
 ) -> Plan:
     contiguous = x.contiguous()
     parts = empty_parts(contiguous)
     find_parts = bind_partial_absmax(contiguous, parts)
-    transpose = plan_quantize_transpose(x, parts, codes_t, absmax, codes)
+    transpose = plan_quantize_transpose(x, parts, qdata_t, absmax, qdata)
 
-    def run(x: torch.Tensor, codes: torch.Tensor | None, codes_t: torch.Tensor, absmax: torch.Tensor) -> None:
+    def run(x: torch.Tensor, qdata: torch.Tensor | None, qdata_t: torch.Tensor, absmax: torch.Tensor) -> None:
         contiguous = x.contiguous()
         parts, elements = empty_parts(contiguous), x.numel()
         if find_parts is not None:
             find_parts((parts.numel() - 1, 1, 1), contiguous, parts, elements, whole_vectors(elements))
-        transpose(x, parts, codes_t, absmax, codes)
+        transpose(x, parts, qdata_t, absmax, qdata)
 
     return run
 
 
-def plan_quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> Plan:
-    transpose = plan_quantize_transpose(x, absmax, codes, None, None)
+def plan_quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> Plan:
+    transpose = plan_quantize_transpose(x, absmax, qdata, None, None)
 
-    def run(x: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
-        transpose(x, absmax, codes, None, None)
+    def run(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> None:
+        transpose(x, absmax, qdata, None, None)
 
     return run

@@ -1,8 +1,8 @@
-"""Column-wise quantisation of x rotated along its rows, alone or together with the row-wise one, in two passes over x.
+"""Column-wise quantization of x rotated along its rows, alone or together with the row-wise one, in two passes over x.
 
-The first pass finds every absmax, the second rotates again, quantises and stores. Both see a tile of whole blocks of
-rows, so that the row-wise codes cost no further pass. An absmax is gathered by an atomic integer maximum over the bits
-(see ``magnitude_bits``), which is exact in any order.
+The first pass finds every absmax, the second rotates again, quantizes and stores. Both see a tile of whole blocks of
+rows, so that the row-wise int8 values cost no further pass. An absmax is gathered by an atomic integer maximum over
+the bits (see ``magnitude_bits``), which is exact in any order.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from .launch import Plan, bind, ceil_div
 
 TILE_ROWS = 64  # at least: what one instruction of tensor cores wants
 TILE = 8192  # elements
-NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
+NUM_WARPS = {2: 4, 4: 8}  # by x's bytes per element
 NUM_STAGES = 3
 CTAS_PER_SM = 16  # many, so that few of them run alone at the end
 
@@ -65,8 +65,8 @@ def quantize_rotated_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
     row_absmax_ptr,  # [rows] fp32; unused unless ROWWISE
     col_absmax_ptr,  # [cols] fp32
-    row_codes_ptr,  # [rows, cols] int8, contiguous; unused unless ROWWISE
-    col_codes_ptr,  # [cols, padded_rows] int8, contiguous
+    row_qdata_ptr,  # [rows, cols] int8, contiguous; unused unless ROWWISE
+    col_qdata_ptr,  # [cols, padded_rows] int8, contiguous
     rows,
     tiles,  # below each other, that a program does
     cols,
@@ -93,20 +93,20 @@ def quantize_rotated_kernel(
         in_x = in_rows[:, None] & (col < cols)[None, :]
         x = tl.load(tile, mask=in_x, other=0.0)
         tile += tl.cast(stride_row, tl.int64) * TILE_ROWS
-        codes = unshuffle(quantize(rotate_transposed(x, matrix), inverse[:, None]))
+        qdata = unshuffle(quantize(rotate_transposed(x, matrix), inverse[:, None]))
         place = first + start + row
-        in_codes = (col < cols)[:, None] & (place < padded_rows)[None, :]
+        in_qdata = (col < cols)[:, None] & (place < padded_rows)[None, :]
         tl.store(
-            col_codes_ptr + col[:, None] * padded_rows + place[None, :],
-            codes,
-            mask=in_codes,
+            col_qdata_ptr + col[:, None] * padded_rows + place[None, :],
+            qdata,
+            mask=in_qdata,
             eviction_policy="evict_last",
         )
         if ROWWISE:
             row_inverse = inverse_scale(tl.load(row_absmax_ptr + place, mask=in_rows, other=0.0))
-            codes = quantize(x, row_inverse[:, None])
+            qdata = quantize(x, row_inverse[:, None])
             tl.store(
-                row_codes_ptr + place[:, None] * cols + col[None, :], codes, mask=in_x, eviction_policy="evict_last"
+                row_qdata_ptr + place[:, None] * cols + col[None, :], qdata, mask=in_x, eviction_policy="evict_last"
             )
 
 
@@ -122,12 +122,12 @@ class Tile(NamedTuple):
 
 
 def plan_quantize_rotated_columnwise_and_transpose(
-    x: torch.Tensor, rotate_tokens: int, codes: torch.Tensor, absmax: torch.Tensor
+    x: torch.Tensor, rotate_tokens: int, qdata: torch.Tensor, absmax: torch.Tensor
 ) -> Plan:
-    quantize = plan_quantize_rowwise_and_rotated_columnwise(x, rotate_tokens, None, None, codes, absmax)
+    quantize = plan_quantize_rowwise_and_rotated_columnwise(x, rotate_tokens, None, None, qdata, absmax)
 
-    def run(x: torch.Tensor, rotate_tokens: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-        quantize(x, rotate_tokens, None, None, codes, absmax)
+    def run(x: torch.Tensor, rotate_tokens: int, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
+        quantize(x, rotate_tokens, None, None, qdata, absmax)
 
     return run
 
@@ -135,9 +135,9 @@ def plan_quantize_rotated_columnwise_and_transpose(
 def plan_quantize_rowwise_and_rotated_columnwise(
     x: torch.Tensor,
     rotate_tokens: int,
-    row_codes: torch.Tensor | None,
+    row_qdata: torch.Tensor | None,
     row_absmax: torch.Tensor | None,
-    col_codes: torch.Tensor,
+    col_qdata: torch.Tensor,
     col_absmax: torch.Tensor,
 ) -> Plan:
     rows, cols = x.shape
@@ -149,18 +149,18 @@ def plan_quantize_rowwise_and_rotated_columnwise(
     most_programs = CTAS_PER_SM * num_sms(x.device)
 
     row_absmax = col_absmax if row_absmax is None else row_absmax
-    row_codes = col_codes if row_codes is None else row_codes
+    row_qdata = col_qdata if row_qdata is None else row_qdata
     absmaxes = row_absmax.view(torch.int32), col_absmax.view(torch.int32)
     find_absmax = bind(rotated_absmax_kernel, (x, *absmaxes, rows, 1, cols, *strides), tile)
-    tensors = x, row_absmax, col_absmax, row_codes, col_codes
-    quantize = bind(quantize_rotated_kernel, (*tensors, rows, 1, cols, col_codes.shape[1], *strides), tile)
+    tensors = x, row_absmax, col_absmax, row_qdata, col_qdata
+    quantize = bind(quantize_rotated_kernel, (*tensors, rows, 1, cols, col_qdata.shape[1], *strides), tile)
 
     def run(
         x: torch.Tensor,
         rotate_tokens: int,
-        row_codes: torch.Tensor | None,
+        row_qdata: torch.Tensor | None,
         row_absmax: torch.Tensor | None,
-        col_codes: torch.Tensor,
+        col_qdata: torch.Tensor,
         col_absmax: torch.Tensor,
     ) -> None:
         rows = x.shape[0]
@@ -172,9 +172,9 @@ def plan_quantize_rowwise_and_rotated_columnwise(
             row_absmax = col_absmax
         else:
             row_absmax.zero_()
-        row_codes = col_codes if row_codes is None else row_codes
+        row_qdata = col_qdata if row_qdata is None else row_qdata
         find_absmax(grid, x, row_absmax.view(torch.int32), col_absmax.view(torch.int32), rows, tiles, cols, *strides)
-        padded_rows = col_codes.shape[1]
-        quantize(grid, x, row_absmax, col_absmax, row_codes, col_codes, rows, tiles, cols, padded_rows, *strides)
+        padded_rows = col_qdata.shape[1]
+        quantize(grid, x, row_absmax, col_absmax, row_qdata, col_qdata, rows, tiles, cols, padded_rows, *strides)
 
     return run

@@ -1,4 +1,4 @@
-"""Row-wise quantisation of x rotated along its columns: x is read once where a row fits a program."""
+"""Row-wise quantization of x rotated along its columns: x is read once where a row fits a program."""
 
 import functools
 from typing import NamedTuple
@@ -16,13 +16,13 @@ SIZE = 64  # columns that one matrix rotates, or one block of 128
 TILE_ROWS = 64  # of SIZE columns, at least: what one instruction of tensor cores wants
 HELD = 16384  # elements of x that a program holds, about: making the matrix costs it as much as 4096 of them
 MAX_HELD = 20480  # rows that need more are read twice
-NUM_WARPS = {2: 4, 4: 8}  # by x's bytes an element
+NUM_WARPS = {2: 4, 4: 8}  # by x's bytes per element
 
 
 @triton.jit(do_not_specialize=["rows"])
 def quantize_rotated_rowwise_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
-    codes_ptr,  # [rows, padded_cols] int8, contiguous
+    qdata_ptr,  # [rows, padded_cols] int8, contiguous
     absmax_ptr,  # [rows] fp32
     rows,
     cols,
@@ -42,7 +42,7 @@ def quantize_rotated_rowwise_kernel(
     row = (first + tile_row // ACROSS)[:, None]
     place = (tile_row % ACROSS).to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x_rows = x_ptr + row * stride_row
-    code_rows = codes_ptr + row * padded_cols
+    code_rows = qdata_ptr + row * padded_cols
     in_rows = row < rows
     matrix = hadamard_matrix(x_ptr.dtype.element_ty, BLOCK, SIZE)
 
@@ -71,8 +71,8 @@ def quantize_rotated_rowwise_kernel(
         for start in range(0, cols, WIDTH):
             col = start + place
             x = load_chunk(x_rows, in_rows, col, cols, stride_col)
-            codes = unshuffle(quantize(rotate_transposed(tl.trans(x), matrix), inverse))
-            tl.store(code_rows + col, codes, mask=in_rows & (col < padded_cols))
+            qdata = unshuffle(quantize(rotate_transposed(tl.trans(x), matrix), inverse))
+            tl.store(code_rows + col, qdata, mask=in_rows & (col < padded_cols))
 
 
 class Tile(NamedTuple):
@@ -87,17 +87,17 @@ class Tile(NamedTuple):
 
 
 def plan_quantize_rotated_rowwise(
-    x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor
+    x: torch.Tensor, rotate_features: int, qdata: torch.Tensor, absmax: torch.Tensor
 ) -> Plan:
     rows, cols = x.shape
     tile = rotated_row_tile(cols, rotate_features, NUM_WARPS[x.element_size()])
-    sizes = (cols, codes.shape[1], *x.stride())
+    sizes = (cols, qdata.shape[1], *x.stride())
     block_rows = tile.TILE_ROWS // tile.ACROSS
-    launch = bind(quantize_rotated_rowwise_kernel, (x, codes, absmax, rows, *sizes), tile)
+    launch = bind(quantize_rotated_rowwise_kernel, (x, qdata, absmax, rows, *sizes), tile)
 
-    def run(x: torch.Tensor, rotate_features: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    def run(x: torch.Tensor, rotate_features: int, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         rows = x.shape[0]
-        launch((ceil_div(rows, block_rows), 1, 1), x, codes, absmax, rows, *sizes)
+        launch((ceil_div(rows, block_rows), 1, 1), x, qdata, absmax, rows, *sizes)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Row-wise quantisation and dequantisation: memory-bound, so x is read once where a row fits a program."""
+"""Row-wise quantization and dequantization: memory-bound, so x is read once where a row fits a program."""
 
 import functools
 from typing import NamedTuple
@@ -21,7 +21,7 @@ ELEMENTS_PER_THREAD = 80  # about
 FEW_ROWS = 128  # at most: they leave multiprocessors idle, and the gap before the product counts
 ELEMENTS_PER_THREAD_OF_FEW_ROWS = 16  # about
 DEQUANTIZE_TILE = 4096
-LONGEST_SHARED = 2048  # columns of rows of codes that share a program
+LONGEST_SHARED = 2048  # columns of rows of int8 values that share a program
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def load_chunk(x_rows, in_rows, col, cols, stride_col):
 @triton.jit(do_not_specialize=["rows"])
 def quantize_rowwise_kernel(
     x_ptr,  # [rows, cols] fp16/bf16/fp32
-    codes_ptr,  # [rows, cols] int8, contiguous
+    qdata_ptr,  # [rows, cols] int8, contiguous
     absmax_ptr,  # [rows] fp32
     rows,
     cols,
@@ -48,7 +48,7 @@ def quantize_rowwise_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     block = tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :]
     x_rows = x_ptr + row * stride_row
-    code_rows = codes_ptr + row * cols
+    code_rows = qdata_ptr + row * cols
     in_rows = row < rows
 
     held = ()
@@ -84,18 +84,18 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
-def plan_quantize_rowwise(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Plan:
+def plan_quantize_rowwise(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> Plan:
     rows, cols = x.shape
     stride_row, stride_col = x.stride()
     few_rows = rows <= FEW_ROWS
     # With many small programs, letting the next kernel start early costs each of them more than it saves.
     tile = row_tile(cols, few_rows, few_rows and supports_pdl(x.device))
     block_rows = tile.BLOCK_ROWS
-    launch = bind(quantize_rowwise_kernel, (x, codes, absmax, rows, cols, stride_row, stride_col), tile)
+    launch = bind(quantize_rowwise_kernel, (x, qdata, absmax, rows, cols, stride_row, stride_col), tile)
 
-    def run(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         rows = x.shape[0]
-        launch((ceil_div(rows, block_rows), 1, 1), x, codes, absmax, rows, cols, stride_row, stride_col)
+        launch((ceil_div(rows, block_rows), 1, 1), x, qdata, absmax, rows, cols, stride_row, stride_col)
 
     return run
 

@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter counts for the products."""
+"""FLOP formulas of the matmuls, for torch.utils.flop_counter."""
 
 from typing import Any
 

@@ -7,7 +7,7 @@ def rotate(x: torch.Tensor, block: int, dim: int = 0) -> torch.Tensor:
     """x, float32, times an orthogonal matrix of block × block along dim (not negative), a multiple of block long.
 
     Each block is multiplied by its signs and then by H / sqrt(block), where H is the ±1 matrix of Sylvester's order:
-    log2(block) steps of sums and differences, of neighbours first, each rounded once, then one product with
+    log2(block) steps of sums and differences, of neighbors first, each rounded once, then one product with
     float32(block ** -0.5).
     """
     length, span = x.shape[dim], 1

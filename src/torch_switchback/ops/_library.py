@@ -1,4 +1,4 @@
-"""How every operation reaches PyTorch: one schema, one fake, a reference in plain PyTorch, and kernels."""
+"""Register operations with PyTorch: a schema, a fake, a reference in plain PyTorch, and kernels."""
 
 import importlib
 import warnings
@@ -47,7 +47,7 @@ def define(
     name = schema.partition("(")[0]
     reference = torch.no_grad()(reference)  # or autograd would track what it does to a parameter in place
     run = _direct_implementation(name, kernels, fake, reference)
-    # needs_fixed_stride_order: the compiler must hand over the very strides that the program had.
+    # needs_fixed_stride_order: the compiler must keep the strides that the program had.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, reference, "CPU")
     LIBRARY.impl(name, _on_its_device(run), "CUDA")
@@ -59,22 +59,28 @@ def define(
     return operation
 
 
-def can_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
+_NO_MODES = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_USUAL_KEYS = frozenset(
+    keys.raw_repr() for keys in (_NO_MODES, _NO_MODES | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView))
+)
+"""The dispatch keys that PyTorch adds to those of tensors when nothing watches: in inference mode, and out of it."""
+
+
+def can_skip_dispatcher(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Return whether ``direct`` and ``dispatched`` cannot be told apart in a pass on these tensors.
 
-    The dispatcher serves compiling, tracing, modes, transforms such as vmap, profiling, other devices than the current
-    one, and tensors that are more than their memory: subclasses, a pending negation, and zeros without storage.
+    The dispatcher serves compiling, tracing, dispatch modes, transforms such as vmap, profiling, other devices than the
+    current one, and tensors that are more than their memory: subclasses, a pending negation, zeros without storage.
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not first.is_cuda  # asked first, as asking for the current device initializes CUDA
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _USUAL_KEYS
         or torch._C._autograd._profiler_enabled()
     ):
         return False
     device = current_device()
-    for tensor in tensors:
+    for tensor in (first, *others):
         if tensor is not None and (
             tensor.get_device() != device
             or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
@@ -82,7 +88,7 @@ def can_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
             or tensor._is_zerotensor()
         ):
             return False
-    return device >= 0  # -1 is the CPU's
+    return True
 
 
 def _direct_implementation(
@@ -100,19 +106,20 @@ def _direct_implementation(
         if name in not_compiled:  # trying again would take seconds, at every call
             return reference(*args)
         try:
-            if make is None:
-                make = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), f"plan_{name}")
+            if make is None:  # the last to be set, as other threads may be here
                 plan_for = importlib.import_module("torch_switchback.kernels.launch").plan_for
+                make = getattr(importlib.import_module(f"torch_switchback.kernels.{kernels}"), f"plan_{name}")
             results = fake(*args)
             outputs = results if isinstance(results, tuple) else (results,)
-            plan_for(make, args, outputs)(*args, *outputs)
-            return results
+            plan = plan_for(make, args, outputs)
         except (CannotCompile, ImportError) as error:
             not_compiled[name] = str(error)
             warnings.warn(
                 f"torch_switchback runs {name} in plain PyTorch, slowly: its kernel cannot run: {error}", stacklevel=2
             )
             return reference(*args)
+        plan(*args, *outputs)
+        return results
 
     return run
 

@@ -3,13 +3,13 @@
 import torch
 
 # 127 / absmax is finite from here on: 127 / 2**-121 = 127/128 * 2**128. What an absmax below it covers
-# quantises to 0.
+# quantizes to 0.
 SMALLEST_ABSMAX = 2.0**-121
 ONE_OVER_127 = 1.0 / 127.0
 
 
 def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
-    """127 / absmax in float32 (one IEEE division), or 0 where the codes are 0: absmax tiny, Inf or NaN."""
+    """127 / absmax in float32 (one IEEE division), or 0 where the int8 values are 0: absmax tiny, Inf or NaN."""
     usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
     # Not ``127.0 / absmax``: torch computes that as absmax.reciprocal() * 127, which rounds twice.
     inverse = torch.full_like(absmax, 127.0).div_(absmax)
@@ -17,9 +17,9 @@ def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """int8 codes of x, shaped as x, for absmax values (float32) that broadcast against it.
+    """int8 values of x, shaped as x, for absmax values (float32) that broadcast against it.
 
-    ``rint(x * (127 / absmax))``, half to even. Where the absmax is Inf or NaN the codes are 0: the absmax
+    ``rint(x * (127 / absmax))``, half to even. Where the absmax is Inf or NaN the int8 values are 0: the absmax
     alone carries the news, as 0 * Inf and 0 * NaN are NaN.
     """
     inverse = inverse_scale(absmax)
@@ -40,12 +40,12 @@ def quantize_traceably(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """int8 codes [cols, rows], contiguous, of x [rows, cols] for absmax values (1,) or (cols,)."""
+    """int8 values [cols, rows], contiguous, of x [rows, cols] for absmax values (1,) or (cols,)."""
     rows, cols = x.shape
-    codes = x.new_empty((cols, rows), dtype=torch.int8)
+    qdata = x.new_empty((cols, rows), dtype=torch.int8)
     for block in row_blocks(x):
-        codes[:, block] = quantize(x[block], absmax).t()
-    return codes
+        qdata[:, block] = quantize(x[block], absmax).t()
+    return qdata
 
 
 def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""INT8 products with fused dequantisation: int8 × int8 → int32 → × scales, + bias → float."""
+"""INT8 products with fused dequantization: int8 × int8 → int32 → × scales, + bias → float."""
 
 import functools
 
@@ -9,7 +9,7 @@ from ._library import define
 from ._numerics import ONE_OVER_127, row_blocks
 from ._validation import check_2d, check_dtype, check_float, check_out_dtype, check_same_device, check_shape
 
-# 127² * 133,144 < 2**31 <= 127² * 133,145: up to here int32 holds every sum of products of codes.
+# 127² * 133,144 < 2**31 <= 127² * 133,145: up to here int32 holds every sum of products of int8 values.
 MAX_INT32_INNER = 133_144
 
 
@@ -27,8 +27,8 @@ def int8_matmul_mixed_dequantize(
     the two scales' product, one sum with the bias, one rounding to out_dtype. NaN and Inf in an absmax carry.
 
     Args:
-        a: int8 codes [M, K], any strides.
-        b: int8 codes [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
+        a: int8 values [M, K], any strides.
+        b: int8 values [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
         state_x: float32 [M], the absmax of each row of a.
         state_w: float32 (1,), the absmax of b.
         bias: [N], float16, bfloat16 or float32, or None.
@@ -53,13 +53,13 @@ def int8_matmul_rowwise_dequantize(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax a column of b.
+    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax per column of b.
 
     arXiv 2304.13013, algorithm 3. The arithmetic is that of :func:`int8_matmul_mixed_dequantize`.
 
     Args:
-        a: int8 codes [M, K], any strides.
-        b: int8 codes [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
+        a: int8 values [M, K], any strides.
+        b: int8 values [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
         state_x: float32 [M], the absmax of each row of a.
         state_w: float32 [N], the absmax of each column of b (each row of the weight).
         bias: [N], float16, bfloat16 or float32, or None.
@@ -86,9 +86,9 @@ def _check(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    for name, codes in (("a", a), ("b", b)):
-        check_dtype(op, name, codes, torch.int8)
-        check_2d(op, name, codes)
+    for name, qdata in (("a", a), ("b", b)):
+        check_dtype(op, name, qdata, torch.int8)
+        check_2d(op, name, qdata)
     for name, absmax in (("state_x", state_x), ("state_w", state_w)):
         check_dtype(op, name, absmax, torch.float32)
     if a.shape[1] != b.shape[0]:

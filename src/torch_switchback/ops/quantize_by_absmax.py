@@ -1,4 +1,4 @@
-"""Quantisation by absmaxes that are known already, as where they span the shards of several processes."""
+"""Quantization by absmaxes that are known already, as where they span the shards of several processes."""
 
 import torch
 
@@ -9,17 +9,17 @@ from ._validation import check_2d, check_dtype, check_float, check_same_device
 
 
 def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """The codes of x for one absmax, or for one a row.
+    """The int8 values of x for one absmax, or for one per row.
 
-    With the absmax that :func:`quantize_global` or :func:`quantize_rowwise` returns they are that function's codes;
-    with the absmax of a larger tensor, x's part of the larger tensor's codes.
+    With the absmax that :func:`quantize_global` or :func:`quantize_rowwise` returns they equal that function's;
+    with the absmax of a larger tensor they are x's part of that tensor's int8 values.
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
         absmax: float32 (1,) or (rows,), no smaller than any |x| that it covers.
 
     Returns:
-        int8 codes [rows, cols], contiguous.
+        int8 values [rows, cols], contiguous.
 
     Raises:
         TypeError: x or absmax has another dtype.
@@ -36,11 +36,11 @@ def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize_by_absmax_reference(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    codes = x.new_empty(x.shape, dtype=torch.int8)
+    qdata = x.new_empty(x.shape, dtype=torch.int8)
     absmax = absmax.expand(x.shape[0])[:, None]
     for block in row_blocks(x):
-        codes[block] = quantize(x[block], absmax[block])
-    return codes
+        qdata[block] = quantize(x[block], absmax[block])
+    return qdata
 
 
 quantize_by_absmax_op = define(

@@ -1,4 +1,4 @@
-"""Column-wise quantisation, stored transposed: for the row-wise strategy's Wᵀ and for an int8 weight gradient.
+"""Column-wise quantization, stored transposed: for the row-wise strategy's Wᵀ and for an int8 weight gradient.
 
 The weight gradient's inner dimension is the tokens, and one token with a large gradient would coarsen every column.
 With R an orthogonal block Hadamard matrix, (R G)ᵀ (R X) = Gᵀ X, and R spreads each token over its block.
@@ -17,7 +17,7 @@ from .quantize_rowwise import quantize_rowwise_op
 def quantize_columnwise_and_transpose(
     x: torch.Tensor, rotate_tokens: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each column of x, rotated along the rows or as it is, by its own absmax and store the codes transposed.
+    """Quantize each column of x, rotated along the rows or as it is, by its own absmax and store it transposed.
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
@@ -25,10 +25,10 @@ def quantize_columnwise_and_transpose(
             last block of rows. Sums are float32's: with values above 3.4e38 / rotate_tokens they may be Inf.
 
     Returns:
-        int8 codes [cols, rows], contiguous, and the float32 absmax [cols]; both equal ``quantize_rowwise(x.t())``.
-        Rotated: codes [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x. On a GPU its
-        sums are in the hardware's order: the same from run to run, a few codes one from the CPU's. A NaN or an Inf in
-        a column makes its absmax NaN or Inf and its codes 0.
+        int8 values [cols, rows], contiguous, and the float32 absmax [cols]; both equal ``quantize_rowwise(x.t())``.
+        Rotated: int8 values [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x.
+        On a GPU its sums are in the hardware's order: the same from run to run, a few int8 values one from the CPU's.
+        A NaN or an Inf in a column makes its absmax NaN or Inf and its int8 values 0.
 
     Raises:
         TypeError: x has another dtype.
@@ -93,7 +93,7 @@ def quantize_rowwise_and_rotated_columnwise(
         rotate_tokens: 16, 32, 64 or 128.
 
     Returns:
-        What the two return: row codes and absmax, column codes and absmax.
+        What the two return: row int8 values and absmax, column int8 values and absmax.
 
     Raises:
         TypeError: x has another dtype.
@@ -107,8 +107,8 @@ def quantize_rowwise_and_rotated_columnwise(
 
 def _fake_both(x: torch.Tensor, rotate_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, cols = x.shape
-    codes, absmax = empty(x, (rows, cols), torch.int8), empty(x, (rows,), torch.float32)
-    return codes, absmax, *_fake(x, rotate_tokens)
+    qdata, absmax = empty(x, (rows, cols), torch.int8), empty(x, (rows,), torch.float32)
+    return qdata, absmax, *_fake(x, rotate_tokens)
 
 
 def _quantize_rowwise_and_rotated_columnwise_reference(

@@ -1,7 +1,7 @@
-"""Global quantisation: one absmax for the whole tensor, as for weights; plain, transposed or both.
+"""Global quantization: one absmax for the whole tensor, as for weights; plain, transposed or both.
 
 The INT8 tensor cores want the inner dimension of both operands contiguous. The input gradient's inner dimension
-is the weight's rows, so its codes are stored transposed.
+is the weight's rows, so its int8 values are stored transposed.
 """
 
 import torch
@@ -13,14 +13,15 @@ from ._validation import check_2d, check_dtype, check_float, check_same_device, 
 
 
 def quantize_global(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise x by the absmax of all its elements (arXiv 2304.13013, equation 2).
+    """Quantize x by the absmax of all its elements (arXiv 2304.13013, equation 2).
 
     Args:
         x: any shape, float16, bfloat16 or float32, any strides.
 
     Returns:
-        The int8 codes, contiguous, of x's shape, and the float32 absmax (1,): ``x ≈ codes * absmax / 127``.
-        One NaN or Inf in x makes the absmax NaN or Inf and all codes 0. An absmax below 2**-121 gives codes 0, too.
+        The int8 values, contiguous, of x's shape, and the float32 absmax (1,): ``x ≈ qdata * absmax / 127``.
+        One NaN or Inf in x makes the absmax NaN or Inf and all int8 values 0. They are also 0 for an absmax below
+        2**-121.
 
     Raises:
         TypeError: x has another dtype.
@@ -36,10 +37,10 @@ def _fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantize_global_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = absmax_of(x)
     rows = x.flatten(0, -2) if x.dim() > 1 else x.flatten()
-    codes = x.new_empty(rows.shape, dtype=torch.int8)
+    qdata = x.new_empty(rows.shape, dtype=torch.int8)
     for block in row_blocks(rows):
-        codes[block] = quantize(rows[block], absmax)
-    return codes.view(x.shape), absmax
+        qdata[block] = quantize(rows[block], absmax)
+    return qdata.view(x.shape), absmax
 
 
 quantize_global_op = define(
@@ -51,13 +52,13 @@ quantize_global_op = define(
 
 
 def quantize_global_transpose(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quantize_global` with the codes stored transposed, in the same pass.
+    """:func:`quantize_global` with the int8 values stored transposed, in the same pass.
 
     Args:
         input: [rows, cols], float16, bfloat16 or float32, any strides.
 
     Returns:
-        int8 codes [cols, rows], contiguous, equal to ``quantize_global(input)[0].t()``, and the absmax (1,).
+        int8 values [cols, rows], contiguous, equal to ``quantize_global(input)[0].t()``, and the absmax (1,).
 
     Raises:
         TypeError: input has another dtype.
@@ -87,7 +88,7 @@ quantize_global_transpose_op = define(
 
 
 def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """The codes of :func:`quantize_global_transpose` when x's global absmax is known already.
+    """The int8 values of :func:`quantize_global_transpose` when x's global absmax is known already.
 
     The backward pass uses it with the absmax that the forward pass found.
 
@@ -96,7 +97,7 @@ def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch
         absmax: float32 (1,), no smaller than any |x|.
 
     Returns:
-        int8 codes [cols, rows], contiguous.
+        int8 values [cols, rows], contiguous.
 
     Raises:
         TypeError: x or absmax has another dtype.
@@ -119,13 +120,13 @@ quantize_transpose_by_absmax_op = define(
 
 
 def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`quantize_global` and :func:`quantize_global_transpose` at once: x is read no oftener than for one of them.
+    """Quantize x as :func:`quantize_global` and as :func:`quantize_global_transpose`, in the reads of one of them.
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
 
     Returns:
-        The int8 codes [rows, cols] and, transposed, [cols, rows], both contiguous, and the absmax (1,).
+        The int8 values [rows, cols] and, transposed, [cols, rows], both contiguous, and the absmax (1,).
 
     Raises:
         TypeError: x has another dtype.
@@ -137,13 +138,13 @@ def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _fake_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, absmax = _fake(x)
-    return codes, empty(x, (x.shape[1], x.shape[0]), torch.int8), absmax
+    qdata, absmax = _fake(x)
+    return qdata, empty(x, (x.shape[1], x.shape[0]), torch.int8), absmax
 
 
 def _quantize_global_with_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, absmax = _quantize_global_reference(x)
-    return codes, codes.t().clone(memory_format=torch.contiguous_format), absmax
+    qdata, absmax = _quantize_global_reference(x)
+    return qdata, qdata.t().clone(memory_format=torch.contiguous_format), absmax
 
 
 quantize_global_with_transpose_op = define(

@@ -1,4 +1,4 @@
-"""Row-wise quantisation and its inverse: one absmax a row, as for activations and output gradients."""
+"""Row-wise quantization and its inverse: one absmax per row, as for activations and output gradients."""
 
 import torch
 
@@ -18,7 +18,7 @@ from ._validation import (
 
 
 def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
+    """Quantize each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
 
     Args:
         x: [rows, cols], float16, bfloat16 or float32, any strides.
@@ -26,11 +26,11 @@ def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tup
             the last block of columns. Sums are float32's: with values above 3.4e38 / rotate_features they may be Inf.
 
     Returns:
-        The int8 codes [rows, cols], contiguous, and the float32 absmax [rows]: ``x ≈ codes * absmax / 127``.
-        A row with a NaN or an Inf has a NaN or Inf absmax and codes 0; a row whose absmax is below 2**-121
-        has codes 0.
-        Rotated: codes [rows, cols up to a multiple of rotate_features], and the absmax of the rotated x. On a GPU its
-        sums are in the hardware's order: the same from run to run, a few codes one from the CPU's.
+        The int8 values [rows, cols], contiguous, and the float32 absmax [rows]: ``x ≈ qdata * absmax / 127``.
+        A row with a NaN or an Inf has a NaN or Inf absmax and int8 values 0; a row whose absmax is below 2**-121
+        has int8 values 0.
+        Rotated: int8 values [rows, cols up to a multiple of rotate_features], and the absmax of the rotated x.
+        On a GPU its sums are in the hardware's order: the same from run to run, a few int8 values one from the CPU's.
 
     Raises:
         TypeError: x has another dtype.
@@ -51,11 +51,11 @@ def _fake_quantize(x: torch.Tensor, rotate_features: int = 1) -> tuple[torch.Ten
 
 
 def _quantize_rowwise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, absmax = _fake_quantize(x)
+    qdata, absmax = _fake_quantize(x)
     for block in row_blocks(x):
         absmax[block] = absmax_of(x[block], dim=1)
-        codes[block] = quantize(x[block], absmax[block, None])
-    return codes, absmax
+        qdata[block] = quantize(x[block], absmax[block, None])
+    return qdata, absmax
 
 
 quantize_rowwise_op = define(
@@ -67,10 +67,10 @@ quantize_rowwise_op = define(
 
 
 def _quantize_rotated_rowwise_reference(x: torch.Tensor, rotate_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, absmax = _fake_quantize(x, rotate_features)
+    qdata, absmax = _fake_quantize(x, rotate_features)
     for block in row_blocks(x):
-        codes[block], absmax[block] = _quantize_rowwise_reference(rotated(x[block], rotate_features))
-    return codes, absmax
+        qdata[block], absmax[block] = _quantize_rowwise_reference(rotated(x[block], rotate_features))
+    return qdata, absmax
 
 
 quantize_rotated_rowwise_op = define(
@@ -85,7 +85,7 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
     """``x * absmax / 127`` row by row: the inverse of :func:`quantize_rowwise`.
 
     Args:
-        x: int8 codes [rows, cols], any strides.
+        x: int8 values [rows, cols], any strides.
         absmax: float32 [rows].
         out_dtype: float16 (bitsandbytes' choice), bfloat16 or float32.
 

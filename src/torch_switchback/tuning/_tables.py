@@ -33,7 +33,7 @@ class MatmulConfig:
     group_m: int  # block rows that run side by side, to reuse their operands in L2
     num_stages: int
     num_warps: int  # that multiply
-    programs_per_multiprocessor: int = 1  # of the persistent kernels
+    ctas_per_sm: int = 1  # of the persistent kernels
 
     @property
     def tma(self) -> bool:
@@ -49,7 +49,7 @@ class MatmulConfig:
             elif (name.startswith("block_") or name == "num_warps") and value & (value - 1):
                 raise ValueError(f"MatmulConfig: {name} must be a power of two, got {value}")
         if self.kernel == "warp_specialized" and (
-            min(self.block_m, self.block_n) < 128 or self.num_warps != 8 or self.programs_per_multiprocessor != 1
+            min(self.block_m, self.block_n) < 128 or self.num_warps != 8 or self.ctas_per_sm != 1
         ):
             raise ValueError(
                 f"MatmulConfig: warp_specialized takes 8 warps, 1 program and tiles of 128 × 128 at least, got {self}"

@@ -115,8 +115,7 @@ def shared_memory(config: MatmulConfig, out_bytes: int) -> int:
 def _fits(config: MatmulConfig, limit: int) -> bool:
     """One program must run with float32 outputs too; several share an SM with 16-bit ones."""
     return (
-        shared_memory(config, out_bytes=4) <= limit
-        and config.programs_per_multiprocessor * shared_memory(config, out_bytes=2) <= limit
+        shared_memory(config, out_bytes=4) <= limit and config.ctas_per_sm * shared_memory(config, out_bytes=2) <= limit
     )
 
 

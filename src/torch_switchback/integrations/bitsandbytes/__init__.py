@@ -6,6 +6,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from ... import nn, ops
+
 _LAYERS = (
     "SwitchBackLinear",
     "SwitchBackLinearGlobal",
@@ -36,8 +38,6 @@ def install_as_bitsandbytes() -> None:
     if not, modules of those names are made. Call it before the program imports these names. Processes that are
     started by *spawn* are new processes: call it there as well.
     """
-    import torch_switchback
-
     if importlib.util.find_spec("bitsandbytes") is None:
         _make_module("bitsandbytes")
         _make_module("bitsandbytes.nn")
@@ -48,7 +48,7 @@ def install_as_bitsandbytes() -> None:
         keep = name == "bitsandbytes.nn" or (name == "bitsandbytes.triton" and importlib.util.find_spec(name))
         module = importlib.import_module(name) if keep else _make_module(name)
         for member in members:
-            setattr(module, member, getattr(torch_switchback, member))
+            setattr(module, member, getattr(nn if member in _LAYERS else ops, member))
 
 
 def _make_module(name: str) -> ModuleType:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import _grad_weight
 from .._text import table
-from ..functional import switchback_linear
+from ..functional import linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, ProductShape
 from .layer_calls import Call, layer_calls
@@ -246,5 +246,5 @@ def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
     if absmax is None:
         weight = weight.requires_grad_(layer.weight.requires_grad)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        y = switchback_linear(x, weight, None, layer.config, weight_absmax=absmax)
+        y = linear(x, weight, None, layer.config, absmax)
         torch.autograd.grad(y, [tensor for tensor in (x, weight) if tensor.requires_grad], torch.ones_like(y))

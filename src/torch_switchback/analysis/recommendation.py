@@ -13,10 +13,10 @@ from torch import nn
 
 from .._text import table
 from .._timing import WORTH_CHANGING, elapsed_ms, interleaved
+from ..config import config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
-from ..recipes import config_of
 from .explanation import describe, device_of
 from .layer_calls import every_layer_called, layer_calls, run
 from .layer_steps import measure_layers

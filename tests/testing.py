@@ -30,7 +30,7 @@ def expanded(rows, cols, dtype, device="cpu"):
 
 
 def hostile(rows, cols, dtype, device="cpu"):
-    """A row of zeros, a NaN, an Inf, a row too small to quantise, a row near the top of the range."""
+    """A row of zeros, a NaN, an Inf, a row too small to quantize, a row near the top of the range."""
     x = contiguous(rows, cols, dtype, device)
     for row, value in ((0, 0.0), (-1, torch.finfo(dtype).tiny), (1, torch.finfo(dtype).max)):
         if -rows <= row < rows:
@@ -56,15 +56,15 @@ def assert_same(actual, expected):
     assert torch.equal(actual, expected)
 
 
-def assert_same_to_a_code(actual, expected):
-    """Codes and absmax of quantised sums in another order: of 10,000 codes, ten may be one apart."""
-    (codes, absmax), (expected_codes, expected_absmax) = ([each.cpu() for each in pair] for pair in (actual, expected))
-    assert codes.is_contiguous()
+def assert_same_within_one_step(actual, expected):
+    """Int8 values and absmax of quantized sums in another order: of 10,000 int8 values, ten may be one apart."""
+    (qdata, absmax), (expected_qdata, expected_absmax) = ([each.cpu() for each in pair] for pair in (actual, expected))
+    assert qdata.is_contiguous()
     assert torch.equal(absmax.isfinite(), expected_absmax.isfinite())
-    # Below 2**-121 codes are 0 whatever the absmax, and halves of float32's smallest are flushed.
+    # Below 2**-121 int8 values are 0 whatever the absmax, and halves of float32's smallest are flushed.
     absmaxes = (each.nan_to_num(0.0, 0.0) for each in (absmax, expected_absmax))
     torch.testing.assert_close(*absmaxes, rtol=1e-5, atol=2.0**-121)
-    apart = (codes.int() - expected_codes.int()).abs()
+    apart = (qdata.int() - expected_qdata.int()).abs()
     assert apart.amax() <= 1 if apart.numel() else True
     assert apart.sum() <= max(1, 1e-3 * apart.numel())
 
@@ -77,10 +77,11 @@ def assert_same_int8_grad_weight(actual, expected, x, grad, config):
     assert actual.dtype == expected.dtype
     actual, limits = actual.detach().cpu().double(), torch.finfo(expected.dtype)
     absmax, x_absmax = (
-        ts.quantize_columnwise_and_transpose(each.cpu(), rotate_tokens=config.rotate_tokens)[1] for each in (grad, x)
+        ts.ops.quantize_columnwise_and_transpose(each.cpu(), rotate_tokens=config.rotate_tokens)[1]
+        for each in (grad, x)
     )
-    codes_apart = 2 + 2e-3 * len(x)  # each of them with a code of at most 127
-    bound = codes_apart / 127 * absmax.double()[:, None] * x_absmax.double()
+    qdata_apart = 2 + 2e-3 * len(x)  # each of them with a code of at most 127
+    bound = qdata_apart / 127 * absmax.double()[:, None] * x_absmax.double()
     bound += (4e-5 + 2 * limits.eps) * expected.double().abs() + 2 * limits.smallest_normal
     assert not actual[~expected.isfinite()].isfinite().any()
     in_range = expected.isfinite() & (expected.double().abs() + bound < limits.max)
@@ -92,7 +93,7 @@ def convert_all(model, config=None):
     return ts.convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
 
 
-def codes(rows, cols, device="cpu"):
+def random_int8(rows, cols, device="cpu"):
     return torch.randint(-127, 128, (rows, cols), device=device, dtype=torch.int8)
 
 

@@ -1,8 +1,8 @@
-"""How much noise quantising adds to a model's layers while it trains.
+"""How much noise quantizing adds to a model's layers while it trains.
 
 with Monitor(model, every=100, layers="*.mlp.*", writer=CsvWriter("noise.csv")) as monitor:
     for batch in data:
-        ...  # forward, backward, optimiser
+        ...  # forward, backward, optimizer
         monitor.step()
 """
 
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
-from .distributed.fsdp_weights import GatheredWeight
-from .functional import switchback_linear
-from .nn import SwitchBackLinear
-from .ops._hadamard import rotate_features
-from .scaling import scaling_for
+from ..distributed.fsdp_weights import GatheredWeight
+from ..functional import switchback_linear
+from ..nn import SwitchBackLinear
+from ..ops._hadamard import rotate_features
+from ..scaling import scaling_for
 
 Record = dict[str, float]
 
@@ -180,8 +180,8 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
     """One layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
-        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows the codes alone:
-            products are compared with theirs, so the noise of quantising the weight itself is not counted.
+        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows only int8 values:
+            products are compared with theirs, so the noise of quantizing the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
 
@@ -195,7 +195,7 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
 
         - ``T_crest``: absmax over root mean square of what one absmax covers, a row or a globally scaled weight; what
           99 % of the rows are below. INT8 is more accurate than float8 (e4m3) below 11.7;
-        - ``T_zeros``: share of its codes that are 0.
+        - ``T_zeros``: share of its int8 values that are 0.
     """
     x, weight = x.detach(), layer.weight.detach()
     known = weight.dequantize() if isinstance(weight, GatheredWeight) else weight
@@ -210,13 +210,13 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
     x, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
     covered = known.reshape(1, -1) if layer.config.weight_scaling == "global" else known
     scaling = scaling_for(layer.config, x, weight, grad)
-    for operand, rows, codes in (
+    for operand, rows, qdata in (
         ("x", x, scaling.quantize_input(x)[0]),
         ("weight", covered, scaling.quantize_weight(weight)[0]),
         ("grad", grad, scaling.quantize_grad(grad)[0]),
     ):
         quantities[f"{operand}_crest"] = _crest(rows, layer.config.rotate_features)
-        quantities[f"{operand}_zeros"] = 1 - codes.count_nonzero() / codes.numel()
+        quantities[f"{operand}_zeros"] = 1 - qdata.count_nonzero() / qdata.numel()
     values = torch.stack([value.float() for value in quantities.values()]).tolist()  # one wait for the GPU
     return dict(zip(quantities, values, strict=True))
 
