@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from measure import SPEED_UP, Bench, Candidate, Mode, copies, find, ratio, run, speed_up
-from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, random_inputs, training_step
+from measure import SPEED_UP, Bench, Candidate, Mode, copies, find, run
+from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, compile_in_place, new_layer
 from results_file import Record
 from shapes import LAYERS, MATMULS, SMALL, TINY, Shape
 from torch_switchback import ops
+from torch_switchback.analysis.layer_steps import Kept, add_comparison, random_inputs, training_step
 
 # These take longest to compile, so they are compiled for few shapes.
 SLOW_TO_COMPILE = ("linear", "switchback", TORCHAO_INT8)
@@ -68,19 +69,22 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
 
 def measure(bench: Bench, shape: Shape) -> list[Record]:
     set_bytes = 2 * shape.tokens * (shape.in_features + shape.out_features)
-    inputs = random_inputs(shape, copies(set_bytes, bench.device), bench.device)
-    kept: dict[tuple[str, Mode], int] = {}
+    inputs = random_inputs(*shape, copies(set_bytes, bench.device), bench.device, torch.bfloat16)
+    kept: Kept = {}
+
+    def build(name: str, mode: Mode) -> nn.Module:
+        layer = new_layer(name, shape, bench.device)
+        compile_in_place(layer, mode, tiny=bench.tiny)
+        return layer
+
     candidates = [
-        training_step(name, mode, shape, inputs, kept=kept, tiny=bench.tiny) for name, mode in steps_of(shape)
+        training_step(name, partial(build, name, mode), inputs, kept=kept, mode=mode) for name, mode in steps_of(shape)
     ]
     first_compiled = next(index for index, candidate in enumerate(candidates) if candidate.mode == "compiled")
     candidates[first_compiled:first_compiled] = parts(shape, inputs, bench.device)  # what compiles comes last
     measured = bench.compare(candidates, shape=shape)
     records = [record for record in measured if not record["name"].startswith(PART)]
-    for record in records:
-        record |= speed_up(record, find(records, name="linear", mode="graph" if record["mode"] == "graph" else "eager"))
-        record["saved_bytes"] = kept.get((record["name"], record["mode"]))
-        record["saved_over_linear"] = ratio(record["saved_bytes"], kept.get(("linear", "eager")))
+    add_comparison(records, kept, linear="linear")
     add_limit(records, [record for record in measured if record["name"].startswith(PART)])
     return records
 

@@ -1,13 +1,13 @@
 """The layers that are compared: nn.Linear, SwitchBack's recipes and torchao's layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import torch_switchback as ts
-from measure import SUSTAINED_MS, Candidate, Cycle, Mode
+from measure import Mode
 from shapes import Shape
 from torch_switchback import SwitchBackConfig, convert_to_switchback
 
@@ -85,52 +85,3 @@ def gradients(module: nn.Module, x: Tensor, grad_output: Tensor) -> tuple[Tensor
 def new_layer(name: str, shape: Shape, device: torch.device) -> nn.Module:
     linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=torch.bfloat16)
     return convert(nn.Sequential(linear), name)[0]  # torchao replaces children only
-
-
-def random_inputs(shape: Shape, copies: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs of X [tokens, in], which requires a gradient, and G [tokens, out], in bf16."""
-
-    def new(width: int, **kwargs: bool) -> Tensor:
-        return torch.randn(shape.tokens, width, device=device, dtype=torch.bfloat16, **kwargs)
-
-    return [(new(shape.in_features, requires_grad=True), new(shape.out_features)) for _ in range(copies)]
-
-
-def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a forward keeps for its backward. Parameters do not count."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)  # alive until all is counted, so that no memory is reused and counted twice
-    for parameter in module.parameters():
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    del y
-    return sum(storages.values())
-
-
-def training_step(
-    name: str,
-    mode: Mode,
-    shape: Shape,
-    inputs: Sequence[tuple[Tensor, Tensor]],
-    *,
-    kept: dict[tuple[str, Mode], int],
-    tiny: bool,
-) -> Candidate:
-    """Return a layer's forward and backward on each of the inputs, in sustained turns.
-
-    Building the candidate adds the bytes that it keeps for its backward to ``kept``.
-    """
-
-    def build() -> Cycle:
-        layer = new_layer(name, shape, inputs[0][0].device)
-        compile_in_place(layer, mode, tiny=tiny)
-        gradients(layer, *inputs[0])  # compiles
-        kept[name, mode] = saved_bytes(layer, inputs[0][0])
-        return [partial(gradients, layer, x, grad) for x, grad in inputs]
-
-    return Candidate(name, build, mode, SUSTAINED_MS)

@@ -1,7 +1,14 @@
 """``torch-switchback``'s commands on the CPU, as they are called: what they print, write and exit with."""
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
+from importlib import metadata
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -10,16 +17,19 @@ from torch import nn
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
+from packaging.requirements import Requirement
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import torch_switchback as ts
 from testing import convert_all
-from torch_switchback.analysis import layer_steps
-from torch_switchback.cli import bench, doctor, export, transformer
+from torch_switchback.analysis import recommendation
+from torch_switchback.checkpoint import prepared, restored
+from torch_switchback.cli import bench, doctor
 from torch_switchback.cli.app import app
 
 LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -51,6 +61,14 @@ def no_model():
 
 def broken():
     return nn.Linear(8, 8), torch.randn(3, 7)
+
+def raising():
+    raise KeyError("no such\\nthing")
+
+def llama():
+    layer = lambda: nn.ModuleDict({"q": nn.Linear(32, 32), "v": nn.Linear(32, 16), "up": nn.Linear(32, 48)})
+    with torch.device("meta"):
+        return nn.ModuleDict({"0": layer(), "1": layer(), "lm_head": nn.Linear(32, 100)})
 """
 
 
@@ -60,6 +78,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "some_models.py").write_text(MODELS)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "list.json").write_text("[1, 2]")
     yield tmp_path
     sys.modules.pop("some_models", None)
 
@@ -117,7 +136,7 @@ def test_doctor_examines_a_gpu_by_its_table(monkeypatch):
     properties = type("Properties", (), {"name": "A GPU", "total_memory": 2**34, "multi_processor_count": 9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     found = {finding.name: finding for finding in doctor.examine_gpu()}
-    assert found["GPU"].detail == "A GPU, sm_130, 16 GiB, 9 multiprocessors"
+    assert found["GPU"].detail == "A GPU, sm_130, 16 GiB, 9 SMs"
     assert found["tiles"].status == "note" and "none for sm_130" in found["tiles"].detail
     assert found["kernel tma"] == ("kernel tma", "note", "not on sm_130")
     if not torch.cuda.is_initialized():
@@ -134,19 +153,19 @@ def test_explain_a_function_with_a_sample():
 
 
 def test_explain_converts_what_is_not_converted(folder):
-    (folder / "map.json").write_text(json.dumps({"model.layers.1.mlp.down_proj": "rowwise"}))
-    rows = loaded("explain", "config.json", "--config", "map.json", "--tokens", "5", "--device", "cpu")["layers"]
+    (folder / "map.json").write_text(json.dumps({"1.up": "rowwise"}))
+    rows = loaded("explain", "some_models:llama", "--config", "map.json", "--tokens", "5", "--device", "cpu")["layers"]
     strategies = {row["fqn"]: row["strategy"] for row in rows}
-    assert strategies.pop("model.layers.1.mlp.down_proj") == "rowwise"
-    assert set(strategies.values()) == {"Linear"} and len(strategies) == 14
+    assert strategies.pop("1.up") == "rowwise"
+    assert set(strategies.values()) == {"Linear"} and len(strategies) == 6
     assert {row["tokens"] for row in rows} == {5}
 
 
 def test_explain_strictly(folder):
     (folder / "map.json").write_text(json.dumps({"lm_head": "switchback_int8_grad_weight"}))
-    arguments = ("explain", "config.json", "--config", "map.json", "--tokens", "5", "--device", "cpu")
+    arguments = ("explain", "some_models:llama", "--config", "map.json", "--tokens", "5", "--device", "cpu")
     assert "at high precision" in call(*arguments).stdout
-    assert "1 of 15 layers fall back" in call(*arguments, "--strict", code=1).stderr
+    assert "1 of 7 layers fall back" in call(*arguments, "--strict", code=1).stderr
 
 
 # recommend
@@ -162,35 +181,23 @@ def test_recommend_writes_what_convert_takes(folder):
     ts.convert_to_switchback(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)), config=config)
 
 
-def test_recommend_from_a_config_file():
-    output = call("recommend", "config.json", "--tokens", "6", "--bf16", "--seconds", "0", "--device", "cpu").stdout
+def test_recommend_for_a_model_on_the_meta_device():
+    arguments = ("recommend", "some_models:llama", "--tokens", "6", "--bf16", "--seconds", "0", "--device", "cpu")
+    output = call(*arguments).stdout
     assert "lm_head stays nn.Linear: the LM head" in output and "bfloat16" in output
-    assert output.count("0.") or output.count("1.")
 
 
-def test_recommend_writes_only_names_that_the_model_has(folder, monkeypatch):
-    monkeypatch.setattr(layer_steps, "measure", lambda steps, device, seconds: dict.fromkeys(steps, 1.0))
-    arguments = (
-        "recommend",
-        "config.json",
-        "--tokens",
-        "6",
-        "--seconds",
-        "0",
-        "--device",
-        "cpu",
-        "--output",
-        "out.json",
-    )
-    assert "written to out.json" in call(*arguments).stdout
-    assert "model.layers.1.mlp.gate_proj" in json.loads((folder / "out.json").read_text())
-    (folder / "out.json").unlink()
-    for config in (LLAMA | {"model_type": "bert"}, {"model_type": "llava", "text_config": LLAMA}):
-        (folder / "config.json").write_text(json.dumps(config))
-        result = call(*arguments, code=2)
-        assert "linear layers:" in result.stdout
-        assert "out.json is not written: this model_type names its layers otherwise" in result.stderr
-        assert json.loads(call(*arguments, "--json", code=2).stdout)["layers"]
+@pytest.mark.parametrize("when", ["in the second shape", "in the first"])
+def test_ctrl_c_in_recommend_prints_the_finished_shapes(folder, monkeypatch, when):
+    def measure_layers(layers, x, **kwargs):
+        if x.shape[1] == (24 if when == "in the second shape" else 16):
+            raise KeyboardInterrupt
+        return dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 1)
+
+    monkeypatch.setattr(recommendation, "measure_layers", measure_layers)
+    result = call("recommend", "some_models:with_sample", "--device", "cpu", "--output", "out.json", code=130)
+    assert "1/2  6 tokens, 16 → 24" in result.stderr and "Stopped" in result.stderr
+    assert ("linear layers: 1.00 ×" in result.stdout) == (when == "in the second shape")
     assert not (folder / "out.json").exists()
 
 
@@ -209,7 +216,8 @@ def test_bench_shapes(folder):
         ([6, 24, 16], "rowwise"),
     ]
     linear, rowwise = result["results"][:2]
-    assert rowwise["speed_up"] == linear["milliseconds"] / rowwise["milliseconds"]
+    assert linear["speed_up"] == 1 and rowwise["speed_up_p10"] <= rowwise["speed_up"] <= rowwise["speed_up_p90"]
+    assert rowwise["median_ms"] > 0 and "turns" not in rowwise
     assert linear["saved_bytes"] == 6 * 16 * 4
     assert json.loads((folder / "bench.json").read_text()) == result
 
@@ -217,27 +225,51 @@ def test_bench_shapes(folder):
 def test_bench_the_layers_of_a_model(folder):
     pytest.importorskip("matplotlib")
     output = call(
-        *("bench", "--model", "config.json", "--tokens", "6", "--recipe", "switchback", "--dtype", "float32"),
+        *("bench", "--model", "some_models:llama", "--tokens", "6", "--recipe", "switchback", "--dtype", "float32"),
         *("--seconds", "0", "--device", "cpu", "--picture", "bench.svg"),
     ).stdout
-    for shape in ("6, 32 → 32", "6, 32 → 16", "6, 32 → 48", "6, 48 → 32", "6, 32 → 100"):
+    for shape in ("6, 32 → 32", "6, 32 → 16", "6, 32 → 48", "6, 32 → 100"):
         assert output.count(shape) == 2
     assert "switchback" in (folder / "bench.svg").read_text()
 
 
-def test_a_peer_that_fails_is_a_row_with_the_reason(monkeypatch):
-    def broken(linear, scaling):
-        raise RuntimeError(f"no {scaling} here")
+def test_a_candidate_that_fails_is_a_row_with_the_reason(monkeypatch):
+    def broken(name, shape, device, dtype):
+        if name != "nn.Linear":
+            raise RuntimeError(f"no {name} here")
+        return nn.Linear(shape.in_features, shape.out_features)
 
-    monkeypatch.setattr(bench, "_float8", broken)
-    results = bench._measured(bench.StepShape(6, 16, 24), ["rowwise"], True, torch.device("cpu"), "float32", 0.0, False)
-    assert [result.reason for result in results] == [
-        "",
-        "",
-        "RuntimeError: no tensorwise here",
-        "RuntimeError: no rowwise here",
-    ]
-    assert "no tensorwise here" in bench.as_table(results)
+    monkeypatch.setattr(bench, "new_layer", broken)
+    flags = ("--shape", "6,16,24", "--recipe", "rowwise", "--dtype", "float32", "--seconds", "0", "--device", "cpu")
+    assert "RuntimeError: no rowwise here" in call("bench", *flags, code=1).stdout
+    assert "reason" in loaded("bench", *flags, code=1)["results"][1]
+
+
+def test_ctrl_c_in_bench_prints_the_finished_shapes(folder, monkeypatch):
+    def measured(layers, inputs, **kwargs):
+        if inputs[0][0].shape[1] == 24:
+            raise KeyboardInterrupt
+        return [{"name": "nn.Linear", "mode": "eager", "median_ms": 7.0}]
+
+    monkeypatch.setattr(bench, "compare_layers", measured)
+    shapes = ("--shape", "6,16,24", "--shape", "6,24,16")
+    result = call("bench", *shapes, "--device", "cpu", "--output", "bench.json", code=130)
+    assert "6, 16 → 24" in result.stdout and "7.000" in result.stdout and "6, 24 → 16" not in result.stdout
+    assert "1/2  6, 16 → 24" in result.stderr and "Stopped" in result.stderr
+    assert len(json.loads((folder / "bench.json").read_text())["results"]) == 1
+
+
+def test_bench_shows_progress_before_it_has_measured(folder):
+    """Shapes of minutes on a CPU; the line comes before the first of them is measured, and Ctrl-C ends it."""
+    flags = ["bench", "--shape", "65536,4096,4096", "--device", "cpu", "--dtype", "float32"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "torch_switchback", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr.readline() == "1/1  65536, 4096 → 4096\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert "Stopped" in process.stderr.read()
+    assert process.returncode == 130
 
 
 # export
@@ -295,9 +327,9 @@ def test_export_and_back(checkpoint, folder):
 
 def test_export_of_a_model_that_is_one_layer():
     layer = ts.SwitchBackLinear(16, 24)
-    state, notes = export.prepared(layer.state_dict(), {"*": "switchback"})
+    state, notes = prepared(layer.state_dict(), {"*": "switchback"})
     assert state.keys() == {"weight_int8", "weight_absmax", "bias"} and notes.keys() == {""}
-    again, layers = export.restored(state, notes)
+    again, layers = restored(state, notes)
     assert again.keys() == {"weight", "bias"} and layers == [""]
     x = torch.randn(5, 16)
     expected = layer(x)
@@ -326,18 +358,19 @@ def test_export_refuses(checkpoint, folder):
         (1, "holds no prepared layer", ("training.safetensors", "x.safetensors", "--back")),
         (1, "torch-switchback export", ("broken.safetensors", "x.safetensors", "--layers", "1")),
     ):
-        assert message in " ".join(call("export", *arguments, code=code).stderr.replace("│", "").split())
+        (line,) = call("export", *arguments, code=code).stderr.splitlines()
+        assert message in line
     assert not (folder / "x.safetensors").exists()
 
 
 def test_back_needs_an_absmax_and_a_dtype():
-    codes, absmax = torch.ones(2, 2, dtype=torch.int8), torch.ones(1)
+    weight_int8, absmax = torch.ones(2, 2, dtype=torch.int8), torch.ones(1)
     with pytest.raises(ValueError, match=r"has no a\.weight_absmax"):
-        export.restored({"a.weight_int8": codes}, {})
-    state = {"a.weight_int8": codes, "a.weight_absmax": absmax}
+        restored({"a.weight_int8": weight_int8}, {})
+    state = {"a.weight_int8": weight_int8, "a.weight_absmax": absmax}
     with pytest.raises(ValueError, match="noted as of 'load'"):
-        export.restored(state, {"a": {"dtype": "load"}})
-    assert export.restored(state, {})[0]["a.weight"].dtype == torch.bfloat16
+        restored(state, {"a": {"dtype": "load"}})
+    assert restored(state, {})[0]["a.weight"].dtype == torch.bfloat16
 
 
 # What all share
@@ -350,20 +383,27 @@ def test_back_needs_an_absmax_and_a_dtype():
         (("explain", "some_models:nothing"), "no attribute 'nothing'"),
         (("explain", "some_models:no_model"), "returned no nn.Module but int"),
         (("explain", "some_models"), "must be package.module:function or a .json file"),
+        (("explain", "some_models:raising"), "some_models:raising: KeyError: 'no such"),
+        (("bench", "--model", "some_models:raising"), "KeyError"),
         (("explain", "missing.json"), "No such file"),
-        (("explain", "config.json", "--config", "int4"), "--config must be a .json file or one of switchback"),
-        (("explain", "config.json", "--config", "config.json"), "must map layers' names to recipes or null"),
+        (("explain", "list.json"), "list.json: a config.json of Transformers is an object with a model_type"),
+        (("recommend", "list.json"), "is an object with a model_type"),
+        (("explain", "some_models:llama", "--config", "list.json"), "must map layers' names to recipes or null"),
+        (("explain", "some_models:llama", "--config", "int4"), "--config must be a .json file or one of switchback"),
+        (("explain", "some_models:llama", "--config", "config.json"), "must map layers' names to recipes or null"),
         (("explain", "config.json", "--device", "tpu"), "--device must be cuda or cpu"),
         (("recommend", "config.json", "--recipe", "int4"), "--recipe must be one of switchback"),
         (("bench", "--recipe", "int4"), "--recipe must be one of switchback"),
-        (("bench", "--dtype", "int8"), "--dtype must be bfloat16"),
+        (("bench", "--dtype", "int8"), "--dtype must be one of bfloat16"),
         (("bench", "--shape", "1,2"), "--shape must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
         (("bench", "--shape", "1,2,3", "--model", "config.json"), "not both"),
         (("bench", "--shape", "1,2,3", "--tokens", "4"), "--tokens goes with --model"),
+        (("tune", "--shape", "1,2"), "--shape must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
     ],
 )
 def test_wrong_calls_exit_with_2(arguments, message):
-    assert message in " ".join(call(*arguments, code=2).stderr.replace("│", "").split())
+    (line,) = call(*arguments, code=2).stderr.splitlines()
+    assert line.startswith(f"torch-switchback {arguments[0]}: ") and message in line
 
 
 @pytest.mark.parametrize("command", ["explain", "recommend"])
@@ -373,34 +413,84 @@ def test_a_model_that_fails_exits_with_1(command):
 
 
 @pytest.mark.parametrize(
-    ("module", "extra", "arguments"),
+    ("module", "arguments"),
     [
-        ("matplotlib", "demo", ("bench", "--shape", "2,2,2", "--picture", "x.png", "--device", "cpu")),
-        ("safetensors.torch", "cli", ("export", "config.json", "x.safetensors")),
+        ("matplotlib", ("bench", "--shape", "2,2,2", "--picture", "x.png", "--device", "cpu")),
+        ("safetensors", ("export", "config.json", "x.safetensors")),
+        ("transformers", ("explain", "config.json")),
     ],
 )
-def test_missing_extras_name_their_pip_line(monkeypatch, module, extra, arguments):
+def test_a_missing_package_is_named_with_its_pip_command(monkeypatch, module, arguments):
     monkeypatch.setitem(sys.modules, module, None)
-    message = call(*arguments, code=1).stderr
-    assert f"needs {module.partition('.')[0]}: pip install 'torch-switchback[{extra}]'" in message
+    message = call(*arguments, code=2).stderr
+    assert message == f"torch-switchback {arguments[0]}: this needs {module}: pip install {module}\n"
+
+
+@pytest.mark.parametrize("arguments", [("--output", "nowhere/out.json"), ("--picture", "nowhere/x.png")])
+def test_a_file_that_cannot_be_written_is_said_in_one_line(arguments):
+    if "--picture" in arguments:
+        pytest.importorskip("matplotlib")
+    flags = ("--shape", "2,16,16", "--recipe", "rowwise", "--seconds", "0", "--device", "cpu")
+    result = call("bench", *flags, *arguments, code=1)
+    assert result.stderr.splitlines()[-1].startswith("torch-switchback bench: [Errno 2] No such file")
+
+
+def test_version():
+    assert call("--version").stdout == f"torch-switchback {ts.__version__}\n"
+
+
+def test_python_m_is_the_command():
+    command = [sys.executable, "-m", "torch_switchback", "--version"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == (f"torch-switchback {ts.__version__}\n", "")
+
+
+def closure(requirements):
+    """The installed distributions that some requirements ask for, with those that they ask for in turn."""
+    found, pending = {}, [Requirement(text) for text in requirements]
+    while pending:
+        requirement = pending.pop()
+        if requirement.name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            found[requirement.name] = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        pending += map(Requirement, found[requirement.name].requires or ())
+    return found
+
+
+def test_the_extra_cli_is_all_that_the_command_needs(folder, tmp_path):
+    """safetensors writes through NumPy, and torch warns on stderr without it; neither of them requires it."""
+    pytest.importorskip("safetensors")
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^cli = (\[.*\])$", project, re.MULTILINE)
+    site = tmp_path / "site"
+    site.mkdir()
+    for distribution in closure(["torch", "triton", *json.loads(extra)]).values():
+        for file in distribution.files:
+            top, target = file.parts[0], site / file.parts[0]
+            if top != ".." and not target.is_symlink():
+                target.symlink_to(distribution.locate_file(top))
+    torch.save({"1.weight": torch.randn(4, 4)}, "training.pt")
+    environment = os.environ | {"PYTHONPATH": f"{Path(ts.__file__).parents[1]}{os.pathsep}{site}"}
+    for arguments in ("--help", "export training.pt int8.safetensors --layers 1", "doctor"):
+        command = [sys.executable, "-S", "-m", "torch_switchback", *arguments.split()]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
 
 
 # config.json
 
 
-def shapes(config):
-    return {
-        fqn: (module.in_features, module.out_features, module.bias is not None)
-        for fqn, module in transformer.transformer(config).named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
-def test_the_layers_of_a_llama():
-    found = shapes(LLAMA)
-    assert len(found) == 15 and not any(bias for *_, bias in found.values())
-    layer = {fqn.rpartition(".")[2]: sizes[:2] for fqn, sizes in found.items()}
-    assert layer == {
+def test_the_real_architecture_of_a_config_file(folder):
+    pytest.importorskip("transformers")
+    (folder / "map.json").write_text('{"*": null}')
+    arguments = ("explain", "config.json", "--config", "map.json", "--tokens", "5", "--device", "cpu")
+    rows = loaded(*arguments)["layers"]
+    layers = {row["fqn"].rpartition(".")[2]: (row["in_features"], row["out_features"]) for row in rows}
+    assert layers == {
         "q_proj": (32, 32),
         "k_proj": (32, 16),
         "v_proj": (32, 16),
@@ -410,19 +500,12 @@ def test_the_layers_of_a_llama():
         "down_proj": (48, 32),
         "lm_head": (32, 100),
     }
-    model = transformer.transformer({"text_config": LLAMA})
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_the_layers_of_a_vit():
-    found = shapes({"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_act": "gelu"})
-    assert "lm_head" not in found and "model.layers.0.mlp.gate_proj" not in found
-    assert found["model.layers.0.mlp.up_proj"] == (32, 128, True)
-
-
-def test_what_a_config_file_must_say():
-    with pytest.raises(ValueError, match="no hidden_size or n_embd"):
-        transformer.transformer({})
-    with pytest.raises(ValueError, match="mixture of experts"):
-        transformer.transformer(LLAMA | {"num_local_experts": 8})
+    assert {row["dtype"] for row in rows} == {"float32"}
+    vit = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps(vit | {"intermediate_size": 48}))
+    rows = loaded(*arguments)["layers"]
+    assert {row["dtype"] for row in rows} == {"bfloat16"} and (32, 48) in {
+        (r["in_features"], r["out_features"]) for r in rows
+    }
+    (folder / "config.json").write_text(json.dumps({"model_type": "no such"}))
+    assert "config.json: ValueError" in call(*arguments, code=2).stderr

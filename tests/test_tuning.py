@@ -245,11 +245,11 @@ def test_candidates_for_some_rows(architecture, m):
     assert len(list(candidates.candidates(architecture, m=m, quick=True))) <= len(found)
 
 
-def test_the_best_are_measured_in_turn():
+def test_the_best_are_measured_interleaved():
     tries = [config(16 << i) for i in range(8)]
     order = []
 
-    def clock(c, launches):
+    def clock(c):
         order.append(c)
         return float(c.block_n)
 
@@ -260,24 +260,24 @@ def test_the_best_are_measured_in_turn():
 
 def test_the_current_choice_is_compared_to_the_end_even_if_it_is_slow():
     slow = config(1024)
-    found = fastest([config(16 << i) for i in range(6)], slow, lambda c, _: float(c.block_n), rounds=1)
+    found = fastest([config(16 << i) for i in range(6)], slow, lambda c: float(c.block_n), rounds=1)
     assert found.config == config(16) and found.before == 1024.0
 
 
 @pytest.mark.parametrize(("milliseconds", "kept"), [(1.0, True), (0.99, True), (0.97, False), (1.1, True)])
 def test_the_current_choice_is_kept_unless_another_is_two_percent_faster(milliseconds, kept):
     other = config(16)
-    found = fastest([other], CONFIG, lambda c, _: milliseconds if c == other else 1.0, rounds=1)
+    found = fastest([other], CONFIG, lambda c: milliseconds if c == other else 1.0, rounds=1)
     assert found.config == (CONFIG if kept else other)
 
 
 def test_medians_decide():
     times = {CONFIG: iter([1, 1, 1, 1, 1, 1]), config(16): iter([0.1, 0.1, 2, 2, 2, 0.1])}
-    assert fastest([config(16)], CONFIG, lambda c, _: next(times[c]), rounds=5).config == CONFIG
+    assert fastest([config(16)], CONFIG, lambda c: next(times[c]), rounds=5).config == CONFIG
 
 
 def test_candidates_that_do_not_run_are_counted():
-    def clock(c, launches):
+    def clock(c):
         if c != config(16):
             raise RuntimeError("out of shared memory")
         return 1.0

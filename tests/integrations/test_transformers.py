@@ -10,7 +10,6 @@ pytest.importorskip("transformers")
 import transformers.quantizers.auto as auto
 from tasks import assert_falls, assert_reloads_and_reverts, converted
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,7 +20,6 @@ from transformers import (
 
 from torch_switchback import SwitchBackConfig
 from torch_switchback.analysis.monitor import CsvWriter
-from torch_switchback.cli.transformer import NAMED_LIKE_LLAMA, transformer
 from torch_switchback.integrations.transformers import SwitchBackCallback, SwitchBackQuantizationConfig
 
 VOCABULARY = 64
@@ -41,20 +39,6 @@ def counting(length=32):
     """Sequences that count up from anywhere."""
     starts = torch.arange(80)
     return [{"input_ids": ids, "labels": ids} for ids in (starts[:, None] + torch.arange(length)) % VOCABULARY]
-
-
-@pytest.mark.parametrize("model_type", sorted(NAMED_LIKE_LLAMA))
-def test_the_names_that_recommend_writes_from_a_config_file(model_type):
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
-    config = AutoConfig.for_model(model_type, **sizes, **heads)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert linear_layers(transformer(config.to_dict())) == linear_layers(model)
-
-
-def linear_layers(model):
-    return {fqn for fqn, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
 def make_trainer(model, path, callbacks=(), **arguments):

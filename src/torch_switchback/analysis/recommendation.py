@@ -2,26 +2,28 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from .._text import table
-from .._timing import WORTH_CHANGING, in_turns, median_ms
+from .._timing import WORTH_CHANGING, elapsed_ms, interleaved
 from ..config import config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
 from .explanation import describe, device_of
 from .layer_calls import every_layer_called, layer_calls, run
-from .layer_steps import LEAST_ROUNDS, measure_layers
+from .layer_steps import measure_layers
 from .saved_bytes import saved_bytes
 
 LINEAR = "nn.Linear"
+MODEL_ROUNDS = 3  # in which the whole model is measured, as it is and converted
 Measured = TypeVar("Measured")
 # The paper's default and the variant that saves memory: the recipes between which only speed and memory decide.
 CANDIDATES = ("switchback", "switchback_memory_efficient")
@@ -201,6 +203,31 @@ def recommend(
             is empty, or not exactly one of sample_input and tokens is given.
         RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile.
     """
+    *_, (found, _) = recommend_in_steps(
+        model,
+        sample_input,
+        tokens=tokens,
+        recipes=recipes,
+        cuda_graph=cuda_graph,
+        device=device,
+        dtype=dtype,
+        seconds=seconds,
+    )
+    return found
+
+
+def recommend_in_steps(
+    model: nn.Module,
+    sample_input: Any = None,
+    *,
+    tokens: int | None = None,
+    recipes: Sequence[str] = CANDIDATES,
+    cuda_graph: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seconds: float = 2.0,
+) -> Iterator[tuple[Recommendation, str]]:
+    """Do what :func:`recommend` does, and yield what was measured so far with what is measured next ("" at the end)."""
     model = model._modules.get("_orig_mod") or model
     refuse_compiled("recommend", model, {module for module in model.modules() if isinstance(module, nn.Linear)})
     if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
@@ -239,10 +266,12 @@ def recommend(
     if not shapes:
         raise ValueError("recommend: model calls no linear layer that could be converted")
 
-    rows = []
-    for shape, fqns in shapes.items():
+    rows: list[MeasuredLayer] = []
+    for number, (shape, fqns) in enumerate(shapes.items(), 1):
+        following = f"{number}/{len(shapes)}  {shape.tokens} tokens, {shape.in_features} → {shape.out_features}"
+        yield Recommendation(describe(where), tuple(rows), left, aliases, None), following
         x = torch.randn(shape.tokens, shape.in_features, device=where, dtype=shape.dtype, requires_grad=True)
-        layers: dict[str, nn.Module] = {LINEAR: shape.new_linear(where)}
+        layers: dict[str, nn.Linear] = {LINEAR: shape.new_linear(where)}
         for recipe in configs:
             layers[recipe] = convert_to_switchback(shape.new_linear(where), config=recipe)
         milliseconds, saved = measure_layers(layers, x, seconds=seconds / len(shapes), cuda_graph=cuda_graph)
@@ -262,12 +291,11 @@ def recommend(
                 best if wins else None,
             )
         )
-    recommendation = Recommendation(describe(where), tuple(rows), left, aliases, None)
-    if sample_input is None:
-        return recommendation
-    return dataclasses.replace(
-        recommendation, model=_measure_model(model, sample_input, recommendation.config, where, seconds)
-    )
+    found = Recommendation(describe(where), tuple(rows), left, aliases, None)
+    if sample_input is not None:
+        yield found, "the model"
+        found = dataclasses.replace(found, model=_measure_model(model, sample_input, found.config, where, seconds))
+    yield found, ""
 
 
 def _measure_model(
@@ -293,7 +321,13 @@ def _measure_model(
 
     with every_layer_called(model):
         kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
-        times = max(1, int(seconds * 1e3 / (2 * LEAST_ROUNDS * median_ms(step, 1, device))))
-        clock = partial(median_ms, step, times, device)
-        before, after = in_turns({"before": clock, "after": partial(as_recommended, clock)}, LEAST_ROUNDS).values()
+        step()
+        times = max(1, int(seconds * 1e3 / (2 * MODEL_ROUNDS * elapsed_ms(repeat(step), 1, device))))
+
+        def clock() -> float:
+            step()  # not counted: after a conversion the first one looks up its kernels
+            return elapsed_ms(repeat(step), times, device) / times
+
+        clocks: dict[str, Callable[[], float]] = {"before": clock, "after": partial(as_recommended, clock)}
+        before, after = interleaved(clocks, MODEL_ROUNDS).values()
     return MeasuredModel(before, after, *kept)

@@ -1,8 +1,15 @@
-"""The commands of ``torch-switchback``, a module each."""
+"""The commands of ``torch-switchback``, one module each."""
 
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
 import typer
 
+from .. import __version__
 from .bench import bench
+from .common import Stop
 from .doctor import doctor
 from .explain import explain
 from .export import export
@@ -16,16 +23,40 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 110},
 )
+
+
+def _stops_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that it reports what stops it in one line on stderr."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except (Stop, OSError, torch.OutOfMemoryError) as error:
+            typer.echo(f"torch-switchback {command.__name__}: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.code if isinstance(error, Stop) else 1) from None
+
+    return run
+
+
 for command in (doctor, recommend, explain, bench, tune, export):
-    app.command()(command)
+    app.command()(_stops_in_one_line(command))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"torch-switchback {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def torch_switchback() -> None:
+def torch_switchback(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
     """INT8 training for PyTorch: tools beside the library.
 
     Start with `doctor`: does it run here? Then `recommend`: is it worth it for your model? `explain` says what runs in
-    each layer, `bench` measures layers, `tune` makes products faster on your GPU, `export` writes int8 checkpoints.
+    each layer, `bench` measures layers, `tune` makes INT8 matmuls faster on your GPU, `export` writes int8 checkpoints.
     Each has a --help of its own with examples, and --json for programs. They exit with 0 if all went well, 1 if not,
-    and 2 if they were called wrongly.
+    2 if they were called wrongly or miss a package, and 130 after Ctrl-C.
     """

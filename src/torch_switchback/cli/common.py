@@ -1,151 +1,191 @@
-"""What the commands share: flags, models from the command line, and how a command fails."""
+"""What the commands share: flags, models from the command line, progress, and how a command stops."""
 
 import importlib
 import json
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from typer import Option
 
+from .._timing import reason_of
 from ..config import RECIPES
-from .transformer import transformer
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A function that takes nothing and returns a model, or a model and a sample input for it, as "
-        "package.module:function; or a transformer's config.json.",
-        show_default=False,
-    ),
-]
-TokensFlag = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Tokens that each layer sees in a step; by default the sample's, else 8192.",
-        show_default=False,
-    ),
-]
-DeviceFlag = Annotated[
-    str | None, typer.Option(help="cuda or cpu; by default the GPU if there is one.", show_default=False)
-]
 DEFAULT_TOKENS = 8192
+MODEL = (
+    "A function that takes nothing and returns a model, or a model and a sample input for it, as "
+    "package.module:function; or a config.json of Transformers, which must be installed then."
+)
+CONFIG = "A recipe, or a JSON file that maps layers' names to recipes, such as `recommend --output` writes."
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+ConfigFlag = Annotated[str, Option(help=CONFIG)]
+TokensFlag = Annotated[int | None, Option(min=1, help="Tokens per layer and step; by default the sample's, else 8192.")]
+RecipesFlag = Annotated[
+    list[str] | None, Option("--recipe", metavar="NAME", help=f"One of {', '.join(RECIPES)}; repeatable.")
+]
+CudaGraphFlag = Annotated[bool, Option("--cuda-graph", help="Measure without CPU overhead, as in a compiled model.")]
+DeviceFlag = Annotated[str | None, Option(help="cuda or cpu; by default the GPU if there is one.")]
+JsonFlag = Annotated[bool, Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
-def stop(command: str, message: object, code: int = 1) -> NoReturn:
-    """End a command with a line on stderr."""
-    typer.echo(f"torch-switchback {command}: {message}", err=True)
-    raise typer.Exit(code)
+class Stop(Exception):
+    """A command cannot go on. The message is printed in one line, and the command exits with 1."""
+
+    code = 1
 
 
-def needs(command: str, module: str, extra: str) -> Any:
-    """Import an optional package, or stop and say how to get it."""
+class WrongCall(Stop):
+    """A command was called wrongly, or misses a package."""
+
+    code = 2
+
+
+class Shape(NamedTuple):
+    """A linear layer on its tokens."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}, {self.in_features} → {self.out_features}"
+
+
+class Steps(Progress):
+    """Progress on stderr: a bar per step on a terminal, else a line. Ctrl-C ends the block and sets ``stopped``."""
+
+    stopped = False
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+
+    def begin(self, text: str, total: int | None = None) -> None:
+        """Show that a step of so many parts begins, and that the one before it is done."""
+        for task in self.tasks:
+            self.update(task.id, total=task.total or 1, completed=task.total or 1)
+        if self.disable:
+            self.console.print(text)
+        self._task = self.add_task(text, total=total)
+
+    def advance_step(self) -> None:
+        """Show that a part of the step is done."""
+        self.advance(self._task)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:  # type: ignore[override]
+        self.stop()
+        self.stopped = kind is KeyboardInterrupt
+        if self.stopped:
+            self.console.print("Stopped: only what was finished is shown and kept.")
+        return self.stopped
+
+
+def needs(module: str) -> Any:
+    """Import an optional package, or stop with the pip command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        stop(command, f"this needs {module.partition('.')[0]}: pip install 'torch-switchback[{extra}]'")
+        package = module.partition(".")[0]
+        raise WrongCall(f"this needs {package}: pip install {package}") from None
 
 
 def chosen_device(device: str | None) -> torch.device:
-    """The device that a flag names.
-
-    Raises:
-        typer.BadParameter: there is no such device.
-    """
+    """Return the device that a flag names."""
     if device not in (None, "cpu", "cuda"):
-        raise typer.BadParameter(f"--device must be cuda or cpu, got {device!r}")
+        raise WrongCall(f"--device must be cuda or cpu, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here")
+        raise WrongCall(f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def load_model(spec: str) -> tuple[nn.Module, Any]:
-    """A model and a sample input, None if there is none. Of a config.json the layers alone, on the meta device.
+def known_recipes(names: list[str] | None, default: Iterable[str]) -> list[str]:
+    """Return the recipes that a flag names, or the default ones."""
+    for name in names or ():
+        if name not in RECIPES:
+            raise WrongCall(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return names or list(default)
 
-    Raises:
-        typer.BadParameter: there is no such function or file, or it gives no model.
-    """
+
+def load_model(spec: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """Return a model on a device and a sample input, or None. The model of a config.json is on the meta device."""
     if spec.endswith(".json"):
-        try:
-            return transformer(json.loads(Path(spec).read_text(encoding="utf-8"))), None
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"{spec}: {error}") from None
+        return _model_of_config(spec), None
     if not re.fullmatch(r"[\w.]+:[\w.]+", spec):
-        raise typer.BadParameter(f"MODEL must be package.module:function or a .json file, got {spec!r}")
-    module_name, _, function_name = spec.partition(":")
+        raise WrongCall(f"MODEL must be package.module:function or a .json file, got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as ``python -m`` does
     try:
-        function: Any = importlib.import_module(module_name)
-        for name in function_name.split("."):
-            function = getattr(function, name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise typer.BadParameter(f"{spec}: {error}") from None
-    made = function()
-    model, sample = made if isinstance(made, tuple) else (made, None)
+        made = pkgutil.resolve_name(spec)()
+    except Exception as error:  # a user's code can raise anything
+        raise WrongCall(f"{spec}: {reason_of(error)}") from None
+    model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise typer.BadParameter(f"{spec} returned no nn.Module but {type(model).__name__}")
-    return model, sample
+        raise WrongCall(f"{spec} returned no nn.Module but {type(model).__name__}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model, sample
+    to_device = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), sample)
+    return model.to(device), to_device
 
 
-Shape = TypeVar("Shape")
+def _model_of_config(path: str) -> nn.Module:
+    """Build the architecture that a config.json describes on the meta device, in its dtype, else in bfloat16."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise WrongCall(f"{path}: a config.json of Transformers is an object with a model_type")
+    transformers = needs("transformers")
+    try:
+        config = transformers.AutoConfig.for_model(**content)
+        architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+        with torch.device("meta"):
+            model: nn.Module = architecture(config) if architecture else transformers.AutoModel.from_config(config)
+        return model.to(config.dtype or torch.bfloat16)
+    except Exception as error:  # Transformers raises what it likes for a config that it cannot use
+        raise WrongCall(f"{path}: {reason_of(error)}") from None
 
 
-def parse_shapes(texts: Iterable[str], names: str, kind: Callable[[int, int, int], Shape]) -> tuple[Shape, ...]:
-    """The distinct values of a ``--shape`` whose help calls its numbers by these names.
-
-    Raises:
-        typer.BadParameter: one is anything but three positive integers.
-    """
-
-    def parsed(text: str) -> Shape:
-        match = re.fullmatch(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)", text.replace(" ", ""))
-        if not match:
-            raise typer.BadParameter(f"--shape must be {names}, three positive integers, got {text!r}")
-        first, second, third = map(int, match.groups())
-        return kind(first, second, third)
-
-    return tuple(dict.fromkeys(map(parsed, texts)))
+def read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WrongCall(f"{path}: {error}") from None
 
 
-def to_device(tensors: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tensors)
+def parse_shapes(texts: list[str]) -> tuple[Shape, ...]:
+    """Return the distinct values of a ``--shape``."""
+    for text in texts:
+        if not re.fullmatch(r" *[1-9]\d* *(, *[1-9]\d* *){2}", text):
+            raise WrongCall(f"--shape must be TOKENS,IN,OUT, three positive integers, got {text!r}")
+    return tuple(dict.fromkeys(Shape(*map(int, text.split(","))) for text in texts))
 
 
 def sample_or_tokens(sample: Any, tokens: int | None) -> dict[str, Any]:
-    """Keywords for explain and recommend."""
-    if tokens is None and sample is not None:
-        return {"sample_input": sample}
-    return {"tokens": tokens or DEFAULT_TOKENS}
+    """Return the keywords for explain and recommend."""
+    return {"sample_input": sample} if tokens is None and sample is not None else {"tokens": tokens or DEFAULT_TOKENS}
 
 
 def parse_config(text: str) -> str | dict[str, str | None]:
-    """A recipe's name, or a JSON file with a map of layers' names to recipes, such as ``recommend --output`` writes.
-
-    Raises:
-        typer.BadParameter: it is neither.
-    """
+    """Return a recipe's name, or the map of layers to recipes in a JSON file, such as `recommend --output` writes."""
     if text in RECIPES:
         return text
     if not text.endswith(".json"):
-        raise typer.BadParameter(f"--config must be a .json file or one of {', '.join(RECIPES)}, got {text!r}")
-    try:
-        config = json.loads(Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"--config {text}: {error}") from None
+        raise WrongCall(f"--config must be a .json file or one of {', '.join(RECIPES)}, got {text!r}")
+    config = read_json(text)
     unknown = [value for value in config.values() if value not in (None, *RECIPES)] if isinstance(config, dict) else [0]
     if unknown:
-        raise typer.BadParameter(f"--config {text}: it must map layers' names to recipes or null, got {unknown[0]!r}")
+        raise WrongCall(f"--config {text}: it must map layers' names to recipes or null")
     return config
 
 
-def print_json(text: str) -> None:
-    typer.echo(json.dumps(json.loads(text), indent=1, ensure_ascii=False))
+def to_json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False)

@@ -1,46 +1,33 @@
 """``torch-switchback explain``: what runs in each layer of a model."""
 
+import json as json_module
 from typing import Annotated
 
 import typer
+from typer import Option
 
+from .._timing import reason_of
 from ..analysis.explanation import explain as explain_model
 from ..convert import convert_to_switchback
 from ..nn import SwitchBackLinear
-from .common import (
-    DeviceFlag,
-    JsonFlag,
-    ModelArgument,
-    TokensFlag,
-    chosen_device,
-    load_model,
-    parse_config,
-    print_json,
-    sample_or_tokens,
-    stop,
-    to_device,
-)
+from . import common
+from .common import ConfigFlag, DeviceFlag, JsonFlag, ModelArgument, Stop, TokensFlag
 
 
 def explain(
     model: ModelArgument,
     tokens: TokensFlag = None,
-    config: Annotated[
-        str,
-        typer.Option(
-            help="How a model that is not converted yet is to be: a recipe, or a JSON file that maps layers' names to "
-            "recipes, such as `recommend --output` writes."
-        ),
-    ] = "switchback",
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any layer falls back.")] = False,
+    config: ConfigFlag = "switchback",
+    strict: Annotated[bool, Option("--strict", help="Exit with 1 if any layer falls back.")] = False,
     device: DeviceFlag = None,
     json: JsonFlag = False,
 ) -> None:
     """Say how each layer of a model computes: strategy, kernels and tiles, shapes, and what falls back and why.
 
-    A fall-back is a slower way than was meant: a plainer kernel than the tuned one, a weight gradient that stays at 16
-    bits where int8 was asked for, a layer that the model goes round. On a GPU each distinct layer runs once, so that a
-    kernel that does not compile there is found. Layers that stay nn.Linear are listed too, and are no fall-back.
+    A model that is not converted yet is converted as --config says. A fall-back is a slower way than was meant: a
+    plainer kernel than the tuned one, a weight gradient that stays at high precision where int8 was asked for, a layer
+    that the model does not call. On a GPU each distinct layer runs once, so that a kernel that does not compile there
+    is found. Layers that stay nn.Linear are listed too, and are no fall-back.
 
     Examples:
 
@@ -48,20 +35,14 @@ def explain(
       torch-switchback explain my_package.models:build --strict
       torch-switchback explain Llama-3-8B/config.json --tokens 16384 --config rowwise
     """
-    where = chosen_device(device)
-    asked = parse_config(config)
-    module, sample = load_model(model)
-    if not any(isinstance(part, SwitchBackLinear) for part in module.modules()):
-        convert_to_switchback(module, config=asked)
-    if not any(parameter.is_meta for parameter in module.parameters()):
-        module, sample = module.to(where), to_device(sample, where)
+    where, asked = common.chosen_device(device), common.parse_config(config)
+    module, sample = common.load_model(model, where)
     try:
-        found = explain_model(module, **sample_or_tokens(sample, tokens), device=where)
-    except (RuntimeError, ValueError, TypeError) as error:
-        stop("explain", error)
-    if json:
-        print_json(found.to_json())
-    else:
-        typer.echo(found)
+        if not any(isinstance(part, SwitchBackLinear) for part in module.modules()):
+            convert_to_switchback(module, config=asked)
+        found = explain_model(module, **common.sample_or_tokens(sample, tokens), device=where)
+    except Exception as error:  # a model can raise anything
+        raise Stop(reason_of(error)) from None
+    typer.echo(common.to_json(json_module.loads(found.to_json())) if json else found)
     if strict and found.fallbacks:
-        stop("explain", f"{len(found.fallbacks)} of {len(found.layers)} layers fall back")
+        raise Stop(f"{len(found.fallbacks)} of {len(found.layers)} layers fall back")

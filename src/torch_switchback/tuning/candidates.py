@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ._tables import Kernel, MatmulConfig, served, shipped_table
 
 Tile = tuple[int, int, int]  # block_m, block_n, block_k
-# Tiles, numbers of stages, warps and programs a multiprocessor that go together.
+# Tiles, numbers of stages, warps and programs per SM that go together.
 Family = tuple[Kernel, tuple[Tile, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 TMA_TILES = (
@@ -47,7 +47,7 @@ POINTER_TILES = (
 )
 GROUPS = (4, 8, 16, 32)
 
-# Accumulators a thread: more than half of its 255 registers spill; with few, half the warps do as well.
+# Accumulators per thread: more than half of its 255 registers spill; with few, half the warps do as well.
 MOST_ACCUMULATORS = 128
 LEAST_ACCUMULATORS_OF_8_WARPS = 32
 
@@ -55,12 +55,12 @@ LEAST_ACCUMULATORS_OF_8_WARPS = 32
 def candidates(
     architecture: str, *, m: int | None = None, tma: bool = True, quick: bool = False
 ) -> Iterator[MatmulConfig]:
-    """The configurations that may be fastest on an architecture and fit its shared memory.
+    """Yield the configurations that may be fastest on an architecture and fit its shared memory.
 
     Args:
         architecture: ``"sm_90"``, ``"gfx942"``, …
-        m: rows (tokens) of the product, which rules out tiles far from its height; None: of any product.
-        tma: whether the product's output allows TMA.
+        m: rows (tokens) of the matmul, which rules out tiles far from its height; None: of any product.
+        tma: whether the matmul's output allows TMA.
         quick: about an eighth of them: one group height, and only as many stages as fit.
 
     Raises:
@@ -97,9 +97,9 @@ def candidates(
 
 
 def shared_memory(config: MatmulConfig, out_bytes: int) -> int:
-    """Bytes of shared memory of one program, as Triton 3.9 takes it, less some barriers.
+    """Return the bytes of shared memory of one program, as Triton 3.9 takes it, less some barriers.
 
-    TMA: the operands of every stage, and half a tile of outputs to be stored. Warp-specialised: the operands, the
+    TMA: the operands of every stage, and half a tile of outputs to be stored. Warp-specialized: the operands, the
     epilogue's vectors, and 32 bytes at least of every row of outputs. Pointers: one stage less, the operands of the
     last being on their way to registers; their outputs go where the operands were. (sm_100 keeps every stage, and all
     candidates still fit it.)
@@ -113,14 +113,14 @@ def shared_memory(config: MatmulConfig, out_bytes: int) -> int:
 
 
 def _fits(config: MatmulConfig, limit: int) -> bool:
-    """One program must run with float32 outputs too; several share a multiprocessor with 16-bit ones."""
+    """One program must run with float32 outputs too; several share an SM with 16-bit ones."""
     return (
         shared_memory(config, out_bytes=4) <= limit and config.ctas_per_sm * shared_memory(config, out_bytes=2) <= limit
     )
 
 
 def _groups(m: int | None, block_m: int) -> tuple[int, ...]:
-    """The group heights that differ: one above the product's block rows is the same as the next."""
+    """Return the group heights that differ: one above the matmul's block rows is the same as the next."""
     if m is None:
         return GROUPS
     block_rows = -(-m // block_m)

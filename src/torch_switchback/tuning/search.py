@@ -1,16 +1,18 @@
-"""The search for a product's fastest configuration; whoever calls it brings the clock."""
+"""Search for the fastest configuration of a matmul. The caller brings the clock."""
 
-from collections.abc import Callable, Iterable
+import datetime
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from .._timing import WORTH_CHANGING, in_turns
-from ._tables import MatmulConfig
+from .._timing import WORTH_CHANGING, interleaved
+from . import allows_tma, matmul_config
+from ._tables import MatmulConfig, ProductShape, Row
 
 FINALISTS = 6
-LAUNCHES = 5  # a measurement
 
-Clock = Callable[[MatmulConfig, int], float]  # (config, launches) → milliseconds of one launch; raises if it cannot run
+Clock = Callable[[MatmulConfig], float]  # the median milliseconds of a launch; raises if it cannot run
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ def fastest(
     rounds: int,
     advance: Callable[[], object] = lambda: None,
 ) -> Found:
-    """Measure every candidate once, then the best interleaved, A B C A B C …, so that clock drift hits all alike.
+    """Measure every candidate once, then the best ones interleaved, so that clock drift hits all alike.
 
     Args:
         candidates: the configurations to choose from.
         current: the configuration in force, measured to the end and kept unless another is 2 % faster.
-        clock: the median time of some launches.
+        clock: measures a configuration.
         rounds: how often the best are measured, at least 1; their medians decide.
         advance: called after each measurement.
 
@@ -48,7 +50,7 @@ def fastest(
     skipped, reason = 0, ""
     for config in dict.fromkeys((current, *candidates)):
         try:
-            first[config] = clock(config, LAUNCHES)
+            first[config] = clock(config)
         except Exception as error:  # whatever Triton, its backend or the driver raise for what they cannot run
             skipped += 1
             reason = f"{type(error).__name__}: {error}"
@@ -59,9 +61,50 @@ def fastest(
     finalists = sorted(first, key=first.__getitem__)[:FINALISTS]
     if current in first and current not in finalists:
         finalists[-1] = current
-    medians = in_turns({config: partial(clock, config, LAUNCHES) for config in finalists}, rounds, advance)
+    medians = interleaved({config: partial(clock, config) for config in finalists}, rounds, advance)
     winner = min(medians, key=medians.__getitem__)
     before = medians.get(current)
     if before is not None and before < WORTH_CHANGING * medians[winner]:
         winner = current
     return Found(winner, medians[winner], before, skipped, reason)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome for a shape: the row that it gives, and the configuration that was in force."""
+
+    row: Row
+    before: MatmulConfig
+    tflops: float
+    before_tflops: float | None  # None: it did not run
+    note: str  # candidates that did not run
+
+    @property
+    def kept(self) -> bool:
+        return self.row.config == self.before
+
+
+def tune_shape(
+    architecture: str,
+    shape: ProductShape,
+    tries: Iterable[MatmulConfig],
+    clock: Clock,
+    provenance: Mapping[str, Any],
+    *,
+    rounds: int,
+    advance: Callable[[], object] = lambda: None,
+) -> Tuned:
+    """Search the fastest configuration for a shape, and return it as a row of a table. See :func:`fastest`."""
+    current = matmul_config(architecture, *shape, tma=allows_tma(shape.n))
+    found = fastest(tries, current, clock, rounds=rounds, advance=advance)
+    gflop = 2e-9 * shape.m * shape.n * shape.k
+    tflops = float(f"{gflop / found.milliseconds:.4g}")
+    before_tflops = None if found.before is None else float(f"{gflop / found.before:.4g}")
+    row = Row(*shape, found.config, {**provenance, "date": datetime.date.today().isoformat(), "tflops": tflops})
+    note = f"{shape}: {found.skipped} candidates did not run, as {found.reason}" if found.skipped else ""
+    return Tuned(row, current, tflops, before_tflops, note)
+
+
+def is_measured(row: Row, provenance: Mapping[str, Any]) -> bool:
+    """Return whether a row was measured by the same script on the same GPU with the same versions."""
+    return not isinstance(row.provenance, str) and provenance.items() <= row.provenance.items()
