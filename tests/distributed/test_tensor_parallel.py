@@ -17,8 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import torch_switchback as ts
-from testing import convert_all
-from testing import qdata as random_int8
+from testing import convert_all, random_int8
 from torch_switchback import ops
 from torch_switchback.distributed import precompute_absmax_for_fsdp, sharding_rules  # noqa: F401  (registers them)
 
