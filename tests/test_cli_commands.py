@@ -1,5 +1,6 @@
 """``torch-switchback``'s commands on the CPU, as they are called: what they print, write and exit with."""
 
+import importlib
 import json
 import os
 import re
@@ -131,6 +132,7 @@ def test_doctor_exits_with_1_if_a_test_fails(monkeypatch, test, detail):
 
 def test_doctor_examines_a_gpu_by_its_table(monkeypatch):
     pytest.importorskip("triton")
+    importlib.import_module("torch_switchback.kernels.int8_matmul")  # imports the function itself, not what is patched
     monkeypatch.setattr("torch_switchback.kernels.device.architecture", lambda device: "sm_130")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = type("Properties", (), {"name": "A GPU", "total_memory": 2**34, "multi_processor_count": 9})

@@ -247,14 +247,16 @@ def test_commands_and_their_flags_exist(name):
     assert {command: reason for command, reason in wrong.items() if reason} == {}
 
 
-def public_names() -> set[str]:
-    from torch_switchback import distributed, ops
-    from torch_switchback.analysis import monitor
+def public() -> dict[str, Any]:
+    """The package's names, and those of its modules that users import from."""
+    from torch_switchback import distributed, nn, ops
+    from torch_switchback.analysis import explanation, monitor
 
-    names = {*torch_switchback.__all__, *ops.__all__, *distributed.__all__}
-    return names | {
-        n for n, each in vars(monitor).items() if getattr(each, "__module__", "") == monitor.__name__ and n[0] != "_"
-    }
+    modules = {module: module.__all__ for module in (torch_switchback, ops, distributed)}
+    modules[explanation] = ["FallbackError"]  # which explain raises
+    modules[nn] = [name for name in vars(nn) if name.startswith("SwitchBackLinear")]
+    modules[monitor] = [n for n, each in vars(monitor).items() if getattr(each, "__module__", "") == monitor.__name__]
+    return {name: getattr(module, name) for module, names in modules.items() for name in names if name[0] != "_"}
 
 
 def result_types(hints: dict[str, Any]) -> Iterator[type]:
@@ -267,14 +269,14 @@ def result_types(hints: dict[str, Any]) -> Iterator[type]:
 
 
 def functions() -> list[Callable[..., Any]]:
-    return [each for name in public_names() if inspect.isfunction(each := getattr(torch_switchback, name, None))]
+    return [each for each in public().values() if inspect.isfunction(each)]
 
 
 def test_every_public_name_is_in_the_reference():
     shown = re.findall(r"^::: torch_switchback\.(?:.*\.)?(\w+)$", PAGES["docs/reference.md"], re.MULTILINE)
     returned = [{"return": get_type_hints(function)["return"]} for function in functions()]
     results = {each.__name__ for hints in returned for each in result_types(hints)}
-    assert sorted(shown) == sorted(public_names() | results)
+    assert sorted(shown) == sorted(public().keys() | results)
 
 
 def test_docstrings_are_complete_and_refer_to_what_is_public():
@@ -283,7 +285,7 @@ def test_docstrings_are_complete_and_refer_to_what_is_public():
         assert "Args:" in documentation or not inspect.signature(function).parameters, function
         assert "Returns:" in documentation or get_type_hints(function)["return"] is type(None), function
         referred = set(re.findall(r":(?:class|data|func):`(?:torch_switchback\.)?([\w.]+)`", documentation))
-        assert referred <= public_names(), function
+        assert referred <= public().keys(), function
 
 
 def absent_tests(page: str) -> list[str]:
