@@ -21,8 +21,7 @@ from random import Random
 import torch
 
 import torch_switchback as ts
-from test_nn import STRATEGIES, gradients, make_layer
-from testing import DTYPES, LAYOUTS, assert_same, assert_same_int8_grad_weight
+from testing import DTYPES, LAYOUTS, STRATEGIES, assert_same, assert_same_int8_grad_weight, gradients, make_layer
 
 MEMORY_SAMPLES = 200
 LARGEST = {"cpu": 96, "cuda": 1024}

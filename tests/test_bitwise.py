@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from test_int8_matmul import expected as dequantized_product
-from test_nn import dtypes, gradients, make_layer, unrotated
 from test_quantize import expected_qdata
-from testing import assert_same
+from testing import assert_same, dtypes, gradients, make_layer, unrotated
 
 
 def rowwise(x):

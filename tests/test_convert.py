@@ -251,3 +251,120 @@ def test_the_report():
     ts.revert_switchback(model)
     with pytest.raises(ValueError, match="has not been"):
         ts.conversion_report(model)
+
+
+# The class swap
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Linear(8, 2))
+
+
+def test_convert_swaps_the_class_and_nothing_else():
+    model = make_model()
+    before = {name: (id(parameter), parameter.clone()) for name, parameter in model.named_parameters()}
+    keys = list(model.state_dict())
+    assert convert_all(model, SwitchBackConfig("rowwise")) is model
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [SwitchBackLinear] * 3
+    assert model[0].config == SwitchBackConfig("rowwise")
+    assert list(model.state_dict()) == keys
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert ts.revert_switchback(model) is model
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [nn.Linear] * 3
+    assert vars(model[0]).keys() == vars(nn.Linear(8, 8)).keys()
+
+
+def test_convert_takes_a_filter():
+    model = make_model()
+    seen = []
+    ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: seen.append(fqn) or fqn != "2")
+    assert seen == ["0", "1.0", "2"]
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [SwitchBackLinear] * 2 + [nn.Linear]
+
+
+def test_convert_leaves_subclasses_and_converted_layers_alone():
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.warns(UserWarning, match="converts no layer"):
+        convert_all(attention)
+    assert type(attention.out_proj) is not SwitchBackLinear
+    layer = ts.nn.SwitchBackLinearVectorwise(8, 8)
+    ts.convert_to_switchback(layer)
+    assert layer.config == SwitchBackConfig("rowwise")
+
+
+def test_convert_asks_the_filter_for_every_name_of_a_shared_layer():
+    model = nn.ModuleDict({"projection": nn.Linear(8, 8)})
+    model["head"] = model["projection"]
+    with pytest.warns(UserWarning, match="converts no layer"):
+        ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn != "head")
+    assert type(model["head"]) is nn.Linear
+    convert_all(model)
+    assert type(model["head"]) is SwitchBackLinear
+
+
+def test_convert_leaves_a_replaced_forward_alone_and_says_so():
+    model = make_model()
+    model[0].forward = nn.Linear(8, 8).forward
+    with pytest.warns(UserWarning, match="leaves '0' alone"):
+        convert_all(model)
+    assert type(model[0]) is nn.Linear
+    assert type(model[2]) is SwitchBackLinear
+
+
+def test_convert_refuses_another_config():
+    with pytest.raises(TypeError, match="config must be a SwitchBackConfig or the name of a recipe, got 8"):
+        ts.convert_to_switchback(make_model(), config=8)
+    with pytest.raises(ValueError, match=r"the recipes are switchback, .*; got 'int4'"):
+        ts.convert_to_switchback(make_model(), config="int4")
+
+
+@pytest.mark.parametrize("recipe", ts.RECIPES)
+def test_convert_takes_a_recipe(recipe):
+    assert ts.convert_to_switchback(nn.Linear(8, 8), config=recipe).config == ts.RECIPES[recipe]
+
+
+def test_convert_a_bare_linear():
+    linear = nn.Linear(8, 8)
+    assert type(ts.convert_to_switchback(linear)) is SwitchBackLinear
+
+
+def test_optimizer_and_hooks_survive_conversion():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    convert_all(model)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert calls == [1]
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_revert_gives_a_prepared_layer_a_weight_again():
+    model = convert_all(make_model())
+    model[0].prepare_for_eval()
+    ts.revert_switchback(model)
+    assert list(model[0].state_dict()) == ["weight", "bias"]
+    model(torch.randn(4, 8)).sum().backward()
+
+
+def test_revert_takes_a_subclass_only_to_what_it_names_itself():
+    class Plain(nn.Linear):
+        pass
+
+    class Named(SwitchBackLinear):
+        reverts_to = Plain
+
+    class Unnamed(Named):
+        pass
+
+    model = nn.Sequential(Named(8, 8), Unnamed(8, 8), nn.utils.parametrizations.weight_norm(SwitchBackLinear(8, 8)))
+    kept = [type(module) for module in model[1:]]
+    with pytest.warns(UserWarning, match="leaves '[12]' as it is: .* is a subclass of SwitchBackLinear") as warned:
+        ts.revert_switchback(model)
+    assert len(warned) == 2
+    assert [type(module) for module in model] == [Plain, *kept]
+    assert vars(model[0]).keys() == vars(nn.Linear(8, 8)).keys()

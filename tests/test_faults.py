@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import torch_switchback as ts
-from test_nn import STRATEGIES, gradients, make_layer
-from testing import patch_operations
+from testing import STRATEGIES, gradients, make_layer, patch_operations
 
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 

@@ -183,12 +183,12 @@ def test_what_would_run_a_file_is_seen():
 
 REFUSALS = """
 assert False  # is not run
-import torch, test_int8_matmul, test_nn, test_quantize
+import torch, test_functional, test_int8_matmul, test_quantize
 for dtype in (torch.float64, torch.complex64, torch.int64):
-    test_nn.test_refuses_other_dtypes(dtype, "cpu")
+    test_functional.test_refuses_other_dtypes(dtype, "cpu")
     test_quantize.test_only_floats(test_quantize.ts.ops.quantize_rowwise, dtype, "cpu")
-test_nn.test_refuses_other_shapes_and_devices("cpu")
-test_nn.test_refuses_int8_values_that_do_not_fit("cpu")
+test_functional.test_refuses_other_shapes_and_devices("cpu")
+test_functional.test_refuses_int8_values_that_do_not_fit("cpu")
 test_quantize.test_dequantize_refuses_what_does_not_fit("cpu")
 test_int8_matmul.test_refuses_what_does_not_fit("cpu")
 """

@@ -5,8 +5,16 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from test_nn import gradients, make_layer
-from testing import DTYPES, LAYOUTS, SHAPES, assert_same, assert_same_within_one_step, signal_to_noise
+from testing import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    assert_same,
+    assert_same_within_one_step,
+    gradients,
+    make_layer,
+    signal_to_noise,
+)
 from torch_switchback import SwitchBackConfig
 from torch_switchback.analysis.monitor import measure
 from torch_switchback.functional import quantize_weight
@@ -85,7 +93,7 @@ def test_opcheck(dtype, block, device):
         torch.library.opcheck(torch.ops.torch_switchback.quantize_rotated_rowwise.default, (x, block))
 
 
-# The layer; what every strategy guarantees is tested in test_nn.py
+# The layer; what every strategy guarantees is tested in test_functional.py
 
 
 @pytest.mark.parametrize("grad_weight", ["high_precision", "int8_always"])

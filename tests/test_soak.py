@@ -3,7 +3,7 @@
 import pytest
 
 import soak
-from test_nn import gradients
+from testing import gradients
 
 
 def test_some_steps():

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from test_nn import strategies
-from testing import convert_all, hostile
+from testing import convert_all, hostile, strategies
 from torch_switchback.analysis.saved_bytes import saved_bytes
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

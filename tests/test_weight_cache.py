@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from test_nn import count_weight_quantizations
-from testing import assert_same, patch_scheme
+from testing import assert_same, count_weight_quantizations, patch_scheme
 from torch_switchback.ops import quantize_global
 from torch_switchback.weight_cache import WeightCache
 

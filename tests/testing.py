@@ -1,11 +1,13 @@
 """Inputs and comparisons that the tests of every device share."""
 
+import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import torch_switchback as ts
-from torch_switchback import scaling
+from torch_switchback import SwitchBackConfig, SwitchBackLinear, scaling
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -132,3 +134,61 @@ def planned(make, **options):
         make(*args, **options)(*args)
 
     return run
+
+
+# Layers
+
+STRATEGIES = {
+    "global": SwitchBackConfig(),
+    "global mem_efficient": SwitchBackConfig(mem_efficient=True),
+    "rowwise": SwitchBackConfig("rowwise"),
+    "rowwise mem_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
+    "int8 grad_weight": SwitchBackConfig(grad_weight="int8_always"),
+    "rowwise int8 grad_weight": SwitchBackConfig("rowwise", grad_weight="int8_always", rotate_tokens=16),
+}
+ROTATED_FEATURES = {"rowwise rotated features": SwitchBackConfig("rowwise", rotate_features=16)}
+strategies = pytest.mark.parametrize(
+    "config", (STRATEGIES | ROTATED_FEATURES).values(), ids=STRATEGIES | ROTATED_FEATURES
+)
+unrotated = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)  # what can be prepared, too
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def make_layer(config, in_features=64, out_features=48, device="cpu", dtype=None, bias=True):
+    layer = SwitchBackLinear(in_features, out_features, bias, device, dtype)
+    layer.config = config
+    return layer
+
+
+def gradients(layer, x, grad):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return (y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad))
+
+
+def count_weight_quantizations(monkeypatch, config, counts=lambda weight: True):
+    """The list to which each way of quantizing a weight adds its name from now on, once per call from outside."""
+    calls, inside = [], []
+
+    def counted(name):
+        def replace(function):
+            def quantize(weight, *rest):
+                if counts(weight) and not inside:
+                    calls.append(name)
+                inside.append(name)
+                try:
+                    return function(weight, *rest)
+                finally:
+                    inside.pop()
+
+            return quantize
+
+        return replace
+
+    names = ("quantize_weight", "quantize_weight_with_transpose", "quantize_weight_transpose")
+    patch_scheme(monkeypatch, config, **{name: counted(name) for name in names})
+    return calls
+
+
+def revert_copy(layer):
+    return ts.revert_switchback(copy.deepcopy(layer))

@@ -8,7 +8,7 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from test_nn import STRATEGIES, gradients, make_layer
+from testing import STRATEGIES, gradients, make_layer
 from torch_switchback import kernels
 from torch_switchback.kernels import launch
 

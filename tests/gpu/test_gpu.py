@@ -9,7 +9,7 @@ from torch import nn
 from triton import knobs
 
 import torch_switchback as ts
-from test_nn import STRATEGIES, make_layer
+from testing import STRATEGIES, make_layer
 from torch_switchback import SwitchBackConfig, ops
 from torch_switchback.ops._hadamard import rotate
 

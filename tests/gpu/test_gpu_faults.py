@@ -14,8 +14,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 import torch_switchback as ts
-from test_nn import STRATEGIES, gradients, make_layer
-from testing import assert_same
+from testing import STRATEGIES, assert_same, gradients, make_layer
 from torch_switchback import ops
 from torch_switchback.kernels import int8_matmul, launch
 from torch_switchback.ops import _library

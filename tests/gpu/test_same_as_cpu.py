@@ -10,14 +10,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import torch_switchback as ts
-from test_nn import STRATEGIES, gradients, make_layer
 from testing import (
     DTYPES,
     LAYOUTS,
     SHAPES,
+    STRATEGIES,
     assert_same,
     assert_same_int8_grad_weight,
     assert_same_within_one_step,
+    gradients,
+    make_layer,
     planned,
     random_int8,
     signal_to_noise,

@@ -8,12 +8,11 @@ import torch
 from test_kernels import poisoned
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import test_functional
 import test_int8_matmul
-import test_nn
 import test_quantize
 import test_rotation
-from test_nn import gradients, make_layer
-from testing import assert_same, assert_same_int8_grad_weight
+from testing import assert_same, assert_same_int8_grad_weight, gradients, make_layer, unrotated
 from torch_switchback import kernels
 from torch_switchback.kernels import int8_matmul
 from torch_switchback.tuning import MatmulConfig
@@ -55,7 +54,7 @@ def interpreted(monkeypatch):
         yield mode
 
 
-@test_nn.unrotated
+@unrotated
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_step_is_the_cpus(dtype, config, interpreted):
     layer = make_layer(config, 83, 70)
@@ -76,20 +75,20 @@ def test_a_step_is_the_cpus(dtype, config, interpreted):
 
 
 # What pytest finds in this module runs as above.
-test_shapes = test_nn.test_shapes
-test_odd_sizes = test_nn.test_odd_sizes
-test_any_layout_of_input_and_gradient = test_nn.test_any_layout_of_input_and_gradient
-test_rows_do_not_depend_on_their_batch = test_nn.test_rows_do_not_depend_on_their_batch
-test_nan_and_inf_reach_their_row_and_no_other = test_nn.test_nan_and_inf_reach_their_row_and_no_other
-test_nan_in_the_weight = test_nn.test_nan_in_the_weight
-test_zeros_stay_zeros = test_nn.test_zeros_stay_zeros
-test_tiny_and_huge_rows_keep_their_accuracy = test_nn.test_tiny_and_huge_rows_keep_their_accuracy
-test_grad_scaler_skips_a_step_with_nan = test_nn.test_grad_scaler_skips_a_step_with_nan
-test_weight_edited_between_forward_and_backward = test_nn.test_weight_edited_between_forward_and_backward
-test_backward_twice = test_nn.test_backward_twice
-test_double_backward = test_nn.test_double_backward
-test_checkpointing_and_offloading = test_nn.test_checkpointing_and_offloading
-test_inference_mode = test_nn.test_inference_mode
+test_shapes = test_functional.test_shapes
+test_odd_sizes = test_functional.test_odd_sizes
+test_any_layout_of_input_and_gradient = test_functional.test_any_layout_of_input_and_gradient
+test_rows_do_not_depend_on_their_batch = test_functional.test_rows_do_not_depend_on_their_batch
+test_nan_and_inf_reach_their_row_and_no_other = test_functional.test_nan_and_inf_reach_their_row_and_no_other
+test_nan_in_the_weight = test_functional.test_nan_in_the_weight
+test_zeros_stay_zeros = test_functional.test_zeros_stay_zeros
+test_tiny_and_huge_rows_keep_their_accuracy = test_functional.test_tiny_and_huge_rows_keep_their_accuracy
+test_grad_scaler_skips_a_step_with_nan = test_functional.test_grad_scaler_skips_a_step_with_nan
+test_weight_edited_between_forward_and_backward = test_functional.test_weight_edited_between_forward_and_backward
+test_backward_twice = test_functional.test_backward_twice
+test_double_backward = test_functional.test_double_backward
+test_checkpointing_and_offloading = test_functional.test_checkpointing_and_offloading
+test_inference_mode = test_functional.test_inference_mode
 test_float16_result_overflows_to_inf_and_others_do_not = (
     test_int8_matmul.test_float16_result_overflows_to_inf_and_others_do_not
 )

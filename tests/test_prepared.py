@@ -1,0 +1,225 @@
+"""Layers prepared for evaluation, back in training, and the state_dicts of both."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import torch_switchback as ts
+from testing import assert_same, dtypes, gradients, make_layer, revert_copy, signal_to_noise, unrotated
+from torch_switchback import SwitchBackLinear
+from torch_switchback.functional import quantize_weight
+
+
+@unrotated
+@dtypes
+def test_prepare_for_eval_changes_no_output(config, dtype, device):
+    layer = make_layer(config, device=device, dtype=dtype)
+    x = torch.randn(5, 64, device=device, dtype=dtype)
+    before = layer(x)
+    layer.eval()
+    layer.prepare_for_eval()
+    assert layer.is_prepared
+    assert layer.weight is None
+    assert layer.weight_int8.dtype == torch.int8
+    assert_same(layer(x), before)
+    layer.prepare_for_eval()  # idempotent
+    assert_same(layer(x), before)
+    assert "prepared" in repr(layer)
+
+
+@unrotated
+def test_prepared_layer_still_has_an_input_gradient(config, device):
+    layer = make_layer(config, device=device)
+    x, grad = torch.randn(5, 64, device=device), torch.randn(5, 48, device=device)
+    _, exact, *_ = gradients(revert_copy(layer), x, grad)
+    _, unprepared, _, bias = gradients(layer, x, grad)
+    layer.prepare_for_eval()
+    _, prepared, prepared_bias = gradients(layer, x, grad)
+    assert torch.equal(bias, prepared_bias)
+    assert signal_to_noise(prepared, exact) > 33
+    if config.weight_scaling == "global":
+        assert torch.equal(prepared, unprepared)
+
+
+@unrotated
+@dtypes
+def test_preparing_is_reversible(config, dtype, device):
+    layer = make_layer(config, device=device, dtype=dtype)
+    layer.weight.requires_grad_(False)
+    before = layer.weight.detach().clone()
+    layer.prepare_for_eval()
+    qdata = layer.weight_int8
+    layer.train()
+    assert layer.is_prepared, "train() is called by every trainer on frozen layers too: it must not undo anything"
+    layer.prepare_for_training()
+    layer.prepare_for_training()
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer.weight.dtype == dtype
+    assert not layer.weight.requires_grad
+    step = before.float().abs().max() / 127
+    assert ((layer.weight - before).abs() <= step * (0.5 + 127 * torch.finfo(dtype).eps)).all()
+    layer.prepare_for_eval()
+    assert torch.equal(layer.weight_int8, qdata)
+
+
+@unrotated
+def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
+    layer = make_layer(config, device=device)
+    layer.prepare_for_eval()
+    x = torch.randn(5, 64, device=device)
+    for prepare in (False, True):
+        fresh = make_layer(config, device=device)
+        if prepare:
+            fresh.prepare_for_eval()
+        fresh.load_state_dict(layer.state_dict(), strict=True)
+        assert fresh.is_prepared
+        assert torch.equal(fresh(x), layer(x))
+
+
+@unrotated
+def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
+    layer, other = make_layer(config, device=device), make_layer(config, device=device)
+    other.prepare_for_eval()
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert not other.is_prepared
+    assert torch.equal(other.weight, layer.weight)
+    assert other.weight.requires_grad
+
+
+def test_prepared_state_of_another_strategy_is_refused(device):
+    layer = ts.nn.SwitchBackLinearVectorwise(64, 48, device=device)
+    layer.prepare_for_eval()
+    with pytest.raises(RuntimeError, match="size mismatch for weight_absmax"):
+        SwitchBackLinear(64, 48, device=device).load_state_dict(layer.state_dict())
+
+
+CODES, ABSMAX, BIAS = torch.zeros(48, 64, dtype=torch.int8), torch.ones(1), torch.ones(48)
+HOSTILE_STATES = {
+    "absmax of another strategy": {"weight_int8": CODES, "weight_absmax": torch.ones(48), "bias": BIAS},
+    "short int8 values": {"weight_int8": CODES[:, :63], "weight_absmax": ABSMAX, "bias": BIAS},
+    "float int8 values": {"weight_int8": CODES.float(), "weight_absmax": ABSMAX, "bias": BIAS},
+    "half absmax": {"weight_int8": CODES, "weight_absmax": ABSMAX.half(), "bias": BIAS},
+    "no absmax": {"weight_int8": CODES, "bias": BIAS},
+    "int8 values and a weight": {
+        "weight": torch.ones(48, 64),
+        "weight_int8": CODES,
+        "weight_absmax": ABSMAX,
+        "bias": BIAS,
+    },
+    "int8 values and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
+    "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
+    "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
+    "integer weight": {"weight": torch.ones(48, 64, dtype=torch.int8), "bias": BIAS},
+    "complex bias": {"weight": torch.ones(48, 64), "bias": BIAS.to(torch.complex64)},
+    "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("hostile", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prepared, assign, device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    if prepared:
+        layer.prepare_for_eval()
+    x = torch.randn(3, 64, device=device)
+    before, keys = layer(x), list(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"mismatch for (weight|bias)"):
+        layer.load_state_dict(hostile, assign=assign)
+    assert list(layer.state_dict()) == keys
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("absmaxes", [1, 48])
+def test_a_state_dict_that_bitsandbytes_prepared_is_refused_by_name(absmaxes, strict, prepared, device):
+    model = nn.Sequential(ts.SwitchBackLinear(64, 48, device=device))
+    if prepared:
+        model[0].prepare_for_eval()
+    x = torch.randn(3, 64, device=device)
+    before = model(x)
+    state = {"0.W_int8": CODES, "0.state_W": torch.ones(absmaxes), "0.bias": BIAS}
+    with pytest.raises(RuntimeError, match=r"0\.weight was prepared for evaluation by bitsandbytes"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), before)
+
+
+def test_a_state_dict_in_another_float_dtype_is_cast(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    layer.load_state_dict({"weight": torch.ones(48, 64, dtype=torch.float64), "bias": BIAS.bfloat16()})
+    assert layer.weight.dtype == layer.bias.dtype == torch.float32
+    assert (layer.weight == 1).all()
+
+
+def test_a_partial_state_dict_that_is_not_strict(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    weight = layer.weight.detach().clone()
+    assert layer.load_state_dict({"bias": BIAS, "other": BIAS}, strict=False) == (["weight"], ["other"])
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, BIAS.to(device))
+
+
+def test_a_hook_may_rename_the_keys(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+
+    def rename(module, state_dict, prefix, *_):
+        state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+
+    layer.register_load_state_dict_pre_hook(rename)
+    layer.load_state_dict({"kernel": torch.ones(48, 64), "bias": BIAS})
+    assert (layer.weight == 1).all()
+
+
+@unrotated
+def test_any_order_of_states(config, device):
+    """Only the two that prepare change what is kept. Its int8 values never change; an absmax may by its last bit."""
+    layer = make_layer(config, device=device)
+    x = torch.randn(5, 64, device=device)
+    expected, qdata = layer(x), quantize_weight(layer.weight, config)[0]
+    is_prepared = False
+    for order in itertools.permutations(["train", "eval", "prepare_for_eval", "prepare_for_training"]):
+        for call in order:
+            getattr(layer, call)()
+            is_prepared = {"prepare_for_eval": True, "prepare_for_training": False}.get(call, is_prepared)
+            assert layer.is_prepared == is_prepared
+            weights = ["weight_int8", "weight_absmax"] if is_prepared else ["weight"]
+            assert sorted(layer.state_dict()) == sorted(["bias", *weights])
+            assert layer.training == {"train": True, "eval": False}.get(call, layer.training)
+            assert torch.equal(layer.weight_int8 if is_prepared else quantize_weight(layer.weight, config)[0], qdata)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_computed_weight_is_not_prepared(device):
+    layer = nn.utils.parametrizations.weight_norm(SwitchBackLinear(64, 48, device=device))
+    keys = list(layer.state_dict())
+    with pytest.raises(RuntimeError, match="prepare_for_eval: weight is no parameter of this layer"):
+        layer.prepare_for_eval()
+    assert list(layer.state_dict()) == keys
+
+
+@unrotated
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device):
+    layer = make_layer(config, device=device, bias=False).to(dtype)
+    for refused in (layer.prepare_for_eval, lambda: layer(torch.zeros(2, 64, device=device))):
+        with pytest.raises(TypeError, match=f"weight must be float16, bfloat16 or float32, got {dtype}"):
+            refused()
+        assert list(layer.state_dict()) == ["weight"]
+
+
+@unrotated
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
+    layer = make_layer(config, device=device)
+    layer.prepare_for_eval()
+    absmax = layer.weight_absmax.clone()
+    layer.half()
+    getattr(layer, cast)()
+    assert_same(layer.weight_absmax, absmax)
+    assert layer.weight_int8.dtype == torch.int8
+    layer.prepare_for_training()
+    assert layer.weight.dtype == layer.bias.dtype
