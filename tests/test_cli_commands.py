@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import get_type_hints
@@ -262,12 +263,14 @@ def test_ctrl_c_in_bench_prints_the_finished_shapes(folder, monkeypatch):
 
 
 def test_bench_shows_progress_before_it_has_measured(folder):
-    """Shapes of minutes on a CPU; the line comes before the first of them is measured, and Ctrl-C ends it."""
-    flags = ["bench", "--shape", "65536,4096,4096", "--device", "cpu", "--dtype", "float32"]
+    """A shape of many seconds on a CPU; the line comes before it is measured, and Ctrl-C ends it."""
+    flags = ["bench", "--shape", "4096,1024,1024", "--seconds", "60", "--device", "cpu", "--dtype", "float32"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "torch_switchback", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr.readline() == "1/1  65536, 4096 → 4096\n"
+    options = {"stderr": subprocess.PIPE, "text": True, "env": environment}
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore SIGINT
+    with subprocess.Popen(command, preexec_fn=heeds, **options) as process:
+        assert process.stderr.readline() == "1/1  4096, 1024 → 1024\n"
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert "Stopped" in process.stderr.read()
