@@ -6,13 +6,10 @@ import torch_switchback as ts
 from gpt import GPTConfig
 from torch_switchback import SwitchBackConfig
 
-# None leaves the model's nn.Linear layers as they are. The names are those of the committed results.
-RECIPES: dict[str, SwitchBackConfig | None] = {
-    "linear": None,
-    "switchback": ts.RECIPES["switchback"],
-    "switchback-mem-efficient": ts.RECIPES["switchback_memory_efficient"],
-    "rowwise": ts.RECIPES["rowwise"],
-    "rowwise-mem-efficient": ts.RECIPES["rowwise_memory_efficient"],
+# None leaves the model's nn.Linear layers as they are.
+RECIPES: dict[str, SwitchBackConfig | None] = {"linear": None} | {
+    name: ts.RECIPES[name]
+    for name in ("switchback", "switchback_memory_efficient", "rowwise", "rowwise_memory_efficient")
 }
 
 

@@ -157,7 +157,10 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "int4"), "unknown recipe 'int4'; known: linear, switchback, switchback-mem-efficient, rowwise"),
+        (
+            ("--recipe", "int4"),
+            "unknown recipe 'int4'; known: linear, switchback, switchback_memory_efficient",
+        ),
         (("--preset", "tpu"), "unknown preset 'tpu'; known: cpu, gpu"),
         (("--preset", "tiny", "--steps", "0"), "steps must be at least 1, got 0"),
         (("--learning-rate", "-1"), "learning rate must be positive, got -1.0"),
@@ -196,8 +199,8 @@ def test_all_means_every_recipe_once() -> None:
         "rowwise",
         "linear",
         "switchback",
-        "switchback-mem-efficient",
-        "rowwise-mem-efficient",
+        "switchback_memory_efficient",
+        "rowwise_memory_efficient",
     ]
 
 
