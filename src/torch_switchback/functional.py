@@ -191,19 +191,17 @@ class SwitchBackFunction(torch.autograd.Function):
                 saved_x, x_absmax = _int8_to_keep(x_2d, x_int8, row_absmax), row_absmax
 
         transposed_int8, transposed_absmax = None, None
-        fuses = weight_cache is None and weight_absmax is None and _fuses(scheme, weight)
-        if fuses:
+        if weight_cache is None and _fuses(scheme, weight):
             y, absmax = scheme.ops.int8_linear(x_int8, row_absmax, weight, bias, scheme.fused_rowwise, x.dtype)
-        elif weight_cache is not None:
-            quantized, transposed = weight_cache.get(weight, config, needs_input, weight_absmax)
-            weight_int8, absmax = quantized
-            if transposed is not None:
-                transposed_int8, transposed_absmax = transposed
-        elif weight_absmax is not None:
-            weight_int8, absmax = weight, weight_absmax
         else:
-            weight_int8, absmax = scheme.quantize_weight(weight)
-        if not fuses:
+            if weight_cache is not None:
+                (weight_int8, absmax), transposed = weight_cache.get(weight, config, needs_input, weight_absmax)
+                if transposed is not None:
+                    transposed_int8, transposed_absmax = transposed
+            elif weight_absmax is not None:
+                weight_int8, absmax = weight, weight_absmax
+            else:
+                weight_int8, absmax = scheme.quantize_weight(weight)
             y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
 
         if needs_input:

@@ -221,11 +221,11 @@ def recommend_in_steps(
     sample_input: Any = None,
     *,
     tokens: int | None = None,
-    recipes: Sequence[str] = CANDIDATES,
-    cuda_graph: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    seconds: float = 2.0,
+    recipes: Sequence[str],
+    cuda_graph: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    seconds: float,
 ) -> Iterator[tuple[Recommendation, str]]:
     """Do what :func:`recommend` does, and yield what was measured so far with what is measured next ("" at the end)."""
     model = model._modules.get("_orig_mod") or model

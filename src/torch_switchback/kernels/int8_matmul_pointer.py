@@ -126,7 +126,7 @@ def plan_pointer(
 ) -> Plan:
     """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous.
 
-    It takes a, b, absmax_a, absmax_b, bias and out.
+    It takes a, b, absmax_a, absmax_b, bias, out_dtype and out.
     """
     K, N = b.shape
     constants = Constants(

@@ -247,7 +247,7 @@ def plan_warp_specialized(
 ) -> Plan:
     """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous. All three fit TMA.
 
-    It takes a, b, absmax_a, absmax_b, bias and out.
+    It takes a, b, absmax_a, absmax_b, bias, out_dtype and out.
     """
     K, N = b.shape
     half = config.block_m // GROUPS.value
