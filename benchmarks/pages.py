@@ -148,6 +148,12 @@ def first_calls(document: Record) -> str:
     return markdown(("first step, s", *labels), rows)
 
 
+def launch_costs(document: Record) -> str:
+    """The CPU time of an operation's parts."""
+    rows = [(record["label"], *(text(value, "{:.1f}") for value in record["us"])) for record in document["results"]]
+    return markdown(("call", "µs, median", "lowest", "highest"), rows)
+
+
 def shards(document: Record) -> str:
     """FSDP2 on two GPUs: speed, loss, memory and bytes per step."""
     linear = next(run for run in document["results"] if run["recipe"] == "linear")
@@ -263,6 +269,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "models": ("h200/bench_model", models(*OURS)),
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
     "overhead": ("h200/bench_overhead", overhead),
+    "launch_costs": ("h200/bench_launch", launch_costs),
     "first_calls": ("h200/bench_overhead", first_calls),
     "shards_narrow": ("h200/fsdp/large", shards),
     "shards_wide": ("h200/fsdp/wide", shards),

@@ -2,7 +2,7 @@
 
 A plan is a function that runs one operation on all arguments with the same :func:`specialization_key`. Tiles and
 compiled kernels are chosen when the plan is made. Running it computes grids and launches. ``kernel[grid](*args)`` takes
-16 µs, most of it to find the compiled kernel; a bound launch takes 6 (H200 host, Triton 3.6; docs/performance.md).
+28 µs, most of it to find the compiled kernel; a bound launch takes 10 (H200 host, Triton 3.6; docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., No
             is_hooked = True
         if is_hooked or not RUN_IS_KNOWN:
             compiled[grid](*args, *constexprs)
-        else:  # the same, without the 5 µs for absent hooks and for the stream
+        else:  # the same, without the 4 µs for absent hooks and for the stream
             run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)
 
     return launch
