@@ -573,7 +573,7 @@ class Log(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "torch_switchback":
+        if func.namespace == "torch_switchback" or func is torch.ops.aten.mm.default:
             self.names.append(func.name().partition("::")[2].partition(".")[0])
         return func(*args, **(kwargs or {}))
 
@@ -591,6 +591,26 @@ def test_the_transposed_weight_is_quantized_in_the_backward(config, needs_input,
     assert [name for name in forward.names if "linear" in name] == ["int8_linear"]
     assert [name for name in backward.names if "linear" in name] == (["int8_linear_grad_input"] if needs_input else [])
     assert not any("weight" in name or "with_transpose" in name for name in forward.names + backward.names)
+
+
+@strategies
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_autograd_grad_computes_no_other_gradient(config, is_leaf, device):
+    """Pipeline schedules split the backward into one for the input and one for the weight."""
+    layer = make_layer(config, device=device)
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    asked = x if is_leaf else x * 1
+    y = layer(asked).sum()
+    y.backward(retain_graph=True)
+    with Log() as for_input:
+        (grad_input,) = torch.autograd.grad(y, asked, retain_graph=True)
+    with Log() as for_weight:
+        grad_weight, grad_bias = torch.autograd.grad(y, [layer.weight, layer.bias])
+    assert torch.equal(grad_input, x.grad)
+    assert torch.equal(grad_weight, layer.weight.grad)
+    assert torch.equal(grad_bias, layer.bias.grad)
+    assert sum("mm" in name or "matmul" in name or "linear" in name for name in for_input.names) == 1
+    assert sum("mm" in name or "matmul" in name or "linear" in name for name in for_weight.names) == 1
 
 
 @strategies

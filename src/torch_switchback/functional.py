@@ -257,7 +257,7 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of x, weight and bias, or None where none is needed."""
     saved_x, x_absmax, weight, absmax, transposed_int8 = saved
-    needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    needs_input, needs_weight, needs_bias = _asked_for(ctx)
     config, _, scaling, int8_grad_weight = ctx.call
     input_dtype, weight_dtype, bias_dtype = ctx.dtypes
     grad = _as_rows(grad_output)
@@ -296,6 +296,31 @@ def _gradients(
     if needs_bias:
         grad_bias = sum_rows(grad, bias_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _asked_for(ctx: Any) -> tuple[bool, bool, bool]:
+    """Return whether this backward needs the gradients of x, weight and bias.
+
+    ``torch.autograd.grad(y, x)`` needs no other gradient than that of x, which ``needs_input_grad`` does not say.
+    Pipeline schedules that split the backward call it so.
+    """
+    needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    if torch.compiler.is_compiling():
+        return needs_input, needs_weight, needs_bias
+    nodes = [node for node, _ in ctx.next_functions]  # of x, weight, an absmax if there is one, and bias
+    return (
+        needs_input and _engine_runs(nodes[0]),
+        needs_weight and _engine_runs(nodes[1]),
+        needs_bias and _engine_runs(nodes[-1]),
+    )
+
+
+def _engine_runs(node: Any) -> bool:
+    """Return whether autograd's engine runs a node in the backward under way."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient autograd.grad returns, or there is no backward under way
+        return True
 
 
 def _fuses(scheme: Scaling, weight: torch.Tensor) -> bool:
