@@ -412,6 +412,26 @@ def test_what_is_no_dense_tensor_is_refused(x, message):
         ts.switchback_linear(x, torch.ones(4, 4))
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda layer, x: torch.func.vmap(layer)(x),
+        lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
+        lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+    ],
+    ids=["vmap", "grad", "jvp"],
+)
+def test_transforms_of_torch_func_are_refused_by_name(transform, device):
+    with pytest.raises(NotImplementedError, match=r"switchback_linear.*revert_switchback"):
+        transform(make_layer(SwitchBackConfig(), device=device), torch.randn(3, 64, device=device))
+
+
+def test_a_sparse_weight_is_refused(device):
+    weight = torch.eye(64, device=device).to_sparse()
+    with pytest.raises(TypeError, match="weight"):
+        ts.switchback_linear(torch.randn(3, 64, device=device), weight)
+
+
 def test_a_recipe_is_a_config(device):
     x, weight = torch.randn(4, 8, device=device), torch.randn(6, 8, device=device)
     expected = ts.switchback_linear(x, weight, config=SwitchBackConfig("rowwise"))

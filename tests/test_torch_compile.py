@@ -1,5 +1,7 @@
 """torch.compile(fullgraph=True) and torch.export give what eager gives."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import torch_switchback as ts
 from testing import convert_all, hostile, strategies
 from torch_switchback.analysis.saved_bytes import saved_bytes
+from torch_switchback.functional import DYNAMO_KNOWS_EXPORTS
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
@@ -129,12 +132,31 @@ def test_export_with_a_dynamic_batch(device):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-6)
 
 
-def test_export_holds_nothing_for_a_backward(device):
-    def operations(config):
-        program = torch.export.export(make_model(config, device), (torch.randn(8, 64, device=device),))
-        return [node.target for node in program.graph.nodes]
+@strategies
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_trains(config, strict, device):
+    if strict and not DYNAMO_KNOWS_EXPORTS:
+        pytest.skip("strict exports cannot be told from torch.compile")
+    model, x = make_model(config, device), torch.randn(8, 64, device=device)
+    program = torch.export.export(model, (x,), strict=strict)
+    exported = program.module()
+    model(x).square().sum().backward()
+    for module in (exported, torch.compile(exported, backend="aot_eager")):
+        exported.zero_grad()
+        module(x).square().sum().backward()
+        for parameter, expected in zip(exported.parameters(), model.parameters(), strict=True):
+            assert torch.equal(parameter.grad, expected.grad)
 
-    assert operations(ts.SwitchBackConfig(mem_efficient=True)) == operations(ts.SwitchBackConfig())
+
+@strategies
+def test_an_exported_program_can_be_saved_and_decomposed(config, device):
+    model, x = make_model(config, device), torch.randn(8, 64, device=device)
+    program = torch.export.export(model, (x,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for other in (torch.export.load(file), program.run_decompositions({})):
+        torch.testing.assert_close(other.module()(x), model(x), rtol=1e-3, atol=1e-6)
 
 
 @strategies

@@ -1,6 +1,6 @@
 """INT8 training for PyTorch: SwitchBackLinear (arXiv 2304.13013), and how a model gets it and loses it again."""
 
-from . import distributed, nn, ops  # noqa: F401  (distributed registers itself with the core)
+from . import distributed, exported, nn, ops  # noqa: F401  (distributed and exported register themselves)
 from .analysis.explanation import explain
 from .analysis.recommendation import recommend
 from .config import RECIPES, SwitchBackConfig

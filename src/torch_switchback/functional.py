@@ -28,6 +28,10 @@ from .ops._validation import (
 from .scaling import Quantized, Scaling, scaling_for
 from .weight_cache import WeightCache
 
+DYNAMO_KNOWS_EXPORTS = torch.__version__ >= "2.13"
+"""Whether ``torch.compiler.is_exporting`` is exact in Dynamo, which traces strict exports. Until then it is always true
+there, in torch.compile as well."""
+
 
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """Quantize a weight for good, for a layer that keeps no other.
@@ -74,6 +78,7 @@ def switchback_linear(
         ValueError: shapes do not match; the arguments are on different devices, or on one that is neither a CPU nor
             CUDA (ROCm included) nor meta; or there is no recipe of that name.
         RuntimeError: once its gradients are differentiated again.
+        NotImplementedError: it is called under a transform of torch.func.
     """
     return linear(x, weight, bias, SwitchBackConfig() if config is None else config_of(config))
 
@@ -92,6 +97,11 @@ def linear(
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
         weight_cache: where the int8 values of this weight stay until it changes.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "switchback_linear: transforms of torch.func (grad, vmap, jvp, …) cannot pass SwitchBackLinear; "
+            "revert_switchback(model) makes its layers nn.Linear"
+        )
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
     device_type = x.device.type
@@ -100,6 +110,10 @@ def linear(
     _check(x, weight, bias, weight_absmax, config)
     if _is_distributed(x) or _is_distributed(weight):
         return extensions.distributed.linear(x, weight, bias, config)
+    if torch.compiler.is_exporting() and (DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling()):
+        flags = config.weight_scaling, config.mem_efficient, config.grad_weight
+        rotations = config.rotate_tokens, config.rotate_features
+        return torch.ops.torch_switchback.linear(x, weight, weight_absmax, bias, *flags, *rotations)
     call = Call(config, weight_cache, None, _grad_weight.runs_in_int8(config, x, weight))
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
 
@@ -127,6 +141,8 @@ def _check(
         check_device(op, "x", x)
     if x.dtype not in FLOAT_DTYPES:
         check_float(op, "x", x)
+    if weight.layout != torch.strided:
+        raise TypeError(f"{op}: weight must be dense, got layout {weight.layout}")
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {tuple(weight.shape)}")
     out_features, in_features = weight.shape

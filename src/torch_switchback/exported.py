@@ -1,0 +1,49 @@
+"""The operation that stands for a layer in a program of torch.export, and that such a program trains through.
+
+An exported program holds operations alone, without the autograd Function around them. This one has it inside.
+"""
+
+from typing import Any
+
+import torch
+
+from . import _grad_weight
+from .config import SwitchBackConfig
+from .functional import Call, SwitchBackFunction
+from .ops._library import LIBRARY
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_absmax: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    weight_scaling: Any,
+    mem_efficient: bool,
+    grad_weight: Any,
+    rotate_tokens: int | None,
+    rotate_features: int | None,
+) -> torch.Tensor:
+    config = SwitchBackConfig(
+        weight_scaling=weight_scaling,
+        mem_efficient=mem_efficient,
+        grad_weight=grad_weight,
+        rotate_tokens=rotate_tokens,
+        rotate_features=rotate_features,
+    )
+    # The exporter runs this as well, with symbolic shapes, and would keep a choice by the token count as a guard.
+    int8_grad_weight = not torch.compiler.is_exporting() and _grad_weight.runs_in_int8(config, x, weight)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, Call(config, None, None, int8_grad_weight))
+
+
+LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? weight_absmax, Tensor? bias, str weight_scaling, bool mem_efficient, "
+    "str grad_weight, int? rotate_tokens, int? rotate_features) -> Tensor"
+)
+for _key in ("CPU", "CUDA", "Autograd"):
+    LIBRARY.impl("linear", _linear, _key)
+torch.library.register_fake(
+    "torch_switchback::linear",
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lib=LIBRARY,
+)
