@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from ..config import SwitchBackConfig
 from ..functional import Call, SwitchBackFunction
 from ..scaling import Quantized, Scaling, scaling_for
-from . import sharding_rules  # noqa: F401  (registers them)
 from .absmax import absmax_bits, all_reduce_max
 from .fsdp_weights import GatheredWeight
 
