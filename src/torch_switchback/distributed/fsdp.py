@@ -28,11 +28,10 @@ def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     Raises:
         ValueError: no layer of the model gathers its weight as int8.
     """
-    layers = [module for module in model.modules() if _int8_config(module) and module.weight is not None]
-    if not layers:
+    weights = [each for each in model.parameters() if isinstance(local_part(each), ShardWeight | GatheredWeight)]
+    if not weights:
         raise ValueError("precompute_absmax_for_fsdp: no layer was converted with all_gather='int8'")
     together: dict[tuple[dist.ProcessGroup, ...], list[WeightShard]] = defaultdict(list)
-    weights: dict[Any, None] = dict.fromkeys(layer.weight for layer in layers)
     for weight in weights:
         if (shard := _shard_of(weight)) is not None:
             together[shard.groups].append(shard)
@@ -50,14 +49,6 @@ def _shard_of(weight: Any) -> WeightShard | None:
     return WeightShard(local._data, local._absmax, mesh, mesh_dim) if mesh_dim >= 0 else None
 
 
-def _int8_config(
-    module: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig] | None = None
-) -> SwitchBackConfig | None:
-    """Return the config of a layer that gathers its weight as int8, or is going to by its config in configs."""
-    config = (configs or {}).get(module) or getattr(module, "config", None)
-    return config if isinstance(config, SwitchBackConfig) and config.all_gather == "int8" else None
-
-
 def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig]) -> None:
     """Wrap the weights of layers that are configured so, or are going to be; if refused, none.
 
@@ -69,12 +60,17 @@ def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBack
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)  # several where it is shared
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(fqn)
     wrapped: list[tuple[str, nn.Parameter, torch.Tensor]] = []
-    for parameter, fqns in _names(model).items():
+    for parameter, fqns in names.items():
         found: dict[str, SwitchBackConfig] = {}
         for fqn in fqns:
             owner, _, name = fqn.rpartition(".")
-            if name == "weight" and (config := _int8_config(model.get_submodule(owner), configs)):
+            layer = model.get_submodule(owner)
+            config = configs.get(layer) or getattr(layer, "config", None)
+            if name == "weight" and isinstance(config, SwitchBackConfig) and config.all_gather == "int8":
                 found[fqn] = config
         if not found or isinstance(local_part(parameter), ShardWeight):
             continue
@@ -96,21 +92,13 @@ def undo_int8_all_gather(model: nn.Module) -> None:
         RuntimeError: fully_shard has cut them up, or something besides modules holds one.
     """
     plain: list[tuple[str, nn.Parameter, torch.Tensor]] = []
-    for parameter, (fqn, *_) in _names(model).items():
+    for fqn, parameter in model.named_parameters():
         local = local_part(parameter)
         if isinstance(local, GatheredWeight) or _shard_of(parameter) is not None:
             raise RuntimeError(f"{fqn}: fully_shard gathers it as int8, which cannot be undone")
         if isinstance(local, ShardWeight):
             plain.append((fqn, parameter, unwrap(parameter.detach())))
     _put_into_parameters(plain)
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return each parameter's fully qualified names, several where it is shared."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for fqn, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(fqn)
-    return names
 
 
 def _put_into_parameters(tensors: Iterable[tuple[str, nn.Parameter, torch.Tensor]]) -> None:
