@@ -167,7 +167,8 @@ def shards(document: Record) -> str:
         speeds = f"{speed:,.0f}", f"{speed / linear['tokens_per_second']:.2f}"
         losses = f"{loss:.4f}", "–" if run is linear else f"{loss / linear['final_validation_loss'] - 1:+.2%}"
         memory = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
-        rows.append((run["recipe"], *speeds, *losses, *memory))
+        recipe = run["recipe"] + (", int8 gather" if run["all_gather"] == "int8" else "")
+        rows.append((recipe, *speeds, *losses, *memory))
     speeds = ("tokens/s", "over nn.Linear", "validation loss", "to nn.Linear")
     return markdown(("recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"), rows)
 

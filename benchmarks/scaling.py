@@ -88,7 +88,7 @@ def check(document: Record) -> bool:
     high_precision = 2 if preset["bf16"] else 4
     rows = []
     for result in document["results"]:
-        weight_bytes = 1 if result["recipe"].endswith("int8") else high_precision
+        weight_bytes = 1 if result["all_gather"] == "int8" else high_precision
         sizes = {"weight_bytes": weight_bytes, "other_bytes": high_precision, "grad_bytes": 4}
         expected = bytes_of(model, **sizes, reshard=source["reshard_after_forward"])
         for collective, size in (
@@ -96,8 +96,9 @@ def check(document: Record) -> bool:
             ("reduce-scatter", expected.reduce_scatter),
         ):
             counted = sum(n for name, n in result["bytes_per_step"].items() if name.startswith(collective))
-            rows.append({"recipe": result["recipe"], "collective": collective, "counted": counted, "expected": size})
-    columns = {"recipe": ("recipe", "{}"), "collective": ("collective", "{}")}
+            names = {"recipe": result["recipe"], "all_gather": result["all_gather"], "collective": collective}
+            rows.append(names | {"counted": counted, "expected": size})
+    columns = {"recipe": ("recipe", "{}"), "all_gather": ("gather", "{}"), "collective": ("collective", "{}")}
     columns |= {"counted": ("counted", "{:,}"), "expected": ("by the model", "{:,}")}
     print_table("bytes per step", columns, rows)
     return all(row["counted"] == row["expected"] for row in rows)

@@ -17,10 +17,10 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -39,19 +39,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from collectives import CollectiveBytes, total
 from corpus import Corpus, load_corpus
 from gpt import GPT
-from presets import PRESETS
+from presets import PRESETS, RECIPES
 from report import COMPARED, compared, environment, peak_memory_bytes
-from torch_switchback import SwitchBackConfig, convert_to_switchback
+from torch_switchback import convert_to_switchback
+from torch_switchback.config import AllGather
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 from training import UNTIMED_STEPS, Curve, DivergedError, Settings, descend, learning_rate_at, new_optimizer
 
-RECIPES: dict[str, SwitchBackConfig | None] = {
-    "linear": None,
-    "switchback": SwitchBackConfig(),
-    "switchback-int8": SwitchBackConfig(all_gather="int8"),
-    "rowwise": SwitchBackConfig("rowwise"),
-    "rowwise-int8": SwitchBackConfig("rowwise", all_gather="int8"),
-}
+ALL_GATHERS: tuple[AllGather, ...] = get_args(AllGather)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -61,6 +56,7 @@ class Result:
     """One finished recipe, of all ranks together."""
 
     recipe: str
+    all_gather: AllGather
     parameters: int
     final_validation_loss: float  # nats a byte
     tokens_per_second: float | None  # of the median step; None if every step was warm-up
@@ -72,19 +68,22 @@ class Result:
 class ShardedRun:
     """One recipe's model, optimizer, position and curve, sharded over all processes."""
 
-    def __init__(self, recipe: str, settings: Settings, corpus: Corpus, *, reshard: bool) -> None:
-        self.recipe, self.settings, self.corpus = recipe, settings, corpus
+    def __init__(
+        self, recipe: str, all_gather: AllGather, settings: Settings, corpus: Corpus, *, reshard: bool
+    ) -> None:
+        self.recipe, self.all_gather, self.settings, self.corpus = recipe, all_gather, settings, corpus
         self.preset = PRESETS[settings.preset]
         self.device = torch.device(self.preset.device)
         self.step, self.curve = 0, Curve()
         self.bytes_per_step: dict[str, int] = {}
-        self.config = RECIPES[recipe]
 
         torch.manual_seed(settings.seed)
         self.model = GPT(self.preset.model).to(self.device)
-        if self.config is not None:
+        config = RECIPES[recipe]
+        if config is not None:
+            config = replace(config, all_gather=all_gather)
             # The logits need more than eight bits, and 256 outputs are too few to gain speed.
-            convert_to_switchback(self.model, config=self.config, module_filter_fn=lambda module, fqn: fqn != "head")
+            convert_to_switchback(self.model, config=config, module_filter_fn=lambda module, fqn: fqn != "head")
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         options: dict[str, Any] = {"mesh": mesh}
         if self.preset.bf16:
@@ -111,7 +110,7 @@ class ShardedRun:
                 self.curve.step_seconds.append((time.perf_counter() - start) / steps)
             if not math.isfinite(self.curve.train_losses[-1]):
                 loss = self.curve.train_losses[-1]
-                raise DivergedError(f"{self.recipe}: the training loss is {loss} after {self.step} steps")
+                raise DivergedError(f"{label(self)}: the training loss is {loss} after {self.step} steps")
             if self.step % self.preset.validation_interval == 0:
                 self.curve.validation_losses.append((self.step, self.validation_loss(self.preset.validation_batches)))
             on_progress(self)
@@ -131,7 +130,7 @@ class ShardedRun:
             self.preset.batch_size, self.preset.model.context, seed=self.settings.seed, step=self.step
         )
         loss = descend(self.loss(*batch), self.model, self.optimizer, learning_rate_at(self.step, self.settings))
-        if self.config is not None and self.config.all_gather == "int8":
+        if self.all_gather == "int8":
             precompute_absmax_for_fsdp(self.model)
         self.step += 1
         return loss
@@ -185,6 +184,9 @@ class ShardedRun:
 def main(
     preset: Annotated[str | None, typer.Option(help=", ".join(PRESETS) + "; by default cpu or large")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help=f"{', '.join(RECIPES)}; repeatable")] = None,
+    all_gather: Annotated[
+        list[str] | None, typer.Option(help=f"{' or '.join(ALL_GATHERS)}; repeatable, by default each")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="by default the preset's")] = None,
     seed: Annotated[int, typer.Option(help="of the weights and the data order")] = 0,
     learning_rate: Annotated[float | None, typer.Option(help="peak; by default the preset's")] = None,
@@ -197,8 +199,9 @@ def main(
     if "RANK" not in os.environ:
         raise typer.BadParameter("start it with torchrun --nproc-per-node N examples/train_fsdp.py")
     name = preset or ("large" if torch.cuda.is_available() else "cpu")
-    recipes = recipe or ["linear", "switchback", "switchback-int8"]
-    for given, known in ((name, PRESETS), *((each, RECIPES) for each in recipes)):
+    recipes, all_gathers = recipe or ["linear", "switchback"], all_gather or list(ALL_GATHERS)
+    names = (name, PRESETS), *((each, RECIPES) for each in recipes), *((each, ALL_GATHERS) for each in all_gathers)
+    for given, known in names:
         if given not in known:
             raise typer.BadParameter(f"unknown name {given!r}; known: {', '.join(known)}")
     defaults = PRESETS[name]
@@ -220,9 +223,10 @@ def main(
     console = Console(quiet=dist.get_rank() != 0)
     corpus = load_corpus()
     results = []
-    for each in recipes:
-        directory = None if checkpoint is None else checkpoint / each
-        run = ShardedRun(each, settings, corpus, reshard=reshard)
+    runs = [(each, gather) for each in recipes for gather in (all_gathers if RECIPES[each] else ["high_precision"])]
+    for each, gather in runs:
+        directory = None if checkpoint is None else checkpoint / f"{each}-{gather}"
+        run = ShardedRun(each, gather, settings, corpus, reshard=reshard)
         train_with_progress(run, console, directory, checkpoint_interval)
         results.append(finish(run))
         del run
@@ -236,7 +240,7 @@ def main(
                 "processes": dist.get_world_size(),
                 "reshard_after_forward": reshard,
             },
-            "settings": asdict(settings),
+            "settings": asdict(settings) | {"all_gathers": all_gathers},
             "preset": asdict(defaults),
             "corpus": {"train_bytes": len(corpus.train), "sha256": corpus.sha256},
             "results": [asdict(result) for result in results],
@@ -251,7 +255,7 @@ def train_with_progress(run: ShardedRun, console: Console, directory: Path | Non
     if directory is not None:
         run.load(directory)
         if run.step:
-            console.print(f"{run.recipe}: going on after {run.step} steps")
+            console.print(f"{label(run)}: going on after {run.step} steps")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -263,7 +267,7 @@ def train_with_progress(run: ShardedRun, console: Console, directory: Path | Non
     tokens_per_step = run.preset.batch_size * run.preset.model.context
     saved_after = run.step
     with Progress(*columns, console=console, disable=console.quiet) as progress:
-        task = progress.add_task(run.recipe, total=run.settings.steps, completed=run.step, loss="-", speed="-")
+        task = progress.add_task(label(run), total=run.settings.steps, completed=run.step, loss="-", speed="-")
 
         def on_progress(run: ShardedRun) -> None:
             nonlocal saved_after
@@ -282,6 +286,7 @@ def finish(run: ShardedRun) -> Result:
     tokens_per_step = run.preset.batch_size * run.preset.model.context
     return Result(
         recipe=run.recipe,
+        all_gather=run.all_gather,
         parameters=sum(p.numel() for p in run.model.parameters()),
         final_validation_loss=run.validation_loss(run.preset.final_validation_batches),
         tokens_per_second=tokens_per_step / statistics.median(seconds) if seconds else None,
@@ -289,6 +294,10 @@ def finish(run: ShardedRun) -> Result:
         bytes_per_step=run.bytes_per_step,
         curve=asdict(run.curve),
     )
+
+
+def label(run: ShardedRun | Result) -> str:
+    return run.recipe + (", int8 gather" if run.all_gather == "int8" else "")
 
 
 def largest_over_ranks(value: int | None, device: torch.device) -> int | None:
@@ -308,7 +317,7 @@ def release_memory() -> None:
 
 
 def table(results: list[Result], settings: Settings) -> Table:
-    """One row a recipe; the difference to nn.Linear is of the validation losses."""
+    """One row per run; the difference to nn.Linear is of the validation losses."""
     processes = dist.get_world_size()
     title = (
         f"{settings.preset} preset, {settings.steps} steps, {processes} processes, {results[0].parameters:,} parameters"
@@ -319,7 +328,7 @@ def table(results: list[Result], settings: Settings) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
-            result.recipe,
+            label(result),
             *compared(result, results),
             f"{total(result.bytes_per_step, 'all-gather') / 1e6:,.1f} MB",
             f"{total(result.bytes_per_step, 'reduce-scatter') / 1e6:,.1f} MB",

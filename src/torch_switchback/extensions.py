@@ -1,6 +1,7 @@
-"""Hooks of the core for tensors of torch.distributed. It does not import ``distributed``, which registers here."""
+"""What the core calls for tensors of torch.distributed. It does not import ``distributed``, which registers here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,33 +10,20 @@ from torch import nn
 from .config import SwitchBackConfig
 
 
+@dataclass(frozen=True)
 class DistributedTensors:
-    """Treat DTensors and weights that FSDP2 shards. This class knows plain tensors alone."""
+    """Functions for DTensors and for weights that FSDP2 gathers as int8."""
 
-    def linear(self, x: Any, weight: Any, bias: Any, config: SwitchBackConfig) -> torch.Tensor:
-        """Compute the layer on DTensors."""
-        raise TypeError("switchback_linear: x and weight must not be DTensors: torch_switchback.distributed is missing")
-
-    def unwrap(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the plain tensor that a state_dict has in a weight's place."""
-        return weight
-
-    def wrap_like(self, tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of a state_dict as the weight whose place it takes."""
-        return tensor
-
-    def use_int8_all_gather(self, model: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig]) -> None:
-        """Have FSDP2 gather the weights of a model's layers as int8, where their config asks for it."""
-        raise RuntimeError("all_gather='int8': torch_switchback.distributed is missing")
-
-    def undo_int8_all_gather(self, model: nn.Module) -> None:
-        """Undo :meth:`use_int8_all_gather`."""
+    linear: Callable[[Any, Any, Any, SwitchBackConfig], torch.Tensor]
+    """Compute the layer on DTensors, given x, weight, bias or None, and config."""
+    unwrap: Callable[[torch.Tensor], torch.Tensor]
+    """Return the plain tensor that a state_dict has in a weight's place."""
+    wrap_like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Return a tensor of a state_dict, given the weight whose place it takes; wrapped if that is."""
+    use_int8_all_gather: Callable[[nn.Module, Mapping[nn.Module, SwitchBackConfig]], None]
+    """Have FSDP2 gather the weights of a model's layers as int8, where their config asks for it."""
+    undo_int8_all_gather: Callable[[nn.Module], None]
+    """Undo use_int8_all_gather."""
 
 
-distributed = DistributedTensors()
-
-
-def register(implementation: DistributedTensors) -> None:
-    """Use an implementation that knows more tensors."""
-    global distributed
-    distributed = implementation
+distributed: DistributedTensors

@@ -449,7 +449,7 @@ def test_a_refused_model_is_as_it_was():
     )
     tied["head"].weight = tied["embedding"].weight
     before = dict(tied.named_parameters())
-    with pytest.raises(ValueError, match=r"head shares its weight with embedding\.weight"):
+    with pytest.raises(ValueError, match=r"head\.weight is also embedding\.weight"):
         convert_all(tied, ts.SwitchBackConfig(all_gather="int8"))
     assert [type(module) for module in tied.values()] == [nn.Embedding, nn.Linear, nn.Linear]
     assert all(parameter is before[name] for name, parameter in tied.named_parameters())
@@ -558,7 +558,7 @@ def test_parameters_stay_the_same_objects(scaling):
 def test_a_weight_that_is_held_otherwise_is_refused():
     model = mlp()
     held = model[2].weight.view(-1)
-    with pytest.raises(RuntimeError, match="2: its weight is held by a view"):
+    with pytest.raises(RuntimeError, match=r"2\.weight is held by a view"):
         convert_all(model, ts.SwitchBackConfig(all_gather="int8"))
     assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
     assert not any(isinstance(module, ts.SwitchBackLinear) for module in model)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, sgd
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -17,9 +18,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import torch_switchback as ts
-from testing import convert_all, random_int8
-from torch_switchback import ops
-from torch_switchback.distributed import precompute_absmax_for_fsdp, sharding_rules  # noqa: F401  (registers them)
+from testing import convert_all
+from torch_switchback.distributed import precompute_absmax_for_fsdp
 
 SCALINGS = ["global", "rowwise"]
 STRATEGIES = [(scaling, mem_efficient) for scaling in SCALINGS for mem_efficient in (False, True)]
@@ -224,67 +224,15 @@ def test_converted_before_parallelize_module():
         layer(batch())
 
 
-def placed(tensors, placements):
-    mesh = tensor_parallel()
-    return [
-        tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
-        for tensor, placement in zip(tensors, placements, strict=True)
-    ]
-
-
-R, S0, S1 = Replicate(), Shard(0), Shard(1)
-RULES = [
-    ("quantize_rowwise", [S0], [S0, S0]),
-    ("quantize_rowwise", [S1], [R, R]),
-    ("quantize_columnwise_and_transpose", [S1], [S0, S0]),
-    ("quantize_global", [S0], [R, R]),
-    ("quantize_global_transpose", [S1], [R, R]),
-    ("quantize_by_absmax", [S0, S0], [S0]),
-    ("quantize_by_absmax", [S1, R], [S1]),
-    ("quantize_transpose_by_absmax", [S0, R], [S1]),
-    ("quantize_transpose_by_absmax", [S1, R], [S0]),
-    ("dequantize_rowwise", [S0, S0], [S0]),
-    ("dequantize_rowwise", [S1, R], [S1]),
-]
-
-
-@pytest.mark.parametrize("rule", range(len(RULES)), ids=[f"{name} {placements}" for name, placements, _ in RULES])
-@in_processes(2)
-def test_sharding_rules(rule):
-    """An operation on DTensors is the operation on the whole tensors, and stays sharded where it can."""
-    name, placements, expected_placements = RULES[rule]
-    torch.manual_seed(0)
-    x = random_int8(6, 10) if name.startswith("dequantize") else torch.randn(6, 10)
-    absmax = torch.rand(1) + 9 if "transpose_by" in name else torch.rand(6) + 9
-    arguments = [x, absmax][: len(placements)]
-    operation = getattr(ops, name)
-    expected = operation(*arguments)
-    actual = operation(*placed(arguments, placements))
-    actual, expected = (value if isinstance(value, tuple) else (value,) for value in (actual, expected))
-    for one, other, placement in zip(actual, expected, expected_placements, strict=True):
-        assert one.placements == (placement,)
-        assert torch.equal(one.full_tensor(), other)
-
-
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
-def test_sharding_rules_of_the_products(scaling):
-    operation = ts.ops.int8_matmul_mixed_dequantize if scaling == "global" else ts.ops.int8_matmul_rowwise_dequantize
-    torch.manual_seed(0)
-    a, b, x = random_int8(6, 8), random_int8(8, 10), torch.rand(6)
-    w, bias = torch.rand(1 if scaling == "global" else 10), torch.randn(10)
-    by_columns = R if scaling == "global" else S0
-    for placements, given, placement in (
-        ([S0, R, S0, R, R], bias, S0),
-        ([R, S1, R, by_columns, S0], bias, S1),
-        ([S1, S0, R, R, None], None, Partial()),
-    ):
-        expected = operation(a, b, x, w, given, torch.float32)
-        actual = operation(*placed((a, b, x, w, given), placements), torch.float32)
-        assert actual.placements == (placement,)
-        if placement == Partial():
-            assert_close(actual.full_tensor(), expected)
-        else:
-            assert torch.equal(actual.full_tensor(), expected)
-    summed = operation(*placed((a, b, x, w, bias), [S1, S0, R, R, R]), torch.float32)
-    assert_close(summed.full_tensor(), operation(a, b, x, w, bias, torch.float32))
+def test_compiled_it_is_one_graph(scaling):
+    torch.compiler.reset()
+    model = converted(mlp(32, 16), weight_scaling=scaling)
+    parallelize_module(model, tensor_parallel(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    graphs = CompileCounterWithBackend("aot_eager")
+    y = torch.compile(model, backend=graphs, fullgraph=True)(batch())
+    assert torch.equal(y, model(batch()))
+    loss_of(y).backward()
+    assert graphs.frame_count == 1
+    assert all(parameter.grad.full_tensor().any() for parameter in model.parameters())

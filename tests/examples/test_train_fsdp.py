@@ -57,14 +57,14 @@ def torchrun(cwd, *arguments):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("undisturbed")
-    recipes = ("--recipe", "switchback-int8", "--recipe", "switchback", "--recipe", "linear")
+    recipes = ("--recipe", "switchback", "--recipe", "linear", "--all-gather", "int8", "--all-gather", "high_precision")
     done = torchrun(cwd, str(EXAMPLES / "train_fsdp.py"), *FLAGS, *recipes)
     return done.stdout, json.loads((cwd / "runs/fsdp/results.json").read_text())
 
 
 def test_results(undisturbed):
     output, document = undisturbed
-    assert "switchback-int8" in output and "tiny preset, 12 steps, 2 processes" in output
+    assert "switchback, int8 gather" in output and "tiny preset, 12 steps, 2 processes" in output
     assert document["provenance"]["processes"] == 2
     int8, high_precision, linear = document["results"]
     for result in document["results"]:
@@ -91,7 +91,7 @@ def test_bytes_are_what_the_model_of_scaling_says(undisturbed, tmp_path):
 def test_a_rank_that_dies(undisturbed, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    flags = ("--recipe", "switchback-int8", "--checkpoint", "checkpoint")
+    flags = ("--recipe", "switchback", "--all-gather", "int8", "--checkpoint", "checkpoint")
     done = torchrun(tmp_path, "--max-restarts", "1", str(script), *FLAGS, *flags)
     assert "going on after 4 steps" in done.stdout
     (survived,) = json.loads((tmp_path / "runs/fsdp/results.json").read_text())["results"]

@@ -8,6 +8,7 @@ absmax spans the shards, an all-reduce finds it (W [out, in] with N ranks, G the
     Shard(1), row     by features  partial sum  W's global absmax; a row's of W; a row's of X
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from ..config import SwitchBackConfig
 from ..functional import Call, SwitchBackFunction
 from ..scaling import Quantized, Scaling, scaling_for
-from . import sharding_rules  # noqa: F401  (registers them)
 from .absmax import absmax_bits, all_reduce_max
 from .fsdp_weights import GatheredWeight
 
 
 def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) -> DTensor:
-    """:func:`torch_switchback.switchback_linear` of DTensors on one mesh of one dimension.
+    """Apply :func:`torch_switchback.switchback_linear` to DTensors on one mesh of one dimension.
 
     Args:
         x: DTensor (*, in_features), redistributed to what the weight's placement asks for.
@@ -39,14 +39,14 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
             int8 weight gradient or rotated features.
     """
     op = "switchback_linear"
-    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in tensors.items():
+    for name, tensor in {"weight": weight, "x": x, "bias": bias}.items():
+        if tensor is None:
+            continue
         if not isinstance(tensor, DTensor):
             raise TypeError(
                 f"{op}: x, weight and bias must all be DTensors or none, {name} is a {type(tensor).__name__}; "
                 "parallelize_module (ColwiseParallel, RowwiseParallel) and fully_shard see to it"
             )
-    for name, tensor in tensors.items():
         if tensor.device_mesh != weight.device_mesh or tensor.device_mesh.ndim != 1:
             raise ValueError(
                 f"{op}: x, weight and bias must be on one mesh of one dimension, {name} is on {tensor.device_mesh}, "
@@ -59,18 +59,17 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     if config.rotate_features is not None:
         raise ValueError(f"{op}: rotate_features={config.rotate_features} is not available for tensor-parallel layers")
     mesh, (placement,) = weight.device_mesh, weight.placements
-    group, last = mesh.get_group(), x.ndim - 1
-    x_placement: Placement
-    y_placement: Placement
-    bias_placement: Placement
+    by_features = Shard(x.ndim - 1)
+    placements: tuple[Placement, Placement, Placement]
     if placement == Shard(0):
-        x_placement, y_placement, bias_placement = Replicate(), Shard(last), Shard(0)
+        placements = Replicate(), by_features, Shard(0)
     elif placement == Shard(1):
-        x_placement, y_placement, bias_placement = Shard(last), Partial(), Replicate()
+        placements = by_features, Partial(), Replicate()
     elif placement == Replicate():
-        x_placement, y_placement, bias_placement = Replicate(), Replicate(), Replicate()
+        placements = Replicate(), Replicate(), Replicate()
     else:
         raise ValueError(f"{op}: weight must be placed as Shard(0), Shard(1) or Replicate(), got {placement}")
+    x_placement, y_placement, bias_placement = placements
     if bias is not None and bias.placements != (bias_placement,):
         raise ValueError(f"{op}: with weight {placement}, bias must be {bias_placement}, got {bias.placements[0]}")
 
@@ -80,7 +79,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
     local_weight, local_bias = weight.to_local(), None if bias is None else bias.to_local()
     scaling = scaling_for(config, x)
     if placement != Replicate():
-        scaling = ShardedScaling(scaling, config, placement, local_weight, group)
+        scaling = ShardedScaling(scaling, config, placement, local_weight, mesh.get_group())
     y = SwitchBackFunction.apply(local_x, local_weight, None, local_bias, Call(config, None, scaling, False))
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
@@ -90,12 +89,7 @@ def switchback_linear(x: Any, weight: Any, bias: Any, config: SwitchBackConfig) 
 class ShardedScaling(Scaling):
     """A scheme whose absmaxes are those of the whole tensors, found by an all-reduce where they span the shards.
 
-    Args:
-        base: the scheme for tensors that are not sharded.
-        config: whose weight scaling base has.
-        placement: of the weight, Shard(0) or Shard(1).
-        weight: this rank's part.
-        group: of all parts.
+    It is made of base, the scheme for whole tensors, and of this rank's part of a weight, Shard(0) or Shard(1).
     """
 
     def __init__(
@@ -108,35 +102,30 @@ class ShardedScaling(Scaling):
     ) -> None:
         super().__init__(base.ops)
         self.base, self.group = base, group
+        self.quantize_weight, self.matmul = base.quantize_weight, base.matmul
+        self.transpose_spans = False
         by_rows = placement == Shard(1)  # each rank has some of the inner dimension of the output's matmul
-        self.quantize_input = self.quantize_rows if by_rows else base.quantize_input
-        self.quantize_grad = base.quantize_grad if by_rows else self.quantize_rows
-        self.matmul = self.matmul_term if by_rows else base.matmul
-        # FSDP2 gathers a weight by the absmax of all of it.
-        spans = not isinstance(weight, GatheredWeight)
-        if spans and config.weight_scaling == "global":
-            self.quantize_weight = self.quantize_globally
-        elif spans and by_rows:
-            self.quantize_weight = self.quantize_rows
+        if by_rows:
+            self.quantize_input, self.matmul = self.quantize, self.matmul_term
         else:
-            self.quantize_weight = base.quantize_weight
-        self.transpose_spans = spans and config.weight_scaling == "rowwise" and not by_rows
+            self.quantize_grad = self.quantize
+        if isinstance(weight, GatheredWeight):  # FSDP2 has gathered it by the absmax of all of it
+            return
+        if config.weight_scaling == "global":
+            self.quantize_weight = partial(self.quantize, dim=None)
+        elif by_rows:
+            self.quantize_weight = self.quantize
+        else:
+            self.transpose_spans = True
 
-    def quantize_rows(self, x: torch.Tensor) -> Quantized:
-        """Quantize this rank's columns of x by the absmax of whole rows."""
-        return self._quantize(x, 1)
-
-    def quantize_globally(self, x: torch.Tensor) -> Quantized:
-        """Quantize this rank's part of x by the absmax of all of x."""
-        return self._quantize(x, None)
-
-    def _quantize(self, x: torch.Tensor, dim: int | None) -> Quantized:
+    def quantize(self, x: torch.Tensor, dim: int | None = 1) -> Quantized:
+        """Quantize this rank's part of x by the absmax of each whole row or, if dim is None, by that of all of x."""
         absmax = all_reduce_max(absmax_bits(x, dim), [self.group])
         return self.ops.quantize_by_absmax(x, absmax), absmax
 
     def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
         if self.transpose_spans:
-            return self.quantize_rows(weight.t())
+            return self.quantize(weight.t())
         return self.base.quantize_weight_transpose(weight, absmax)
 
     def matmul_term(

@@ -6,15 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def peer(package: str, requirement: str) -> Iterator[None]:
-    """Inside it, a missing package becomes an error that says how to install it.
-
-    Args:
-        package: the import name of the library.
-        requirement: what pip takes, with the versions that the bridge is written for.
-
-    Raises:
-        ImportError: package, or a part of it that the bridge needs, is not there.
-    """
+    """Turn the ImportError of a missing package into one that gives the pip line for a requirement."""
     try:
         yield
     except ImportError as error:

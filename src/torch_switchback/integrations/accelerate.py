@@ -22,7 +22,7 @@ class SwitchBackAccelerator(Accelerator):
     Accelerate's registry of low-precision backends takes no third parties, hence a subclass.
 
     Args:
-        conversion: keyword arguments of :func:`torch_switchback.convert_to_switchback`: config, module_filter_fn.
+        conversion: keyword arguments of :func:`torch_switchback.convert_to_switchback`.
         arguments: those of Accelerator.
     """
 
@@ -31,7 +31,6 @@ class SwitchBackAccelerator(Accelerator):
         self._conversion = dict(conversion or {})
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """Accelerator.prepare; the models among args become SwitchBack's, the same objects."""
         for model in args:
             if isinstance(model, nn.Module) and not getattr(model, "_is_accelerate_prepared", False):
                 convert_to_switchback(model, **self._conversion)

@@ -17,13 +17,9 @@ with peer("lightning", "lightning>=2.6,<3"):
 
 
 class _Converting:
-    """Converts what Lightning hands to :meth:`convert_module`: before it wraps the model, and whenever it runs it.
+    """Lightning's MixedPrecision, which takes precision, device and scaler, and the arguments of convert_to_switchback.
 
-    Args:
-        precision: ``"bf16-mixed"`` or ``"16-mixed"``, as for the class beside this one.
-        device: autocast's.
-        scaler: a GradScaler for ``"16-mixed"``, or None for a new one.
-        conversion: keyword arguments of :func:`torch_switchback.convert_to_switchback`: config, module_filter_fn.
+    Lightning calls :meth:`convert_module` before it wraps the model, and whenever it runs it.
     """
 
     def __init__(self, precision: Any, device: str, scaler: Any = None, **conversion: Any) -> None:
@@ -32,13 +28,12 @@ class _Converting:
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         module = super().convert_module(module)  # type: ignore[misc]
-        convert_to_switchback(module, **self._conversion)
-        return module
+        return convert_to_switchback(module, **self._conversion)
 
 
 class SwitchBackPrecision(_Converting, MixedPrecision):
-    __doc__ = f"For ``lightning.pytorch.Trainer``. {_Converting.__doc__}"
+    __doc__ = f"For ``lightning.pytorch.Trainer``: {_Converting.__doc__}"
 
 
 class FabricSwitchBackPrecision(_Converting, FabricMixedPrecision):
-    __doc__ = f"For ``lightning.fabric.Fabric``. {_Converting.__doc__}"
+    __doc__ = f"For ``lightning.fabric.Fabric``: {_Converting.__doc__}"

@@ -21,10 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def freeze_base(model: Model) -> Model:
     """Quantize the frozen weights of a PEFT model's SwitchBack layers once and for all, and free them.
 
-    A frozen layer then keeps 1 byte an element and no 16-bit copy; output and input gradient are computed from those
-    int8 values. With one absmax a weight they are, bit for bit, what they were before. The backward transposes them
-    each time; with ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once and keeps both: 2 bytes each.
-    With one absmax a row (``"rowwise"``) that saves more: there the int8 values are quantized again, by column.
+    A frozen layer then keeps 1 byte per element. With one absmax per weight its output and input gradient stay the
+    same to the bit. The backward transposes the int8 values each time, and with ``"rowwise"`` quantizes them again by
+    column; with ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once, and keeps 2 bytes per element.
 
     Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
     So do all, if one is refused.
@@ -51,8 +50,11 @@ def freeze_base(model: Model) -> Model:
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     frozen = [
         module
-        for module in _switchback_layers(model)
-        if not module.is_prepared and not module.weight.requires_grad and owners[id(module.weight)] == 1
+        for module in model.modules()
+        if isinstance(module, SwitchBackLinear)
+        and not module.is_prepared
+        and not module.weight.requires_grad
+        and owners[id(module.weight)] == 1
     ]
     for module in frozen:  # prepare_for_eval would refuse them too, but after those before them have been freed
         if module.config.rotate_features is not None:
@@ -66,10 +68,7 @@ def freeze_base(model: Model) -> Model:
 
 def unfreeze_base(model: Model) -> Model:
     """Undo :func:`freeze_base`: weights in the dtype they had, dequantized. What was rounded away stays away."""
-    for module in _switchback_layers(model):
-        module.prepare_for_training()
+    for module in model.modules():
+        if isinstance(module, SwitchBackLinear):
+            module.prepare_for_training()
     return model
-
-
-def _switchback_layers(model: nn.Module) -> list[SwitchBackLinear]:
-    return [module for module in model.modules() if isinstance(module, SwitchBackLinear)]

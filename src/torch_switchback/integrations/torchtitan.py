@@ -28,11 +28,9 @@ class SwitchBackTitanLinear(SwitchBackLinear, Module):
         switchback: SwitchBackConfig
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.in_features, config.out_features, bias=config.bias)
-        self.config = config.switchback
+        super().__init__(config.in_features, config.out_features, bias=config.bias, config=config.switchback)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As SwitchBackLinear's."""
         # Module.parallelize keeps this bound method for good: through it revert_switchback must have its effect too.
         return super().forward(input) if isinstance(self, SwitchBackLinear) else Linear.forward(self, input)
 
@@ -50,7 +48,7 @@ class SwitchBackLinearConverter(QuantizationConverter):
         self._conversion = config.conversion
 
     def convert(self, model_config: Module.Config) -> Module.Config:
-        """The configuration with SwitchBackTitanLinear.Config for what convert_to_switchback converts.
+        """Return the configuration with SwitchBackTitanLinear.Config for what convert_to_switchback converts.
 
         Raises:
             ValueError: all_gather is "int8", which torchtitan's meta-device initialization does not carry.
@@ -77,9 +75,10 @@ class SwitchBackLinearConverter(QuantizationConverter):
 
 
 def _add(root: nn.Module, fqn: str, module: nn.Module) -> None:
+    """Put a module at a fully qualified name, with empty ones above it."""
     *path, name = fqn.split(".")
     for part in path:
-        if part not in root._modules:
+        if not hasattr(root, part):
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     root.add_module(name, module)

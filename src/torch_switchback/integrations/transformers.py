@@ -15,13 +15,12 @@ from ..analysis.monitor import Monitor, Writer
 from ._peer import peer
 
 with peer("transformers", "transformers>=5,<6"):
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerState
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 _METHOD = "switchback"
-_CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SwitchBackConfig))
 
 
 class SwitchBackCallback(TrainerCallback):
@@ -46,40 +45,29 @@ class SwitchBackCallback(TrainerCallback):
         self._conversion = conversion
         self._monitor: Monitor | None = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
-        convert_to_switchback(trainer["model"], **self._conversion)
+    def on_init_end(self, *_: Any, model: nn.Module, **others: Any) -> None:
+        convert_to_switchback(model, **self._conversion)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
-        if not any(isinstance(module, SwitchBackLinear) for module in trainer["model"].modules()):
-            convert_to_switchback(trainer["model"], **self._conversion)  # model_init has made another one
-        self._close_monitor()  # an interrupted train() has no end
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: nn.Module, **others: Any) -> None:
+        if not any(isinstance(module, SwitchBackLinear) for module in model.modules()):
+            convert_to_switchback(model, **self._conversion)  # model_init has made another one
+        self.on_train_end()  # an interrupted train() has no end
         if self._every:
             writer = self._writer or _LogHistory(state)
-            self._monitor = Monitor(trainer["model"], every=self._every, layers=self._layers, writer=writer)
+            self._monitor = Monitor(model, every=self._every, layers=self._layers, writer=writer)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
+    def on_step_end(self, *_: Any, **others: Any) -> None:
         if self._monitor is not None:
             self._monitor.step()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
-        self._close_monitor()
-
-    def _close_monitor(self) -> None:
+    def on_train_end(self, *_: Any, **others: Any) -> None:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
 
 
 class _LogHistory:
-    """A monitor's writer: one entry a sample, as the Trainer's own logs are."""
+    """A monitor's writer that makes one entry per sample, as the Trainer's own logs are."""
 
     def __init__(self, state: TrainerState) -> None:
         self._state = state
@@ -111,7 +99,7 @@ class SwitchBackQuantizationConfig(QuantizationConfigMixin):
 
 
 def _encoded(config: Any) -> Any:
-    """In JSON's types."""
+    """Return a config, or a mapping of layers to configs, in JSON's types."""
     if isinstance(config, SwitchBackConfig):
         return dataclasses.asdict(config)
     if isinstance(config, Mapping):
@@ -120,18 +108,17 @@ def _encoded(config: Any) -> Any:
 
 
 def _decoded(config: Any) -> Any:
-    if isinstance(config, Mapping):
-        if config and config.keys() <= _CONFIG_FIELDS:
-            return SwitchBackConfig(**config)
-        return {pattern: _decoded(value) for pattern, value in config.items()}
-    return config
+    if not isinstance(config, Mapping):
+        return config
+    if config and config.keys() <= {field.name for field in dataclasses.fields(SwitchBackConfig)}:
+        return SwitchBackConfig(**config)
+    return {pattern: _decoded(value) for pattern, value in config.items()}
 
 
 @register_quantizer(_METHOD)
 class SwitchBackHfQuantizer(HfQuantizer):
     """Converts a model before its weights are loaded; training and saving it are those of nn.Linear."""
 
-    requires_calibration = False
     is_trainable = True
     is_qat_trainable = True
     is_compileable = True

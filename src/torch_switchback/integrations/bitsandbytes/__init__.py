@@ -32,11 +32,9 @@ _MODULES = {
 def install_as_bitsandbytes() -> None:
     """Make ``bitsandbytes.nn.SwitchBackLinear`` and its kernels importable, served by this library.
 
-    Afterwards ``from bitsandbytes.nn import SwitchBackLinear``, ``from bitsandbytes.nn.triton_based_modules
-    import …`` and ``from bitsandbytes.triton.quantize_global import …`` (likewise the five other kernel modules)
-    work in this process. If bitsandbytes is installed it is imported and all its other parts stay as they are;
-    if not, modules of those names are made. Call it before the program imports these names. Processes that are
-    started by *spawn* are new processes: call it there as well.
+    Call it in each process, spawned ones too, before the program imports from ``bitsandbytes.nn``,
+    ``bitsandbytes.nn.triton_based_modules`` or ``bitsandbytes.triton``. If bitsandbytes is installed it is imported and
+    all its other parts stay as they are; if not, modules of those names are made.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         _make_module("bitsandbytes")
@@ -52,7 +50,7 @@ def install_as_bitsandbytes() -> None:
 
 
 def _make_module(name: str) -> ModuleType:
-    """An empty package, known to the import system and to its parent."""
+    """Return an empty package, known to the import system and to its parent."""
     module = ModuleType(name, f"{name}, provided by torch_switchback")
     module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
     module.__path__ = []
