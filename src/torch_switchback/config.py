@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 WeightScaling = Literal["global", "rowwise"]
-GradWeight = Literal["high_precision", "int8", "int8_always"]
+GradWeight = Literal["high_precision", "int8"]
 ROTATIONS = (16, 32, 64, 128)  # rows or columns that a block Hadamard rotation mixes
 AllGather = Literal["high_precision", "int8"]
 
@@ -34,7 +34,7 @@ class SwitchBackConfig:
             choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
             the rotated int8 values of X for the backward, which are as small as mem_efficient's. Where quantizing
             costs more than the product gains (few features, few tokens; :func:`explain` says which layers) it
-            stays at high precision and warns once. ``"int8_always"``: there too. Not for tensor-parallel layers.
+            stays at high precision and warns once. Not for tensor-parallel layers.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantized
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
