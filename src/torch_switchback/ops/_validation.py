@@ -28,6 +28,11 @@ def check_2d(op: str, name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be 2-D, got {tuple(x.shape)}")
 
 
+def check_matrix(op: str, name: str, x: torch.Tensor) -> None:
+    check_float(op, name, x)
+    check_2d(op, name, x)
+
+
 def check_shape(op: str, name: str, x: torch.Tensor, *shape: int) -> None:
     if x.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
