@@ -1,8 +1,9 @@
 """The numbers that every operation shares: ``x ≈ x_int8 * absmax / 127``, in float32."""
 
 import torch
+from torch import Tensor
 
-Quantized = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[Tensor, Tensor]
 """int8 values and their absmax."""
 
 # 127 / absmax is finite from here on: 127 / 2**-121 = 127/128 * 2**128. What an absmax below it covers
@@ -11,7 +12,7 @@ SMALLEST_ABSMAX = 2.0**-121
 ONE_OVER_127 = 1.0 / 127.0
 
 
-def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
+def inverse_scale(absmax: Tensor) -> Tensor:
     """Return 127 / absmax in float32 (one IEEE division), or 0 where the int8 values are 0: absmax tiny, Inf or NaN."""
     usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
     # Not ``127.0 / absmax``: torch computes that as absmax.reciprocal() * 127, which rounds twice.
@@ -19,7 +20,7 @@ def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
     return inverse.masked_fill_(~usable, 0.0)
 
 
-def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def quantize(x: Tensor, absmax: Tensor) -> Tensor:
     """Return int8 values of x, ``rint(x * (127 / absmax))`` half to even, for absmaxes that broadcast against x.
 
     Where the absmax is Inf or NaN they are 0, and 0 * Inf or 0 * NaN is NaN once dequantized.
@@ -31,7 +32,7 @@ def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return scaled.to(torch.int8)
 
 
-def quantize_traceably(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def quantize_traceably(x: Tensor, absmax: Tensor) -> Tensor:
     """Quantize for a compiler: nothing in it depends on the data.
 
     A compiler may fuse it with what computes x, which is then not rounded to its dtype first and may exceed the absmax.
@@ -41,7 +42,7 @@ def quantize_traceably(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return scaled.masked_fill(inverse == 0, 0.0).to(torch.int8)  # 0 * Inf and 0 * NaN
 
 
-def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def quantize_transposed(x: Tensor, absmax: Tensor) -> Tensor:
     """Return int8 values [cols, rows], contiguous, of x [rows, cols] for absmaxes (1,) or (cols,)."""
     rows, cols = x.shape
     qdata = x.new_empty((cols, rows), dtype=torch.int8)
@@ -50,7 +51,7 @@ def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return qdata
 
 
-def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+def absmax_of(x: Tensor, dim: int | None = None) -> Tensor:
     """Return the largest |x| in float32, over all of x as shape (1,) or along dim; 0 over nothing; NaN stays NaN."""
     if dim is None:
         if x.numel() == 0:
@@ -62,7 +63,7 @@ def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     return x.abs().amax(dim).float()
 
 
-def row_blocks(x: torch.Tensor) -> list[slice]:
+def row_blocks(x: Tensor) -> list[slice]:
     """Return slices of the first dimension of x, each of about 2**18 elements.
 
     What several operations on one block leave between them stays in the cache. Mapping in one large temporary takes

@@ -7,6 +7,7 @@ bias, and one rounding to the output's dtype. A NaN or an Inf in an absmax reach
 import functools
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._library import define
@@ -18,13 +19,13 @@ MAX_INT32_INNER = 133_144
 
 
 def int8_matmul_mixed_dequantize(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    a: Tensor,
+    b: Tensor,
+    state_x: Tensor,
+    state_w: Tensor,
+    bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
+) -> Tensor:
     """Return ``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax for all of b.
 
     arXiv 2304.13013, algorithm 1 (equation 3).
@@ -49,13 +50,13 @@ def int8_matmul_mixed_dequantize(
 
 
 def int8_matmul_rowwise_dequantize(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    a: Tensor,
+    b: Tensor,
+    state_x: Tensor,
+    state_w: Tensor,
+    bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the same as :func:`int8_matmul_mixed_dequantize`, with one absmax per column of b.
 
     arXiv 2304.13013, algorithm 3. It raises the same errors.
@@ -77,12 +78,12 @@ def int8_matmul_rowwise_dequantize(
 
 def _check(
     op: str,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
+    a: Tensor,
+    b: Tensor,
+    state_x: Tensor,
+    state_w: Tensor,
     scales_of_b: int,
-    bias: torch.Tensor | None,
+    bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
     for name, qdata in (("a", a), ("b", b)):
@@ -101,13 +102,8 @@ def _check(
 
 
 def _dequantized_product_reference(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+    a: Tensor, b: Tensor, state_x: Tensor, state_w: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     product = _exact_product(a, b)
     scale_x, scale_w = (state_x * ONE_OVER_127)[:, None], state_w * ONE_OVER_127
     # float32 results take the place of the sums: a new buffer of that size costs more than the arithmetic.
@@ -119,7 +115,7 @@ def _dequantized_product_reference(
     return out
 
 
-def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b of int8 matrices, exact: int32, or int64 where int32 could overflow."""
     inner = a.shape[1]
     if inner > MAX_INT32_INNER:
@@ -143,7 +139,7 @@ def cpu_path(inner: int) -> tuple[str, str]:
     return "float32 products", f"torch._int_mm {reason}"
 
 
-def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _exact_product_in_float(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b by float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
     total = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):  # it would round the sums to 16 bit

@@ -1,6 +1,7 @@
 """Quantization by absmaxes that are known already, as where they span the shards of several processes."""
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._library import define
@@ -8,7 +9,7 @@ from ._numerics import quantize, row_blocks
 from ._validation import check_dtype, check_matrix, check_same_device
 
 
-def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def quantize_by_absmax(x: Tensor, absmax: Tensor) -> Tensor:
     """Quantize x by one absmax, or by one per row.
 
     With the absmax that :func:`quantize_global` or :func:`quantize_rowwise` returns, the result is that function's;
@@ -35,7 +36,7 @@ def quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return quantize_by_absmax_op(x, absmax)
 
 
-def quantize_by_absmax_reference(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def quantize_by_absmax_reference(x: Tensor, absmax: Tensor) -> Tensor:
     qdata = x.new_empty(x.shape, dtype=torch.int8)
     absmax = absmax.expand(x.shape[0])[:, None]
     for block in row_blocks(x):

@@ -5,6 +5,7 @@ With R an orthogonal block Hadamard matrix, (R G)ᵀ (R X) = Gᵀ X, and R sprea
 """
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._hadamard import rotate
@@ -14,7 +15,7 @@ from ._validation import check_matrix, check_rotation
 from .quantize_rowwise import quantize_rowwise_op
 
 
-def quantize_columnwise_and_transpose(x: torch.Tensor, rotate_tokens: int | None = None) -> Quantized:
+def quantize_columnwise_and_transpose(x: Tensor, rotate_tokens: int | None = None) -> Quantized:
     """Quantize each column of x, rotated along the rows or as it is, by its own absmax and store it transposed.
 
     Args:
@@ -36,13 +37,13 @@ def quantize_columnwise_and_transpose(x: torch.Tensor, rotate_tokens: int | None
     return quantize_rotated_columnwise_and_transpose_op(x, rotate_tokens)
 
 
-def _fake(x: torch.Tensor, rotate_tokens: int = 1) -> Quantized:
+def _fake(x: Tensor, rotate_tokens: int = 1) -> Quantized:
     rows, cols = x.shape
     padded_rows = (rows + rotate_tokens - 1) // rotate_tokens * rotate_tokens
     return empty(x, (cols, padded_rows), torch.int8), empty(x, (cols,), torch.float32)
 
 
-def _quantize_columnwise_and_transpose_reference(x: torch.Tensor) -> Quantized:
+def _quantize_columnwise_and_transpose_reference(x: Tensor) -> Quantized:
     absmax = x.new_zeros(x.shape[1], dtype=torch.float32)
     for block in row_blocks(x):
         absmax = torch.maximum(absmax, absmax_of(x[block], dim=0))
@@ -57,7 +58,7 @@ quantize_columnwise_and_transpose_op = define(
 )
 
 
-def _quantize_rotated_columnwise_and_transpose_reference(x: torch.Tensor, rotate_tokens: int) -> Quantized:
+def _quantize_rotated_columnwise_and_transpose_reference(x: Tensor, rotate_tokens: int) -> Quantized:
     rows, cols = x.shape
     rotated = x.new_zeros((rows + -rows % rotate_tokens, cols), dtype=torch.float32)
     rotated[:rows] = x
@@ -75,9 +76,7 @@ quantize_rotated_columnwise_and_transpose_op = define(
 )
 
 
-def quantize_rowwise_and_rotated_columnwise(
-    x: torch.Tensor, rotate_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_rowwise_and_rotated_columnwise(x: Tensor, rotate_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize by :func:`quantize_rowwise` and rotated :func:`quantize_columnwise_and_transpose`, in two reads of x.
 
     Args:

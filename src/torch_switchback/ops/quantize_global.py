@@ -5,6 +5,7 @@ is the weight's rows, so its int8 values are stored transposed.
 """
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._library import define
@@ -13,7 +14,7 @@ from ._validation import check_dtype, check_float, check_matrix, check_same_devi
 from .quantize_by_absmax import quantize_by_absmax_reference
 
 
-def quantize_global(x: torch.Tensor) -> Quantized:
+def quantize_global(x: Tensor) -> Quantized:
     """Quantize x by the absmax of all its elements (arXiv 2304.13013, equation 2).
 
     Args:
@@ -29,7 +30,7 @@ def quantize_global(x: torch.Tensor) -> Quantized:
     return quantize_global_op(x)
 
 
-def _quantize_global_reference(x: torch.Tensor) -> Quantized:
+def _quantize_global_reference(x: Tensor) -> Quantized:
     absmax = absmax_of(x)
     return quantize_by_absmax_reference(torch.atleast_2d(x).flatten(0, -2), absmax).view(x.shape), absmax
 
@@ -42,7 +43,7 @@ quantize_global_op = define(
 )
 
 
-def quantize_global_transpose(input: torch.Tensor) -> Quantized:
+def quantize_global_transpose(input: Tensor) -> Quantized:
     """Quantize as :func:`quantize_global` does, and store the int8 values transposed in the same pass.
 
     Args:
@@ -59,7 +60,7 @@ def quantize_global_transpose(input: torch.Tensor) -> Quantized:
     return quantize_global_transpose_op(input)
 
 
-def _quantize_global_transpose_reference(input: torch.Tensor) -> Quantized:
+def _quantize_global_transpose_reference(input: Tensor) -> Quantized:
     absmax = absmax_of(input)
     return quantize_transposed(input, absmax), absmax
 
@@ -72,7 +73,7 @@ quantize_global_transpose_op = define(
 )
 
 
-def quantize_transpose_by_absmax(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def quantize_transpose_by_absmax(x: Tensor, absmax: Tensor) -> Tensor:
     """Quantize as :func:`quantize_global_transpose` does, by the absmax that the forward pass found.
 
     Args:
@@ -101,7 +102,7 @@ quantize_transpose_by_absmax_op = define(
 )
 
 
-def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_global_with_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize as :func:`quantize_global` and :func:`quantize_global_transpose` do, in the reads of one of them.
 
     Args:
@@ -118,7 +119,7 @@ def quantize_global_with_transpose(x: torch.Tensor) -> tuple[torch.Tensor, torch
     return quantize_global_with_transpose_op(x)
 
 
-def _quantize_global_with_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantize_global_with_transpose_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qdata, absmax = _quantize_global_reference(x)
     return qdata, qdata.t().clone(memory_format=torch.contiguous_format), absmax
 

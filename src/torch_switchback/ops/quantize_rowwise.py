@@ -1,6 +1,7 @@
 """Row-wise quantization and its inverse: one absmax per row, as for activations and output gradients."""
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._hadamard import rotate_features as rotated
@@ -17,7 +18,7 @@ from ._validation import (
 )
 
 
-def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> Quantized:
+def quantize_rowwise(x: Tensor, rotate_features: int | None = None) -> Quantized:
     """Quantize each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
 
     Args:
@@ -38,13 +39,13 @@ def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> Qua
     return quantize_rotated_rowwise_op(x, rotate_features)
 
 
-def _fake_quantize(x: torch.Tensor, rotate_features: int = 1) -> Quantized:
+def _fake_quantize(x: Tensor, rotate_features: int = 1) -> Quantized:
     rows, cols = x.shape
     padded_cols = (cols + rotate_features - 1) // rotate_features * rotate_features
     return empty(x, (rows, padded_cols), torch.int8), empty(x, (rows,), torch.float32)
 
 
-def _quantize_rowwise_reference(x: torch.Tensor) -> Quantized:
+def _quantize_rowwise_reference(x: Tensor) -> Quantized:
     qdata, absmax = _fake_quantize(x)
     for block in row_blocks(x):
         absmax[block] = absmax_of(x[block], dim=1)
@@ -60,7 +61,7 @@ quantize_rowwise_op = define(
 )
 
 
-def _quantize_rotated_rowwise_reference(x: torch.Tensor, rotate_features: int) -> Quantized:
+def _quantize_rotated_rowwise_reference(x: Tensor, rotate_features: int) -> Quantized:
     qdata, absmax = _fake_quantize(x, rotate_features)
     for block in row_blocks(x):
         qdata[block], absmax[block] = _quantize_rowwise_reference(rotated(x[block], rotate_features))
@@ -75,7 +76,7 @@ quantize_rotated_rowwise_op = define(
 )
 
 
-def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype = torch.float16) -> torch.Tensor:
+def dequantize_rowwise(x: Tensor, absmax: Tensor, out_dtype: torch.dtype = torch.float16) -> Tensor:
     """Return ``x * absmax / 127`` row by row: the inverse of :func:`quantize_rowwise`.
 
     Args:
@@ -99,7 +100,7 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
     return dequantize_rowwise_op(x, absmax, out_dtype)
 
 
-def _dequantize_rowwise_reference(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_rowwise_reference(x: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
     # contiguous(): a factor 0 * Inf or 0 * NaN is NaN, as it must be.
     return (x.contiguous().float() * (absmax * ONE_OVER_127)[:, None]).to(out_dtype)
 
