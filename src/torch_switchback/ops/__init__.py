@@ -14,13 +14,13 @@ What all of them have in common:
 from . import int8_linear  # noqa: F401  (defines its operations)
 from ._flops import register_flop_formulas
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
-from .quantize_by_absmax import quantize_by_absmax
-from .quantize_columnwise import quantize_columnwise_and_transpose, quantize_rowwise_and_rotated_columnwise
+from .quantize_by_absmax import quantize_by_absmax  # noqa: F401  (internal, as are all that __all__ does not list)
+from .quantize_columnwise import quantize_columnwise_and_transpose, quantize_rowwise_and_rotated_columnwise  # noqa: F401
 from .quantize_global import (
     quantize_global,
     quantize_global_transpose,
-    quantize_global_with_transpose,
-    quantize_transpose_by_absmax,
+    quantize_global_with_transpose,  # noqa: F401
+    quantize_transpose_by_absmax,  # noqa: F401
 )
 from .quantize_rowwise import dequantize_rowwise, quantize_rowwise
 
@@ -28,13 +28,9 @@ __all__ = [
     "dequantize_rowwise",
     "int8_matmul_mixed_dequantize",
     "int8_matmul_rowwise_dequantize",
-    "quantize_by_absmax",
     "quantize_columnwise_and_transpose",
     "quantize_global",
     "quantize_global_transpose",
-    "quantize_global_with_transpose",
     "quantize_rowwise",
-    "quantize_rowwise_and_rotated_columnwise",
-    "quantize_transpose_by_absmax",
     "register_flop_formulas",
 ]

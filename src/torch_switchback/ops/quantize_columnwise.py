@@ -76,26 +76,7 @@ quantize_rotated_columnwise_and_transpose_op = define(
 )
 
 
-def quantize_rowwise_and_rotated_columnwise(x: Tensor, rotate_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize by :func:`quantize_rowwise` and rotated :func:`quantize_columnwise_and_transpose`, in two reads of x.
-
-    Args:
-        x: [rows, cols], float16, bfloat16 or float32.
-        rotate_tokens: 16, 32, 64 or 128.
-
-    Returns:
-        What the two return: row int8 values and absmax, column int8 values and absmax.
-
-    Raises:
-        TypeError: x has another dtype.
-        ValueError: x is not 2-D, or rotate_tokens is another number.
-    """
-    check_matrix("quantize_rowwise_and_rotated_columnwise", "x", x)
-    check_rotation("quantize_rowwise_and_rotated_columnwise", "rotate_tokens", rotate_tokens)
-    return quantize_rowwise_and_rotated_columnwise_op(x, rotate_tokens)
-
-
-quantize_rowwise_and_rotated_columnwise_op = define(
+quantize_rowwise_and_rotated_columnwise = define(
     "quantize_rowwise_and_rotated_columnwise(Tensor x, int rotate_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda x, rotate_tokens: (
         empty(x, x.shape, torch.int8),
@@ -108,3 +89,4 @@ quantize_rowwise_and_rotated_columnwise_op = define(
     ),
     kernels="quantize_rotated",
 )
+"""Return what :func:`quantize_rowwise` and rotated :func:`quantize_columnwise_and_transpose` do, in two reads of x."""

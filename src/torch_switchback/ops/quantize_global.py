@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.device import empty
 from ._library import define
 from ._numerics import Quantized, absmax_of, quantize_transposed
-from ._validation import check_dtype, check_float, check_matrix, check_same_device, check_shape
+from ._validation import check_float, check_matrix
 from .quantize_by_absmax import quantize_by_absmax_reference
 
 
@@ -73,50 +73,13 @@ quantize_global_transpose_op = define(
 )
 
 
-def quantize_transpose_by_absmax(x: Tensor, absmax: Tensor) -> Tensor:
-    """Quantize as :func:`quantize_global_transpose` does, by the absmax that the forward pass found.
-
-    Args:
-        x: [rows, cols], float16, bfloat16 or float32.
-        absmax: float32 (1,), no smaller than any |x|.
-
-    Returns:
-        int8 values [cols, rows].
-
-    Raises:
-        TypeError: x or absmax has another dtype.
-        ValueError: x is not 2-D, absmax is not of shape (1,), or is on another device.
-    """
-    check_matrix("quantize_transpose_by_absmax", "x", x)
-    check_dtype("quantize_transpose_by_absmax", "absmax", absmax, torch.float32)
-    check_shape("quantize_transpose_by_absmax", "absmax", absmax, 1)
-    check_same_device("quantize_transpose_by_absmax", x, absmax=absmax)
-    return quantize_transpose_by_absmax_op(x, absmax)
-
-
-quantize_transpose_by_absmax_op = define(
+quantize_transpose_by_absmax = define(
     "quantize_transpose_by_absmax(Tensor x, Tensor absmax) -> Tensor",
     fake=lambda x, absmax: empty(x, x.shape[::-1], torch.int8),
     reference=quantize_transposed,
     kernels="quantize_global",
 )
-
-
-def quantize_global_with_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize as :func:`quantize_global` and :func:`quantize_global_transpose` do, in the reads of one of them.
-
-    Args:
-        x: [rows, cols], float16, bfloat16 or float32.
-
-    Returns:
-        int8 values [rows, cols], the same transposed, [cols, rows], and the absmax (1,).
-
-    Raises:
-        TypeError: x has another dtype.
-        ValueError: x is not 2-D.
-    """
-    check_matrix("quantize_global_with_transpose", "x", x)
-    return quantize_global_with_transpose_op(x)
+"""Quantize as :func:`quantize_global_transpose` does, by the absmax (1,) that the forward pass found."""
 
 
 def _quantize_global_with_transpose_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +87,7 @@ def _quantize_global_with_transpose_reference(x: Tensor) -> tuple[Tensor, Tensor
     return qdata, qdata.t().clone(memory_format=torch.contiguous_format), absmax
 
 
-quantize_global_with_transpose_op = define(
+quantize_global_with_transpose = define(
     "quantize_global_with_transpose(Tensor x) -> (Tensor, Tensor, Tensor)",
     fake=lambda x: (
         empty(x, x.shape, torch.int8),
@@ -134,3 +97,4 @@ quantize_global_with_transpose_op = define(
     reference=_quantize_global_with_transpose_reference,
     kernels="quantize_global",
 )
+"""Return x's int8 values as :func:`quantize_global` does, the same transposed, and the absmax, in the reads of one."""
