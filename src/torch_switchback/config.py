@@ -75,7 +75,7 @@ class SwitchBackConfig:
 
     @property
     def strategy(self) -> str:
-        """The name a person would call it by, as in the README's table: ``"rowwise, mem_efficient"``."""
+        """Return the name that the README's table would give it, such as ``"rowwise, mem_efficient"``."""
         parts: list[str] = [self.weight_scaling]
         if self.mem_efficient:
             parts.append("mem_efficient")

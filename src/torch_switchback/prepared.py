@@ -11,7 +11,6 @@ from .config import SwitchBackConfig
 from .functional import quantize_weight
 from .ops import dequantize_rowwise
 
-Entry = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype; None: any float, to be cast
 _PREPARED = "weight_int8", "weight_absmax"
 _OF_BITSANDBYTES = "W_int8", "state_W"
 
@@ -128,16 +127,23 @@ class PreparedWeight(nn.Module):
 
     def _problems(self, found: dict[str, Any], prefix: str, becomes_prepared: bool) -> Iterator[str]:
         """Yield why this layer cannot take the entries of a state_dict."""
-        shape = self.out_features, self.in_features
-        scales = self.config.scales_of(self.out_features)
-        expected: dict[str, Entry] = {"weight": (shape, None)}
+        features = self.out_features, self.in_features
+        # Shapes and dtypes by name. None stands for any float, to be cast.
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {"weight": (features, None)}
         for name, tensor in (*self._parameters.items(), *self._buffers.items()):
             if tensor is not None and name not in self._non_persistent_buffers_set:
                 expected[name] = tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype
-        expected |= {"weight_int8": (shape, torch.int8), "weight_absmax": ((scales,), torch.float32)}
+        expected["weight_int8"] = features, torch.int8
+        expected["weight_absmax"] = (self.config.scales_of(self.out_features),), torch.float32
         for name in expected.keys() & found.keys():
-            for what, got, has in _mismatches(found[name], *expected[name]):
-                yield f"{what} mismatch for {prefix}{name}: got {got}, the layer has {has}."
+            tensor, (shape, dtype) = found[name], expected[name]
+            mismatch = f"mismatch for {prefix}{name}: got"
+            if not isinstance(tensor, torch.Tensor):
+                yield f"type {mismatch} {type(tensor).__name__}, the layer has torch.Tensor."
+            elif tuple(tensor.shape) != shape:
+                yield f"size {mismatch} {tuple(tensor.shape)}, the layer has {shape}."
+            elif tensor.dtype != dtype and not (dtype is None and tensor.is_floating_point()):
+                yield f"dtype {mismatch} {tensor.dtype}, the layer has {dtype or 'a float'}."
         if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
             yield f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do."
         elif becomes_prepared and self.config.rotate_features is not None:
@@ -147,13 +153,3 @@ class PreparedWeight(nn.Module):
                 f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
                 "call prepare_for_eval() here."
             )
-
-
-def _mismatches(found: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what is wrong with a state_dict's entry: of what, what it is, what it must be."""
-    if not isinstance(found, torch.Tensor):
-        yield "type", type(found).__name__, "torch.Tensor"
-    elif tuple(found.shape) != shape:
-        yield "size", tuple(found.shape), shape
-    elif found.dtype != dtype and not (dtype is None and found.is_floating_point()):
-        yield "dtype", found.dtype, dtype or "a float"
