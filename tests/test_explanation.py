@@ -82,19 +82,21 @@ def test_tokens_instead_of_a_sample():
             ts.explain(model, **wrong)
 
 
+def test_int8_grad_weight_has_tokens_in_whole_blocks_of_the_rotation():
+    model = ts.convert_to_switchback(nn.Linear(24, 48), config=SwitchBackConfig(grad_weight="int8"))
+    (layer,) = ts.explain(model, torch.randn(70, 24)).layers
+    product = layer.products[2]
+    assert (product.m, product.n, product.k) == (48, 24, 128)
+    assert layer.fallback == ""
+
+
+@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
 def test_int8_grad_weight_that_stays_is_a_fallback():
-    for always in (True, False):
-        config = SwitchBackConfig(grad_weight="int8_always" if always else "int8")
-        model = ts.convert_to_switchback(nn.Linear(24, 48), config=config)
-        (layer,) = ts.explain(model, torch.randn(70, 24)).layers
-        product = layer.products[2]
-        if always:
-            assert (product.m, product.n, product.k) == (48, 24, 128)  # tokens in whole blocks of the rotation
-            assert layer.fallback == ""
-        else:
-            assert layer.fallback.startswith("grad_weight: at high precision: int8 wins from 2048 tokens")
-            with pytest.raises(explanation.FallbackError, match="the model: grad_weight: at high precision"):
-                ts.explain(model, torch.randn(70, 24), strict=True)
+    model = ts.convert_to_switchback(nn.Linear(24, 48), config=SwitchBackConfig(grad_weight="int8"))
+    (layer,) = ts.explain(model, torch.randn(70, 24)).layers
+    assert layer.fallback.startswith("grad_weight: at high precision: int8 wins from 2048 tokens")
+    with pytest.raises(explanation.FallbackError, match="the model: grad_weight: at high precision"):
+        ts.explain(model, torch.randn(70, 24), strict=True)
 
 
 def test_a_layer_that_is_not_called_is_a_fallback(model):

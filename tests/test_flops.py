@@ -19,7 +19,7 @@ def flops(layer, x):
 
 
 @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("grad_weight", ["high_precision", "int8_always"])
+@pytest.mark.parametrize("grad_weight", ["high_precision", "int8"])
 @pytest.mark.parametrize("scaling", ["global", "rowwise"])
 def test_as_many_as_nn_linear(scaling, grad_weight, trains, device):
     for _ in range(2):

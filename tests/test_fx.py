@@ -11,7 +11,7 @@ from torch_switchback import SwitchBackConfig
 
 CONFIGS = [
     SwitchBackConfig(),
-    SwitchBackConfig("rowwise", grad_weight="int8_always"),
+    SwitchBackConfig("rowwise", grad_weight="int8"),
     SwitchBackConfig(cache_quantized_weight=True),
 ]
 

@@ -12,7 +12,7 @@ from testing import signal_to_noise
 from torch_switchback import SwitchBackConfig, _grad_weight
 from torch_switchback.ops import _library
 
-INT8 = SwitchBackConfig(grad_weight="int8_always")
+INT8 = SwitchBackConfig(grad_weight="int8")
 IN, OUT = 384, 256
 
 
@@ -40,7 +40,7 @@ def float8(x):
     return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale
 
 
-@pytest.mark.parametrize("config", [INT8, SwitchBackConfig(grad_weight="int8_always", rotate_tokens=128)], ids=repr)
+@pytest.mark.parametrize("config", [INT8, SwitchBackConfig(grad_weight="int8", rotate_tokens=128)], ids=repr)
 @pytest.mark.parametrize(
     ("tokens", "sigma", "outlier_channels"),
     [(8192, 0, 0), (8192, 1, 0), (8192, 2, 0), (8192, 1, 2), (2048, 2, 0), (2048, 2, 2)],
@@ -57,7 +57,7 @@ def test_signal_to_noise(tokens, sigma, outlier_channels, config, device):
 def test_the_rotation_is_what_makes_it_accurate(device):
     x, grad = activations(0).to(device).bfloat16(), tokens_of_size(2).to(device).bfloat16()
     reference = grad.double().t() @ x.double()
-    plain = grad_weight_of(x, grad, SwitchBackConfig(grad_weight="int8_always", rotate_tokens=None))
+    plain = grad_weight_of(x, grad, SwitchBackConfig(grad_weight="int8", rotate_tokens=None))
     assert signal_to_noise(plain, reference) < 28
 
 
@@ -75,7 +75,7 @@ def test_of_the_same_operands_it_is_the_exact_product(device):
 def test_a_million_tokens_do_not_overflow(device):
     """127² a token: int32 would wrap at 133,145 of them."""
     tokens = 2**20
-    config = SwitchBackConfig(grad_weight="int8_always", rotate_tokens=None)
+    config = SwitchBackConfig(grad_weight="int8", rotate_tokens=None)
     ones = torch.ones(1, 1, device=device)
     grad_weight = grad_weight_of(ones.expand(tokens, 2), ones.expand(tokens, 3), config)
     torch.testing.assert_close(grad_weight, torch.full((3, 2), float(tokens), device=device), rtol=1e-6, atol=0)
@@ -138,6 +138,7 @@ def test_nothing_is_rotated_where_there_is_no_weight_gradient(layer, calls, devi
     assert calls == []
 
 
+@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
 @pytest.mark.parametrize(
     ("tokens", "in_features", "out_features", "wins"),
     [
@@ -155,6 +156,7 @@ def test_where_it_wins(tokens, in_features, out_features, wins):
     assert _grad_weight.int8_grad_weight_wins(tokens, in_features, out_features) == wins
 
 
+@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_small_layer_stays_at_high_precision_and_says_so_once(compiled, calls, device):
     _grad_weight._warn_once.cache_clear()
@@ -171,7 +173,8 @@ def test_a_small_layer_stays_at_high_precision_and_says_so_once(compiled, calls,
     assert calls == []
 
 
-def test_a_large_layer_takes_it_unasked_twice(calls, device, monkeypatch):
+@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
+def test_a_large_layer_takes_it(calls, device, monkeypatch):
     monkeypatch.setattr(_grad_weight, "LEAST_TOKENS", 5)
     monkeypatch.setattr(_grad_weight, "LEAST_FEATURES", 20)
     layer = ts.convert_to_switchback(nn.Linear(64, 48), config=SwitchBackConfig(grad_weight="int8")).to(device)
@@ -182,7 +185,7 @@ def test_a_large_layer_takes_it_unasked_twice(calls, device, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grad_weight": "fp8"}, "grad_weight must be one of 'high_precision', 'int8', 'int8_always', got 'fp8'"),
+        ({"grad_weight": "fp8"}, "grad_weight must be one of 'high_precision', 'int8', got 'fp8'"),
         ({"rotate_tokens": 48}, "rotate_tokens must be one of None, 16, 32, 64, 128, got 48"),
         ({"rotate_tokens": 0}, "rotate_tokens must be one of None, 16, 32, 64, 128, got 0"),
     ],
@@ -194,5 +197,5 @@ def test_config_refuses_what_there_is_not(arguments, message):
 
 def test_mem_efficient_changes_nothing_more(device):
     x, grad = torch.randn(70, 64, device=device), torch.randn(70, 48, device=device)
-    both = SwitchBackConfig(grad_weight="int8_always", mem_efficient=True)
+    both = SwitchBackConfig(grad_weight="int8", mem_efficient=True)
     assert torch.equal(grad_weight_of(x, grad, both), grad_weight_of(x, grad, INT8))

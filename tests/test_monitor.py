@@ -108,7 +108,7 @@ def test_gradients_are_the_same_in_a_sampled_step(model, device):
 
 @pytest.mark.parametrize(
     "config",
-    [SwitchBackConfig(), SwitchBackConfig("rowwise"), SwitchBackConfig(grad_weight="int8_always", rotate_tokens=None)],
+    [SwitchBackConfig(), SwitchBackConfig("rowwise"), SwitchBackConfig(grad_weight="int8", rotate_tokens=None)],
     ids=lambda config: config.strategy,
 )
 def test_the_noise_is_that_of_the_layer(config, device):

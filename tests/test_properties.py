@@ -71,7 +71,7 @@ def test_rotated_int8_values_are_within_half_a_step(x, block):
 @given(matrices(), sizes, seeds, st.sampled_from(ROTATIONS), seeds)
 def test_the_int8_weight_gradient_is_within_the_sum_of_all_roundings(x, out_features, grad_seed, block, seed):
     grad = torch.randn(x.shape[0], out_features, generator=torch.Generator().manual_seed(grad_seed))
-    config = SwitchBackConfig(grad_weight="int8_always", rotate_tokens=block)
+    config = SwitchBackConfig(grad_weight="int8", rotate_tokens=block)
     layer = layer_for(x, out_features, seed, config)
     (actual,) = torch.autograd.grad(layer(x.float()), layer.weight, grad)
     rotated = []

@@ -96,7 +96,7 @@ def test_opcheck(dtype, block, device):
 # The layer; what every strategy guarantees is tested in test_functional.py
 
 
-@pytest.mark.parametrize("grad_weight", ["high_precision", "int8_always"])
+@pytest.mark.parametrize("grad_weight", ["high_precision", "int8"])
 @blocks
 def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device):
     """Features that the block does not divide, too."""
@@ -114,7 +114,7 @@ def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device
     assert torch.equal(y, product(rows(x), rows(layer.weight), layer.bias))
     weight_t = ts.ops.quantize_columnwise_and_transpose(layer.weight, rotate_tokens=block)
     assert torch.equal(grad_input, product(rows(grad), weight_t))
-    if grad_weight == "int8_always":
+    if grad_weight == "int8":
         columns = (ts.ops.quantize_columnwise_and_transpose(each, rotate_tokens=64) for each in (grad, x))
         assert torch.equal(grad_weight_, product(*columns))
     else:

@@ -143,8 +143,8 @@ STRATEGIES = {
     "global mem_efficient": SwitchBackConfig(mem_efficient=True),
     "rowwise": SwitchBackConfig("rowwise"),
     "rowwise mem_efficient": SwitchBackConfig("rowwise", mem_efficient=True),
-    "int8 grad_weight": SwitchBackConfig(grad_weight="int8_always"),
-    "rowwise int8 grad_weight": SwitchBackConfig("rowwise", grad_weight="int8_always", rotate_tokens=16),
+    "int8 grad_weight": SwitchBackConfig(grad_weight="int8"),
+    "rowwise int8 grad_weight": SwitchBackConfig("rowwise", grad_weight="int8", rotate_tokens=16),
 }
 ROTATED_FEATURES = {"rowwise rotated features": SwitchBackConfig("rowwise", rotate_features=16)}
 strategies = pytest.mark.parametrize(

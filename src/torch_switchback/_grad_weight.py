@@ -1,8 +1,4 @@
-"""The weight gradient Gᵀ X in int8: when it is worth it, and how its operands are quantized.
-
-Its inner dimension is the tokens. Both operands are rotated along it by the same orthogonal block Hadamard matrix,
-which leaves their product as it is, and quantized with one absmax a column (docs/architecture.md).
-"""
+"""Where an int8 weight gradient Gᵀ X is faster than one in high precision (docs/architecture.md)."""
 
 import functools
 import math
@@ -21,20 +17,25 @@ LEAST_TOKENS = 2048  # fewer leave launches to weigh as much as the arithmetic
 
 
 def int8_grad_weight_wins(tokens: int, in_features: int, out_features: int) -> bool:
-    """Whether an int8 weight gradient [out_features, tokens] × [tokens, in_features] is faster, quantizing included."""
+    """Return whether int8 makes [out_features, tokens] × [tokens, in_features] faster, quantizing included."""
     return tokens >= LEAST_TOKENS and in_features * out_features >= LEAST_FEATURES * (in_features + out_features)
 
 
 def runs_in_int8(config: SwitchBackConfig, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the forward keeps x's int8 values for an int8 weight gradient; warn once where a layer is too small."""
+    """Return whether the forward keeps x's int8 values for an int8 weight gradient. Warn once of a layer too small."""
     if config.grad_weight == "high_precision" or not (weight.requires_grad and torch.is_grad_enabled()):
         return False
     out_features, in_features = weight.shape
-    tokens = math.prod(x.shape[:-1])
-    if config.grad_weight == "int8_always" or int8_grad_weight_wins(tokens, in_features, out_features):
-        return True
-    _say_that_it_stays()
-    return False
+    wins = int8_grad_weight_wins(math.prod(x.shape[:-1]), in_features, out_features)
+    if not wins:
+        _say_that_it_stays()
+    return wins
+
+
+@functools.cache
+def _warn_once() -> None:
+    rule = f"fewer than {LEAST_TOKENS} tokens, or in * out / (in + out) features below {LEAST_FEATURES}"
+    warnings.warn(f"grad_weight='int8' stays at high precision where int8 is not faster: {rule}", stacklevel=5)
 
 
 def _say_that_it_stays() -> None:
@@ -43,13 +44,3 @@ def _say_that_it_stays() -> None:
 
 # What torch.compiler.assume_constant_result sets (itself imports Triton): the compiler calls the function as it traces.
 _say_that_it_stays._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _warn_once() -> None:
-    warnings.warn(
-        f"grad_weight='int8' stays at high precision where quantizing takes longer than int8 saves: with fewer than "
-        f"{LEAST_TOKENS} tokens, and where in * out / (in + out) features are below {LEAST_FEATURES}. "
-        "grad_weight='int8_always' does not",
-        stacklevel=5,
-    )

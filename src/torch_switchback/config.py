@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 WeightScaling = Literal["global", "rowwise"]
-GradWeight = Literal["high_precision", "int8", "int8_always"]
+Precision = Literal["high_precision", "int8"]
 ROTATIONS = (16, 32, 64, 128)  # rows or columns that a block Hadamard rotation mixes
-AllGather = Literal["high_precision", "int8"]
 
 
 @dataclass(frozen=True)
@@ -15,26 +14,23 @@ class SwitchBackConfig:
 
     Args:
         weight_scaling: what one absmax of the weight covers. ``"global"``: the whole weight (algorithm 1).
-            ``"rowwise"``: one output feature in the forward product and one input feature in the
-            input-gradient product (algorithm 3, bitsandbytes' "vector-wise").
-        mem_efficient: keep the input for the backward as int8 and one absmax a row instead of in its own
-            dtype (algorithm 2). It halves what the layer keeps of a 16-bit input; the weight gradient then
-            sees the quantized input. ``torch.compile`` does not even keep those int8 values where it can compute them
-            again from what is kept anyway, such as a GELU's or a norm's input.
-        cache_quantized_weight: keep the int8 weight, plain and transposed, until the weight changes: gradient
-            accumulation then quantizes it once an optimizer step instead of once a microbatch. It takes 2 bytes an
-            element of the weight from the first training forward on. The layer keeps it, so the functional
-            form does not; compiled code ignores it. A change is what the parameter's version counter or data pointer
-            shows, as of in-place edits and ``load_state_dict``; of a parameter that requires grad also the ``step`` of
-            any ``torch.optim.Optimizer``, however it writes. What writes through ``weight.data`` or raw memory outside
-            of one (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph) must say so:
-            ``torch.autograd.graph.increment_version(weight)``. Prepared for evaluation, a layer that
-            propagates gradients keeps the transposed int8 values beside its own.
+            ``"rowwise"``: one output feature in the forward's matmul and one input feature in the input gradient's
+            (algorithm 3, bitsandbytes' "vector-wise").
+        mem_efficient: keep the input for the backward as int8 instead of in its own dtype (algorithm 2), half as much
+            of a 16-bit one. The weight gradient then sees the quantized input. ``torch.compile`` keeps not even that
+            where it can compute it again from what is kept anyway, as after a GELU or a norm.
+        cache_quantized_weight: keep the int8 weight and its transpose, 2 bytes per element, until the weight changes:
+            gradient accumulation then quantizes it once per optimizer step. Compiled code and the functional form
+            ignore it. A change is seen by the parameter's version counter and data pointer, and if it requires grad by
+            the ``step`` of any ``torch.optim.Optimizer``. What else writes through ``weight.data`` or raw memory
+            (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph) must say so:
+            ``torch.autograd.graph.increment_version(weight)``. A layer prepared for evaluation keeps the transpose
+            alone, and only if it propagates gradients.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
-            choice). ``"int8"``: one absmax a column of X and of G, both rotated along the tokens; the layer then keeps
-            the rotated int8 values of X for the backward, which are as small as mem_efficient's. Where quantizing
-            costs more than the product gains (few features, few tokens; :func:`explain` says which layers) it
-            stays at high precision and warns once. ``"int8_always"``: there too. Not for tensor-parallel layers.
+            choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
+            keeps the rotated int8 values of X, which are as small as mem_efficient's. Where quantizing costs more
+            than int8 gains (few features, few tokens; :func:`explain` says which layers), it stays at high precision
+            and warns once. Not for tensor-parallel layers.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantized
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
@@ -46,54 +42,48 @@ class SwitchBackConfig:
             ``weight_scaling="rowwise"`` only, in layers that are neither prepared for evaluation nor tensor-parallel.
 
     Raises:
-        ValueError: for a ``weight_scaling``, ``grad_weight``, ``rotate_tokens``, ``all_gather`` or ``rotate_features``
-            that does not exist, and for ``rotate_features`` with ``weight_scaling="global"``, ``mem_efficient`` or
-            ``all_gather="int8"``.
+        ValueError: a value does not exist; or ``rotate_features`` comes with ``weight_scaling="global"``,
+            ``mem_efficient`` or ``all_gather="int8"``.
     """
 
     weight_scaling: WeightScaling = "global"
     mem_efficient: bool = False
     cache_quantized_weight: bool = False
-    grad_weight: GradWeight = "high_precision"
+    grad_weight: Precision = "high_precision"
     rotate_tokens: int | None = 64
-    all_gather: AllGather = "high_precision"
+    all_gather: Precision = "high_precision"
     rotate_features: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("weight_scaling", get_args(WeightScaling)),
-            ("grad_weight", get_args(GradWeight)),
-            ("rotate_tokens", (None, *ROTATIONS)),
-            ("all_gather", get_args(AllGather)),
-            ("rotate_features", (None, *ROTATIONS)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(
-                    f"SwitchBackConfig: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-                )
+        choices = {"weight_scaling": get_args(WeightScaling)}
+        choices |= dict.fromkeys(("grad_weight", "all_gather"), get_args(Precision))
+        choices |= dict.fromkeys(("rotate_tokens", "rotate_features"), (None, *ROTATIONS))
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                one_of = ", ".join(map(repr, known))
+                raise ValueError(f"SwitchBackConfig: {name} must be one of {one_of}, got {value!r}")
         if self.rotate_features is not None:
             needs = {"weight_scaling": "rowwise", "mem_efficient": False, "all_gather": "high_precision"}
             for name, needed in needs.items():
-                value = getattr(self, name)
-                if value != needed:
+                if (value := getattr(self, name)) != needed:
                     rotation = f"rotate_features={self.rotate_features}"
                     raise ValueError(f"SwitchBackConfig: {rotation} needs {name}={needed!r}, got {value!r}")
 
     def scales_of(self, out_features: int) -> int:
-        """How many absmaxes a weight [out_features, in_features] has in the forward product."""
+        """Return how many absmaxes a weight [out_features, in_features] has in the forward."""
         return 1 if self.weight_scaling == "global" else out_features
 
     @property
     def strategy(self) -> str:
-        """The name a person would call it by, as in the README's table: ``"rowwise, mem_efficient"``."""
-        name = self.weight_scaling + (", mem_efficient" if self.mem_efficient else "")
+        """Return the name that the README's table would give it, such as ``"rowwise, mem_efficient"``."""
+        parts: list[str] = [self.weight_scaling]
+        if self.mem_efficient:
+            parts.append("mem_efficient")
         if self.rotate_features is not None:
-            name += f", features rotated by {self.rotate_features}"
-        if self.grad_weight == "high_precision":
-            return name
-        rotation = "" if self.rotate_tokens is None else f" rotated by {self.rotate_tokens}"
-        return f"{name}, grad_weight {self.grad_weight}{rotation}"
+            parts.append(f"features rotated by {self.rotate_features}")
+        if self.grad_weight == "int8":
+            parts.append("grad_weight int8" + (f" rotated by {self.rotate_tokens}" if self.rotate_tokens else ""))
+        return ", ".join(parts)
 
 
 RECIPES = {
@@ -108,7 +98,7 @@ RECIPES = {
 
 
 def config_of(config: SwitchBackConfig | str) -> SwitchBackConfig:
-    """A configuration itself, or the one of a recipe.
+    """Return a configuration itself, or the one of a recipe.
 
     Raises:
         ValueError: there is no recipe of that name.

@@ -6,36 +6,38 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
 from . import extensions
 from ._text import table
 from .config import SwitchBackConfig, config_of
-from .filters import default_filter, look_up, unmatched
+from .filters import default_filter, look_up
 from .nn import SwitchBackLinear
 
 Model = TypeVar("Model", bound=nn.Module)
-Config = SwitchBackConfig | str
-ConfigOrMap = Config | Mapping[str, Config | None]
+ConfigOrMap = SwitchBackConfig | str | Mapping[str, SwitchBackConfig | str | None]
 
 _log = logging.getLogger(__name__)
+_REPORT = "_switchback_report"
+_ATTENTION = (
+    "nn.MultiheadAttention multiplies by its projections' weights itself, out_proj's too; int8 needs an attention "
+    "whose projections are nn.Linear layers that it calls"
+)
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of a layer."""
+    """What became of a layer, of class ``kind``. If it was left alone, ``config`` is None and ``reason`` says why."""
 
     fqn: str
     kind: str
-    """Its class before."""
     in_features: int
     out_features: int
     config: SwitchBackConfig | None
-    """None: it was left alone."""
     reason: str
-    """Why it was left alone; empty if it was not."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ConversionReport:
 
     @property
     def converted(self) -> tuple[ConvertedLayer, ...]:
-        """The layers that are SwitchBackLinear now, those that were before too."""
+        """Return the layers that are SwitchBackLinear, whether this conversion or another one made them so."""
         return tuple(layer for layer in self.layers if layer.config is not None)
 
     @property
@@ -54,20 +56,15 @@ class ConversionReport:
         return tuple(layer for layer in self.layers if layer.config is None)
 
     def to_json(self) -> str:
-        """A list of the layers' fields."""
+        """Return a list of the layers' fields."""
         return json.dumps([asdict(layer) for layer in self.layers])
 
     def __str__(self) -> str:
-        rows = [
-            (
-                layer.fqn or "(the model)",
-                str(layer.in_features),
-                str(layer.out_features),
-                "left" if layer.config is None else layer.config.strategy,
-                layer.reason,
-            )
-            for layer in self.layers
-        ]
+        rows = []
+        for layer in self.layers:
+            strategy = "left" if layer.config is None else layer.config.strategy
+            sizes = str(layer.in_features), str(layer.out_features)
+            rows.append((layer.fqn or "(the model)", *sizes, strategy, layer.reason))
         summary = f"{len(self.converted)} of {len(self.layers)} layers are SwitchBackLinear"
         return f"{summary}\n{table(('layer', 'in', 'out', 'strategy', 'why left'), rows)}"
 
@@ -82,15 +79,13 @@ def convert_to_switchback(
 
     Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimizers
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
-    in a dtype that the int8 products do not take (float64) are refused when the layer is called. If a model is refused,
-    nothing of it has been changed.
+    in float64 are refused when the layer is called. If a model is refused, nothing of it has been changed.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
-        config: how the layers compute: a SwitchBackConfig, the name of a recipe (:data:`RECIPES`), or a mapping from
-            fully qualified names, as fnmatch patterns, to either or to None. A layer takes what stands under its very
-            name, else under the first pattern that matches; under None, or under nothing, it stays nn.Linear. By
-            default the paper's configuration.
+        config: a SwitchBackConfig, the name of a recipe (:data:`RECIPES`), or a mapping from fully qualified names, as
+            fnmatch patterns, to either or to None. A layer takes what stands under its very name, else under the first
+            pattern that matches; under None, or under nothing, it stays nn.Linear. By default the paper's.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
             the layer is converted if it returns True, for each of its names if it has several. Without it, layers
             with too few features for int8 to win, the LM head and LoRA's matrices stay, unless they are the model
@@ -110,60 +105,80 @@ def convert_to_switchback(
         RuntimeError: a layer to convert is in a compiled module; or all_gather is "int8" and fully_shard has been
             called already, or a weight is held by a view or by the graph of a forward.
     """
-    patterns = _patterns(config)
+    if config is None:
+        config = SwitchBackConfig()
+    by_pattern = config if isinstance(config, Mapping) else {"*": config}
+    patterns = {pattern: None if asked is None else config_of(asked) for pattern, asked in by_pattern.items()}
     default = default_filter(model)
+    names = module_names(model)
 
-    def why_filtered(layer: nn.Linear, fqns: list[str]) -> str:
+    def choose(layer: nn.Module, fqns: list[str]) -> SwitchBackConfig | str:
+        """Return a layer's configuration, or why it is left alone."""
+        if isinstance(layer, nn.MultiheadAttention):
+            return _ATTENTION
+        if isinstance(layer, SwitchBackLinear):
+            return layer.config
+        if type(layer) is not nn.Linear:
+            return f"{type(layer).__name__} is a subclass of nn.Linear and computes in its own way"
+        found = {look_up(patterns, fqn) for fqn in fqns}
+        asked = found.pop()
+        if asked is None or None in found:
+            return "config asks for nn.Linear"
+        if found:
+            raise ValueError(f"config: {' and '.join(fqns)} are one layer and get different configurations")
         if module_filter_fn is not None:
-            return "" if all(module_filter_fn(layer, fqn) for fqn in fqns) else "module_filter_fn leaves it out"
-        if layer is model or any(fqn in patterns for fqn in fqns):
-            return ""
-        return next(filter(None, (default(layer, fqn) for fqn in fqns)), "")
+            if not all(module_filter_fn(layer, fqn) for fqn in fqns):
+                return "module_filter_fn leaves it out"
+        elif layer is not model and not any(fqn in patterns for fqn in fqns):
+            for fqn in fqns:
+                if reason := default(layer, fqn):
+                    return reason
+        if "forward" in vars(layer):
+            reason = "its forward has been replaced on the instance, so another class would change nothing"
+            warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=3)
+            return reason
+        return asked
 
     rows: list[ConvertedLayer] = []
     chosen: dict[nn.Module, SwitchBackConfig] = {}
-    names = module_names(model)
     for module, fqns in names.items():
         if isinstance(module, nn.MultiheadAttention):
-            rows.append(_row(module, fqns[0], None, _ATTENTION))
-        if not isinstance(module, nn.Linear):
-            continue
-        if isinstance(module, SwitchBackLinear):
-            rows.append(_row(module, fqns[0], module.config, ""))
-        elif type(module) is not nn.Linear:
-            reason = f"{type(module).__name__} is a subclass of nn.Linear and computes in its own way"
-            rows.append(_row(module, fqns[0], None, reason))
-        elif (found := _config_of_layer(patterns, fqns)) is None:
-            rows.append(_row(module, fqns[0], None, "config asks for nn.Linear"))
-        elif reason := why_filtered(module, fqns):
-            rows.append(_row(module, fqns[0], None, reason))
-        elif "forward" in vars(module):
-            reason = "its forward has been replaced on the instance, so another class would change nothing"
-            warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=2)
-            rows.append(_row(module, fqns[0], None, reason))
+            sizes = module.embed_dim, 3 * module.embed_dim
+        elif isinstance(module, nn.Linear):
+            sizes = module.in_features, module.out_features
         else:
-            rows.append(_row(module, fqns[0], found, ""))
-            chosen[module] = found
+            continue
+        choice = choose(module, fqns)
+        outcome = (None, choice) if isinstance(choice, str) else (choice, "")
+        rows.append(ConvertedLayer(fqns[0], type(module).__name__, *sizes, *outcome))
+        if not isinstance(choice, str) and not isinstance(module, SwitchBackLinear):
+            chosen[module] = choice
     refuse_compiled("convert_to_switchback", model, chosen)
     report = ConversionReport(tuple(rows))
     linear_fqns = {fqn for module, fqns in names.items() if isinstance(module, nn.Linear) for fqn in fqns}
-    if isinstance(config, Mapping) and (keys := unmatched(config, linear_fqns)):
-        called = " or ".join(map(repr, keys))
+    unmatched = [p for p in patterns if p not in linear_fqns and not any(fnmatchcase(fqn, p) for fqn in linear_fqns)]
+    if unmatched and isinstance(config, Mapping):
+        called = " or ".join(map(repr, unmatched))
         warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
     if not report.converted and any(patterns.values()):
-        warnings.warn(_nothing_converted(report), stacklevel=2)
+        counted = Counter(layer.reason for layer in report.left).most_common()
+        why = "; ".join(f"{count} × {reason}" for reason, count in counted) or "it has no nn.Linear"
+        warnings.warn(
+            f"convert_to_switchback converts no layer of the model ({why}); conversion_report(model) lists them",
+            stacklevel=2,
+        )
     if any(asked is not None and asked.all_gather == "int8" for asked in patterns.values()):
         extensions.distributed.use_int8_all_gather(model, chosen)
-    for module, found in chosen.items():  # from here on nothing raises: a model that is refused is as it was
+    for module, layer_config in chosen.items():  # from here on nothing raises: a model that is refused is as it was
         module.__class__ = SwitchBackLinear
-        module.config = found  # type: ignore[assignment]
+        module.config = layer_config  # type: ignore[assignment]
     object.__setattr__(model, _REPORT, report)
     _log.info("%s", report)
     return model
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """What the last :func:`convert_to_switchback` did to a model, or to the first of its modules that it was called on.
+    """Return what :func:`convert_to_switchback` last did to a model, or to the first of its modules it was called on.
 
     Args:
         model: any module.
@@ -214,59 +229,16 @@ def revert_switchback(model: Model) -> Model:
     return model
 
 
-_REPORT = "_switchback_report"
-_ATTENTION = (
-    "nn.MultiheadAttention multiplies by its projections' weights itself, out_proj's too; int8 needs an attention "
-    "whose projections are nn.Linear layers that it calls"
-)
-
-
-def _patterns(config: Any) -> dict[str, SwitchBackConfig | None]:
-    if config is None:
-        config = SwitchBackConfig()
-    if not isinstance(config, Mapping):
-        return {"*": config_of(config)}
-    return {pattern: None if value is None else config_of(value) for pattern, value in config.items()}
-
-
 def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all of its fully qualified names, several where it is shared."""
+    """Return every module with all of its fully qualified names, several where it is shared."""
     names: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(fqn)
     return names
 
 
-def _config_of_layer(patterns: Mapping[str, SwitchBackConfig | None], fqns: list[str]) -> SwitchBackConfig | None:
-    found = {fqn: look_up(patterns, fqn) for fqn in fqns}
-    if None in found.values():
-        return None
-    if len(set(found.values())) > 1:
-        raise ValueError(f"config: {' and '.join(fqns)} are one layer and get different configurations")
-    return found[fqns[0]]
-
-
-def _nothing_converted(report: ConversionReport) -> str:
-    reasons = Counter(layer.reason for layer in report.left).most_common()
-    why = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "it has no nn.Linear"
-    return f"convert_to_switchback converts no layer of the model ({why}); conversion_report(model) lists them"
-
-
-def _row(module: nn.Module, fqn: str, config: SwitchBackConfig | None, reason: str) -> ConvertedLayer:
-    if isinstance(module, nn.MultiheadAttention):
-        in_features, out_features = module.embed_dim, 3 * module.embed_dim
-    else:
-        assert isinstance(module, nn.Linear)
-        in_features, out_features = module.in_features, module.out_features
-    return ConvertedLayer(fqn, type(module).__name__, in_features, out_features, config, reason)
-
-
 def refuse_compiled(caller: str, model: nn.Module, layers: Container[nn.Module]) -> None:
-    """What torch.compile has traced keeps the class that a layer had.
-
-    Raises:
-        RuntimeError: one of the layers is in a compiled module.
-    """
+    """Raise RuntimeError if a layer is in a compiled module: what is traced keeps the class that the layer had."""
     for fqn, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
         if compiled and any(part in layers for part in module.modules()):

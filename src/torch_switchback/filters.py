@@ -1,7 +1,7 @@
 """Which layers convert_to_switchback leaves alone unless it is told to convert them, and why; layers by name."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ LEAST_FEATURES = 1024
 
 
 def default_filter(model: nn.Module, least_features: int = LEAST_FEATURES) -> Callable[[nn.Linear, str], str]:
-    """Why a linear layer of a model should stay, by the layer and its fully qualified name; "" if it should not.
+    """Return a function of a linear layer and its fully qualified name: why the layer should stay, or "".
 
     Left are the LM head, whose logits need more than eight bits; LoRA's two matrices; and layers with too few features
     for int8 to win. A layer is taken for the LM head if it is called ``lm_head``, if its weight is an embedding's too,
@@ -43,12 +43,7 @@ def default_filter(model: nn.Module, least_features: int = LEAST_FEATURES) -> Ca
 
 
 def look_up(patterns: Mapping[str, Value], fqn: str) -> Value | None:
-    """What stands under a layer's very name, else under the first fnmatch pattern that matches it, else None."""
+    """Return what stands under a layer's very name, else under the first fnmatch pattern that matches it, else None."""
     if fqn in patterns:
         return patterns[fqn]
     return next((value for pattern, value in patterns.items() if fnmatchcase(fqn, pattern)), None)
-
-
-def unmatched(patterns: Iterable[str], fqns: Collection[str]) -> list[str]:
-    """The names and fnmatch patterns that no layer has."""
-    return [p for p in patterns if p not in fqns and not any(fnmatchcase(fqn, p) for fqn in fqns)]

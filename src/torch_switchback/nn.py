@@ -23,8 +23,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         bias: whether to add a learned bias.
         device: where the parameters live.
         dtype: the parameters' dtype: float16, bfloat16 or float32. The input may have another one.
-        vector_wise_quantization: one absmax per row of the weight (per column in the backward) instead of one for all
-            of it.
+        vector_wise_quantization: one absmax per row of the weight, per column in the backward, instead of one for all.
         mem_efficient: keep the input for the backward in int8 instead of its own dtype.
         config: a SwitchBackConfig or the name of a recipe, instead of the two before.
 
@@ -33,7 +32,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         TypeError: config is something else.
 
     Shape:
-        input (*, in_features), output (*, out_features) in the input's dtype (autocast's under autocast).
+        input (*, in_features), output (*, out_features) in the input's dtype, or in autocast's.
 
     Its state_dict is nn.Linear's until :meth:`prepare_for_eval` replaces ``weight`` by ``weight_int8``
     (int8 [out, in]) and ``weight_absmax`` (float32, (1,) or (out,)).
@@ -64,12 +63,11 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
                 f"SwitchBackLinear: config={config!r} goes without vector_wise_quantization={vector_wise_quantization} "
                 f"and mem_efficient={mem_efficient}: it says both itself"
             )
-        config = config_of(config)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.config = config
+        self.config = config_of(config)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Also how FSDP2 puts a gathered weight in: often in the same memory, and at the same version."""
+        """Drop the cache with a weight: FSDP2 puts a gathered one often in the same memory, at the same version."""
         if name == "weight":
             self.__dict__.pop("_weight_cache", None)
         super().__setattr__(name, value)

@@ -11,7 +11,6 @@ from .config import SwitchBackConfig
 from .functional import quantize_weight
 from .ops import dequantize_rowwise
 
-Entry = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype; None: any float, to be cast
 _PREPARED = "weight_int8", "weight_absmax"
 _OF_BITSANDBYTES = "W_int8", "state_W"
 
@@ -68,7 +67,6 @@ class PreparedWeight(nn.Module):
     def _become_prepared(self, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
         self.weight = None  # type: ignore[assignment]
-        self.__dict__.pop("_weight_cache", None)
         self.register_buffer("weight_int8", qdata)
         self.register_buffer("weight_absmax", absmax)
 
@@ -79,13 +77,15 @@ class PreparedWeight(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PreparedWeight":
         """Move buffers between devices, but keep their dtypes through ``.half()``, ``.bfloat16()`` and ``.type()``."""
         self.__dict__.pop("_weight_cache", None)
-        before = {name: self._buffers.get(name) for name in ("weight_int8", "weight_absmax")}
+        if not self.is_prepared:
+            return super()._apply(fn, recurse)
+        qdata, absmax = self.weight_int8, self.weight_absmax
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
-                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
-        if self.is_prepared:
-            self._weight_dtype = fn(self.weight_absmax.new_empty(0, dtype=self._weight_dtype)).dtype
+        if self.weight_int8.dtype != qdata.dtype:
+            self.weight_int8 = qdata.to(self.weight_int8.device)
+        if self.weight_absmax.dtype != absmax.dtype:
+            self.weight_absmax = absmax.to(self.weight_absmax.device)
+        self._weight_dtype = fn(absmax.new_empty(0, dtype=self._weight_dtype)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -110,63 +110,46 @@ class PreparedWeight(nn.Module):
         """
         found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         becomes_prepared = not found.keys().isdisjoint(_PREPARED)
-        expected = self._expected_state(becomes_prepared, becomes_unprepared=self.is_prepared and "weight" in found)
-        problems = [
-            f"{what} mismatch for {prefix}{name}: got {got}, the layer has {has}."
-            for name in expected.keys() & found.keys()
-            for what, got, has in _mismatches(found[name], *expected[name])
-        ]
-        if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
-            problems.append(f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do.")
-        elif becomes_prepared and self.config.rotate_features is not None:
-            problems.append(f"mismatch for {prefix}weight: it comes as int8 values, which rotate_features cannot use.")
-        elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
-            problems.append(
-                f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
-                "call prepare_for_eval() here."
-            )
-        if problems:
+        if problems := list(self._problems(found, prefix, becomes_prepared)):
             error_msgs.extend(problems)
             return
-        if local_metadata.get("assign_to_params_buffers") and not becomes_prepared and f"{prefix}weight" in state_dict:
-            name = f"{prefix}weight"
-            state_dict[name] = extensions.distributed.wrap_like(state_dict[name], self.weight)
+        if "weight" in found and local_metadata.get("assign_to_params_buffers"):
+            state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], self.weight)
         if becomes_prepared and not self.is_prepared:
-            device = self.weight.device
-            self._become_prepared(
-                *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in (expected[n] for n in _PREPARED))
-            )
-        elif self.is_prepared and not becomes_prepared and "weight" in found:
+            qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=self.weight.device)
+            absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
+            self._become_prepared(qdata, absmax)
+        elif "weight" in found and self.is_prepared:
             self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _expected_state(self, becomes_prepared: bool, becomes_unprepared: bool) -> dict[str, Entry]:
-        """Shapes and dtypes of what a state_dict has for this layer, once prepared or once not."""
-        state = {**self._parameters, **self._buffers}
-        expected = {
-            name: (tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in state.items()
-            if tensor is not None and name not in self._non_persistent_buffers_set
-        }
-        weight: dict[str, Entry] = {}
-        shape = self.out_features, self.in_features
-        if becomes_prepared:
-            absmaxes = self.config.scales_of(self.out_features)
-            weight = {"weight_int8": (shape, torch.int8), "weight_absmax": ((absmaxes,), torch.float32)}
-        elif becomes_unprepared:
-            weight = {"weight": (shape, None)}
-        else:
-            return expected
-        return {name: entry for name, entry in expected.items() if name not in ("weight", *_PREPARED)} | weight
-
-
-def _mismatches(found: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what is wrong with a state_dict's entry: of what, what it is, what it must be."""
-    if not isinstance(found, torch.Tensor):
-        yield "type", type(found).__name__, "torch.Tensor"
-    elif tuple(found.shape) != shape:
-        yield "size", tuple(found.shape), shape
-    elif found.dtype != dtype and not (dtype is None and found.is_floating_point()):
-        yield "dtype", found.dtype, dtype or "a float"
+    def _problems(self, found: dict[str, Any], prefix: str, becomes_prepared: bool) -> Iterator[str]:
+        """Yield why this layer cannot take the entries of a state_dict."""
+        features = self.out_features, self.in_features
+        # Shapes and dtypes by name. None stands for any float, to be cast.
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {"weight": (features, None)}
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if tensor is not None and name not in self._non_persistent_buffers_set:
+                expected[name] = tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype
+        expected["weight_int8"] = features, torch.int8
+        expected["weight_absmax"] = (self.config.scales_of(self.out_features),), torch.float32
+        for name in expected.keys() & found.keys():
+            tensor, (shape, dtype) = found[name], expected[name]
+            mismatch = f"mismatch for {prefix}{name}: got"
+            if not isinstance(tensor, torch.Tensor):
+                yield f"type {mismatch} {type(tensor).__name__}, the layer has torch.Tensor."
+            elif tuple(tensor.shape) != shape:
+                yield f"size {mismatch} {tuple(tensor.shape)}, the layer has {shape}."
+            elif tensor.dtype != dtype and not (dtype is None and tensor.is_floating_point()):
+                yield f"dtype {mismatch} {tensor.dtype}, the layer has {dtype or 'a float'}."
+        if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
+            yield f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do."
+        elif becomes_prepared and self.config.rotate_features is not None:
+            yield f"mismatch for {prefix}weight: it comes as int8 values, which rotate_features cannot use."
+        elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
+            yield (
+                f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
+                "call prepare_for_eval() here."
+            )

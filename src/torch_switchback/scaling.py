@@ -8,13 +8,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (defines the operations)
 from .config import ROTATIONS, SwitchBackConfig
 from .ops._library import can_skip_dispatcher, direct, dispatched
-
-Quantized = tuple[torch.Tensor, torch.Tensor]
-"""int8 values and their absmax."""
+from .ops._numerics import Quantized
 
 
 class Scaling:
@@ -25,46 +24,38 @@ class Scaling:
     """
 
     # Attributes, not methods, so that they can be operations: every Python function in between costs CPU time.
-    quantize_input: Callable[[torch.Tensor], Quantized]
-    """Quantize the rows of X [tokens, in]: int8 [tokens, in]."""
-    quantize_grad: Callable[[torch.Tensor], Quantized]
-    """Quantize the rows of G [tokens, out]: int8 [tokens, out]."""
-    quantize_weight: Callable[[torch.Tensor], Quantized]
-    """Quantize W [out, in] for the output: int8 [out, in]."""
-    matmul: Callable[..., torch.Tensor]
-    """Multiply the rows of X or G with W or Wᵀ, and dequantize."""
+    quantize_input: Callable[[Tensor], Quantized]  # X [tokens, in] -> int8 [tokens, in]
+    quantize_grad: Callable[[Tensor], Quantized]  # G [tokens, out] -> int8 [tokens, out]
+    quantize_weight: Callable[[Tensor], Quantized]  # W [out, in] -> int8 [out, in], for the output
+    matmul: Callable[..., Tensor]  # multiplies the rows of X or G with W or Wᵀ, and dequantizes
     fused_rowwise: bool | None = None
     """The argument of ``int8_linear`` for this scheme, or None if it has none."""
 
     def __init__(self, ops: SimpleNamespace) -> None:
         self.ops = ops
-        self.quantize_input = ops.quantize_rowwise
-        self.quantize_grad = ops.quantize_rowwise
-        self.quantize_weight = ops.quantize_rowwise
+        self.quantize_input = self.quantize_grad = self.quantize_weight = ops.quantize_rowwise
         self.matmul = ops.int8_matmul_rowwise_dequantize
 
-    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         """Quantize Wᵀ for grad_input, given W and the absmax that the forward found: int8 [in, out]."""
         raise NotImplementedError
 
-    def quantize_weight_with_transpose(self, weight: torch.Tensor) -> tuple[Quantized, Quantized]:
+    def quantize_weight_with_transpose(self, weight: Tensor) -> tuple[Quantized, Quantized]:
         """Quantize W and Wᵀ together."""
         quantized = self.quantize_weight(weight)
         return quantized, self.quantize_weight_transpose(weight, quantized[1])
 
-    def transpose_quantized(self, weight_int8: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
         """Return Wᵀ quantized, given W quantized: int8 [in, out]."""
         raise NotImplementedError
 
-    def quantize_columns(self, x: torch.Tensor, rotate_tokens: int | None) -> Quantized:
+    def quantize_columns(self, x: Tensor, rotate_tokens: int | None) -> Quantized:
         """Quantize the columns of X or G for an int8 grad_weight, rotated along the tokens: int8 [features, tokens]."""
         if rotate_tokens is None:
             return self.ops.quantize_columnwise_and_transpose(x)
         return self.ops.quantize_rotated_columnwise_and_transpose(x, rotate_tokens)
 
-    def quantize_rows_and_columns(
-        self, x: torch.Tensor, rotate_tokens: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize_rows_and_columns(self, x: Tensor, rotate_tokens: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Quantize the rows of X or G, and its columns as :meth:`quantize_columns` does."""
         if rotate_tokens is None:
             return *self.quantize_input(x), *self.quantize_columns(x, None)
@@ -81,14 +72,14 @@ class GlobalScaling(Scaling):
         self.quantize_weight = ops.quantize_global
         self.matmul = ops.int8_matmul_mixed_dequantize
 
-    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_transpose_by_absmax(weight, absmax), absmax
 
-    def quantize_weight_with_transpose(self, weight: torch.Tensor) -> tuple[Quantized, Quantized]:
+    def quantize_weight_with_transpose(self, weight: Tensor) -> tuple[Quantized, Quantized]:
         weight_int8, transposed_int8, absmax = self.ops.quantize_global_with_transpose(weight)
         return (weight_int8, absmax), (transposed_int8, absmax)
 
-    def transpose_quantized(self, weight_int8: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
         return weight_int8.t().contiguous(), absmax
 
 
@@ -97,10 +88,10 @@ class RowwiseScaling(Scaling):
 
     fused_rowwise = True
 
-    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)
 
-    def transpose_quantized(self, weight_int8: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
         weight = self.ops.dequantize_rowwise(weight_int8, absmax, torch.float32)
         return self.ops.quantize_columnwise_and_transpose(weight)
 
@@ -117,31 +108,29 @@ class RotatedScaling(Scaling):
         self.block = block
         self.quantize_input = self.quantize_grad = self.quantize_weight = self.quantize_rows
 
-    def quantize_rows(self, x: torch.Tensor) -> Quantized:
+    def quantize_rows(self, x: Tensor) -> Quantized:
         """Quantize the rows of x, rotated along the features."""
         return self.ops.quantize_rotated_rowwise(x, self.block)
 
-    def quantize_weight_transpose(self, weight: torch.Tensor, absmax: torch.Tensor) -> Quantized:
+    def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_rotated_columnwise_and_transpose(weight, self.block)
 
-    def quantize_rows_and_columns(
-        self, x: torch.Tensor, rotate_tokens: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize_rows_and_columns(self, x: Tensor, rotate_tokens: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *self.quantize_rows(x), *self.quantize_columns(x, rotate_tokens)
 
 
 def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
-    schemes: dict[tuple[str, int | None], Scaling] = {
+    return {
         ("global", None): GlobalScaling(ops),
         ("rowwise", None): RowwiseScaling(ops),
+        **{("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS},
     }
-    return schemes | {("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS}
 
 
 _DIRECT, _DISPATCHED = _schemes(direct), _schemes(dispatched)
 
 
-def scaling_for(config: SwitchBackConfig, first: torch.Tensor, *others: torch.Tensor | None) -> Scaling:
+def scaling_for(config: SwitchBackConfig, first: Tensor, *others: Tensor | None) -> Scaling:
     """Return the scheme of a config, for a pass on these tensors: past the dispatcher if nothing can tell."""
     schemes = _DIRECT if can_skip_dispatcher(first, *others) else _DISPATCHED
     return schemes[config.weight_scaling, config.rotate_features]

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import SwitchBackConfig
@@ -29,10 +30,10 @@ class WeightCache:
         _watch_optimizers()
         # One tuple (key, alias of the weight, int8 values), replaced as a whole, because threads may share a layer.
         # The alias shares the weight's version counter and keeps its memory alive, so no other tensor can reuse it.
-        self._kept: tuple[tuple[Any, ...], torch.Tensor, tuple[Quantized, Quantized | None]] | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor, tuple[Quantized, Quantized | None]] | None = None
 
     @staticmethod
-    def can_hold(weight: torch.Tensor) -> bool:
+    def can_hold(weight: Tensor) -> bool:
         """Return whether a weight's changes can be seen: a parameter or int8 values, not while tracing or capturing."""
         return (
             not torch.compiler.is_compiling()
@@ -42,7 +43,7 @@ class WeightCache:
         )
 
     def get(
-        self, weight: torch.Tensor, config: SwitchBackConfig, with_transpose: bool, absmax: torch.Tensor | None = None
+        self, weight: Tensor, config: SwitchBackConfig, with_transpose: bool, absmax: Tensor | None = None
     ) -> tuple[Quantized, Quantized | None]:
         """Return W quantized and, with_transpose, Wᵀ quantized. Both are kept until W changes.
 

@@ -207,8 +207,8 @@ def test_what_is_refused():
     prepared.prepare_for_eval()
     with pytest.raises(TypeError, match="prepared for evaluation"):
         column_parallel(prepared)(batch())
-    with pytest.raises(ValueError, match="grad_weight='int8_always' is not available"):
-        column_parallel(converted(nn.Linear(20, 16), grad_weight="int8_always"))(batch())
+    with pytest.raises(ValueError, match="grad_weight='int8' is not available"):
+        column_parallel(converted(nn.Linear(20, 16), grad_weight="int8"))(batch())
     with pytest.raises(ValueError, match="rotate_features=16 is not available"):
         column_parallel(converted(nn.Linear(20, 16), weight_scaling="rowwise", rotate_features=16))(batch())
 

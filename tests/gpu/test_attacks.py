@@ -26,8 +26,8 @@ CONFIGS = [
     SwitchBackConfig("rowwise"),
     SwitchBackConfig(mem_efficient=True),
     SwitchBackConfig("rowwise", mem_efficient=True),
-    SwitchBackConfig(grad_weight="int8_always"),
-    SwitchBackConfig("rowwise", grad_weight="int8_always"),
+    SwitchBackConfig(grad_weight="int8"),
+    SwitchBackConfig("rowwise", grad_weight="int8"),
     SwitchBackConfig("rowwise", rotate_features=64),
 ]
 SHAPES = [(512, 1024, 2048), (300, 1000, 1016), (77, 1023, 517), (4096, 1280, 5120), (33, 64, 64)]
@@ -261,7 +261,7 @@ def test_modes_see_the_operations_of_a_warm_step(config):
     assert_same_step(actual, expected)
     ours = [name.split(".")[1] for name in log.names if name.startswith("torch_switchback.")]
     matmuls = [name for name in ours if name.startswith("int8_")]
-    assert len(matmuls) == (3 if config.grad_weight == "int8_always" else 2)
+    assert len(matmuls) == (3 if config.grad_weight == "int8" else 2)
     assert sum(name.startswith("quantize_") for name in ours) == (2 if config.rotate_features is None else 4)
     assert ("int8_linear" in matmuls) == (config.rotate_features is None)
 

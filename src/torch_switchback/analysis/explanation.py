@@ -191,7 +191,7 @@ def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list
         return products
     config = layer.config
     wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
-    if config.grad_weight == "int8_always" or (config.grad_weight == "int8" and wins):
+    if config.grad_weight == "int8" and wins:
         padded = _padded(tokens, config.rotate_tokens)
         shape = ProductShape(outputs, inputs, padded)
         return [*products, _int8_product("grad_weight", shape, layer.weight.dtype, device)]

@@ -1,10 +1,11 @@
 """The block Hadamard rotation: what is summed, and in which order."""
 
 import torch
+from torch import Tensor
 
 
-def rotate(x: torch.Tensor, block: int, dim: int = 0) -> torch.Tensor:
-    """x, float32, times an orthogonal matrix of block × block along dim (not negative), a multiple of block long.
+def rotate(x: Tensor, block: int, dim: int = 0) -> Tensor:
+    """Multiply x, float32, by an orthogonal matrix of block × block along dim (not negative), a multiple of block long.
 
     Each block is multiplied by its signs and then by H / sqrt(block), where H is the ±1 matrix of Sylvester's order:
     log2(block) steps of sums and differences, of neighbors first, each rounded once, then one product with
@@ -20,8 +21,8 @@ def rotate(x: torch.Tensor, block: int, dim: int = 0) -> torch.Tensor:
     return x * block**-0.5
 
 
-def signs(block: int, like: torch.Tensor) -> torch.Tensor:
-    """±1 [block] in the dtype and on the device of like: -1 where an odd number of pairs of bits 0 1, 2 3, 4 5 is set.
+def signs(block: int, like: Tensor) -> Tensor:
+    """Return ±1 [block], as like is: -1 where an odd number of the pairs of bits 0 1, 2 3, 4 5 is set.
 
     H would gather what the values of a block have in common, as those after ReLU or GELU do, in its first sum. Bent
     functions, as this one is for 16 and 64, correlate equally little with every row of H: it is spread over all sums.
@@ -32,6 +33,6 @@ def signs(block: int, like: torch.Tensor) -> torch.Tensor:
     return (1 - 2 * odd).to(like.dtype)
 
 
-def rotate_features(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x [rows, cols] rotated along its columns, zeros filling the last block: float32, cols a multiple of block."""
+def rotate_features(x: Tensor, block: int) -> Tensor:
+    """Return x [rows, cols] rotated along its columns, zeros filling the last block, in float32."""
     return rotate(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block)), block, dim=1)

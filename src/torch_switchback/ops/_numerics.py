@@ -1,6 +1,10 @@
 """The numbers that every operation shares: ``x ≈ x_int8 * absmax / 127``, in float32."""
 
 import torch
+from torch import Tensor
+
+Quantized = tuple[Tensor, Tensor]
+"""int8 values and their absmax."""
 
 # 127 / absmax is finite from here on: 127 / 2**-121 = 127/128 * 2**128. What an absmax below it covers
 # quantizes to 0.
@@ -8,19 +12,18 @@ SMALLEST_ABSMAX = 2.0**-121
 ONE_OVER_127 = 1.0 / 127.0
 
 
-def inverse_scale(absmax: torch.Tensor) -> torch.Tensor:
-    """127 / absmax in float32 (one IEEE division), or 0 where the int8 values are 0: absmax tiny, Inf or NaN."""
+def inverse_scale(absmax: Tensor) -> Tensor:
+    """Return 127 / absmax in float32 (one IEEE division), or 0 where the int8 values are 0: absmax tiny, Inf or NaN."""
     usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
     # Not ``127.0 / absmax``: torch computes that as absmax.reciprocal() * 127, which rounds twice.
     inverse = torch.full_like(absmax, 127.0).div_(absmax)
     return inverse.masked_fill_(~usable, 0.0)
 
 
-def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """int8 values of x, shaped as x, for absmax values (float32) that broadcast against it.
+def quantize(x: Tensor, absmax: Tensor) -> Tensor:
+    """Return int8 values of x, ``rint(x * (127 / absmax))`` half to even, for absmaxes that broadcast against x.
 
-    ``rint(x * (127 / absmax))``, half to even. Where the absmax is Inf or NaN the int8 values are 0: the absmax
-    alone carries the news, as 0 * Inf and 0 * NaN are NaN.
+    Where the absmax is Inf or NaN they are 0, and 0 * Inf or 0 * NaN is NaN once dequantized.
     """
     inverse = inverse_scale(absmax)
     scaled = x.float().mul(inverse).round_()
@@ -29,8 +32,8 @@ def quantize(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return scaled.to(torch.int8)
 
 
-def quantize_traceably(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """quantize for a compiler: nothing in it depends on the data.
+def quantize_traceably(x: Tensor, absmax: Tensor) -> Tensor:
+    """Quantize for a compiler: nothing in it depends on the data.
 
     A compiler may fuse it with what computes x, which is then not rounded to its dtype first and may exceed the absmax.
     """
@@ -39,8 +42,8 @@ def quantize_traceably(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return scaled.masked_fill(inverse == 0, 0.0).to(torch.int8)  # 0 * Inf and 0 * NaN
 
 
-def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """int8 values [cols, rows], contiguous, of x [rows, cols] for absmax values (1,) or (cols,)."""
+def quantize_transposed(x: Tensor, absmax: Tensor) -> Tensor:
+    """Return int8 values [cols, rows], contiguous, of x [rows, cols] for absmaxes (1,) or (cols,)."""
     rows, cols = x.shape
     qdata = x.new_empty((cols, rows), dtype=torch.int8)
     for block in row_blocks(x):
@@ -48,8 +51,8 @@ def quantize_transposed(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return qdata
 
 
-def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """The largest |x| in float32, over all of x as shape (1,) or along dim; 0 over nothing; NaN stays NaN."""
+def absmax_of(x: Tensor, dim: int | None = None) -> Tensor:
+    """Return the largest |x| in float32, over all of x as shape (1,) or along dim; 0 over nothing; NaN stays NaN."""
     if dim is None:
         if x.numel() == 0:
             return x.new_zeros(1, dtype=torch.float32)
@@ -60,11 +63,11 @@ def absmax_of(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     return x.abs().amax(dim).float()
 
 
-def row_blocks(x: torch.Tensor) -> list[slice]:
-    """Slices of the first dimension of x, each of about 2**18 elements.
+def row_blocks(x: Tensor) -> list[slice]:
+    """Return slices of the first dimension of x, each of about 2**18 elements.
 
-    Several operations on one block after the other are one pass over memory: what lies between them stays in the
-    cache, and no large temporary has to be mapped in, which takes longer than the arithmetic.
+    What several operations on one block leave between them stays in the cache. Mapping in one large temporary takes
+    longer than the arithmetic.
     """
     rows = max(1, 2**18 * x.shape[0] // max(x.numel(), 1))
     return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]

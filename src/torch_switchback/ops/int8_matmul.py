@@ -1,8 +1,13 @@
-"""INT8 products with fused dequantization: int8 × int8 → int32 → × scales, + bias → float."""
+"""INT8 matmuls with fused dequantization: int8 × int8 → int32 → × scales, + bias → float.
+
+The sum is exact in integers. Then come, in float32, one product with the product of the two scales, one sum with the
+bias, and one rounding to the output's dtype. A NaN or an Inf in an absmax reaches every element that it scales.
+"""
 
 import functools
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._library import define
@@ -14,28 +19,27 @@ MAX_INT32_INNER = 133_144
 
 
 def int8_matmul_mixed_dequantize(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    a: Tensor,
+    b: Tensor,
+    state_x: Tensor,
+    state_w: Tensor,
+    bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
-    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax for all of b.
+) -> Tensor:
+    """Return ``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax for all of b.
 
-    arXiv 2304.13013, algorithm 1 (equation 3). The sum is exact in integers; then, in float32, one product with
-    the two scales' product, one sum with the bias, one rounding to out_dtype. NaN and Inf in an absmax carry.
+    arXiv 2304.13013, algorithm 1 (equation 3).
 
     Args:
-        a: int8 values [M, K], any strides.
-        b: int8 values [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
+        a: int8 values [M, K].
+        b: int8 values [K, N]; K contiguous (a ``.t()`` view) is the fast one.
         state_x: float32 [M], the absmax of each row of a.
         state_w: float32 (1,), the absmax of b.
         bias: [N], float16, bfloat16 or float32, or None.
         out_dtype: float16 (bitsandbytes' choice), bfloat16 or float32.
 
     Returns:
-        [M, N] in out_dtype, contiguous.
+        [M, N] in out_dtype.
 
     Raises:
         TypeError: an argument has another dtype.
@@ -46,31 +50,27 @@ def int8_matmul_mixed_dequantize(
 
 
 def int8_matmul_rowwise_dequantize(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    a: Tensor,
+    b: Tensor,
+    state_x: Tensor,
+    state_w: Tensor,
+    bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
-    """``(a @ b) * (state_x / 127) * (state_w / 127) + bias`` with one absmax per column of b.
+) -> Tensor:
+    """Return the same as :func:`int8_matmul_mixed_dequantize`, with one absmax per column of b.
 
-    arXiv 2304.13013, algorithm 3. The arithmetic is that of :func:`int8_matmul_mixed_dequantize`.
+    arXiv 2304.13013, algorithm 3. It raises the same errors.
 
     Args:
-        a: int8 values [M, K], any strides.
-        b: int8 values [K, N], any strides; K contiguous (a ``.t()`` view) is the fast one.
-        state_x: float32 [M], the absmax of each row of a.
+        a: int8 values [M, K].
+        b: int8 values [K, N].
+        state_x: float32 [M].
         state_w: float32 [N], the absmax of each column of b (each row of the weight).
         bias: [N], float16, bfloat16 or float32, or None.
-        out_dtype: float16 (bitsandbytes' choice), bfloat16 or float32.
+        out_dtype: float16, bfloat16 or float32.
 
     Returns:
-        [M, N] in out_dtype, contiguous.
-
-    Raises:
-        TypeError: an argument has another dtype.
-        ValueError: shapes do not match, or the arguments are on different devices.
+        [M, N] in out_dtype.
     """
     _check("int8_matmul_rowwise_dequantize", a, b, state_x, state_w, b.shape[-1], bias, out_dtype)
     return int8_matmul_rowwise_dequantize_op(a, b, state_x, state_w, bias, out_dtype)
@@ -78,23 +78,22 @@ def int8_matmul_rowwise_dequantize(
 
 def _check(
     op: str,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
+    a: Tensor,
+    b: Tensor,
+    state_x: Tensor,
+    state_w: Tensor,
     scales_of_b: int,
-    bias: torch.Tensor | None,
+    bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
     for name, qdata in (("a", a), ("b", b)):
         check_dtype(op, name, qdata, torch.int8)
         check_2d(op, name, qdata)
-    for name, absmax in (("state_x", state_x), ("state_w", state_w)):
-        check_dtype(op, name, absmax, torch.float32)
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"{op}: b must have {a.shape[1]} rows, as many as a has columns, got {tuple(b.shape)}")
-    check_shape(op, "state_x", state_x, a.shape[0])
-    check_shape(op, "state_w", state_w, scales_of_b)
+    for name, absmax, scales in (("state_x", state_x, a.shape[0]), ("state_w", state_w, scales_of_b)):
+        check_dtype(op, name, absmax, torch.float32)
+        check_shape(op, name, absmax, scales)
     if bias is not None:
         check_float(op, "bias", bias)
         check_shape(op, "bias", bias, b.shape[1])
@@ -102,25 +101,9 @@ def _check(
     check_same_device(op, a, b=b, state_x=state_x, state_w=state_w, bias=bias)
 
 
-def _fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    return empty(a, (a.shape[0], b.shape[1]), out_dtype)
-
-
-def _dequantize_product_reference(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    state_x: torch.Tensor,
-    state_w: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def _dequantized_product_reference(
+    a: Tensor, b: Tensor, state_x: Tensor, state_w: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     product = _exact_product(a, b)
     scale_x, scale_w = (state_x * ONE_OVER_127)[:, None], state_w * ONE_OVER_127
     # float32 results take the place of the sums: a new buffer of that size costs more than the arithmetic.
@@ -132,14 +115,12 @@ def _dequantize_product_reference(
     return out
 
 
-def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of int8 matrices, exact: int32, or int64 where int32 could overflow."""
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b of int8 matrices, exact: int32, or int64 where int32 could overflow."""
     inner = a.shape[1]
     if inner > MAX_INT32_INNER:
-        halves = (slice(0, inner // 2), slice(inner // 2, inner))
-        return sum(
-            (_exact_product(a[:, half], b[half]).long() for half in halves), start=a.new_zeros((), dtype=torch.long)
-        )
+        half = inner // 2
+        return _exact_product(a[:, :half], b[:half]).long() + _exact_product(a[:, half:], b[half:]).long()
     # torch._int_mm (2.13) leaves the output unwritten at inner dimension 1. It misreads an expanded operand, and a
     # single row with another stride than a row's, which .contiguous() leaves as it is.
     if inner > 1 and not a.is_cuda and _int_mm_is_exact():
@@ -151,15 +132,15 @@ def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def cpu_path(inner: int) -> tuple[str, str]:
-    """How a product over an inner dimension runs on this CPU, and why not faster; "" if that is fast."""
+    """Return how a product over an inner dimension runs on this CPU, and why not faster; "" if that is fast."""
     if inner > 1 and _int_mm_is_exact():
         return "torch._int_mm", ""
     reason = "is not exact on this CPU" if inner > 1 else "is wrong at inner dimension 1"
     return "float32 products", f"torch._int_mm {reason}"
 
 
-def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b through float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
+def _exact_product_in_float(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b by float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
     total = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):  # it would round the sums to 16 bit
         for start in range(0, a.shape[1], 1024):
@@ -170,7 +151,7 @@ def _exact_product_in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    """Whether this CPU's torch._int_mm can be trusted: without VNNI instructions it saturates or worse."""
+    """Return whether this CPU's torch._int_mm can be trusted: without VNNI instructions it saturates or worse."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-127, 128, (32, 192), generator=generator, dtype=torch.int8)
     b = torch.randint(-127, 128, (48, 192), generator=generator, dtype=torch.int8).t()
@@ -179,18 +160,12 @@ def _int_mm_is_exact() -> bool:
     return torch.equal(torch._int_mm(a, b), _exact_product_in_float(a, b))
 
 
-int8_matmul_mixed_dequantize_op = define(
-    "int8_matmul_mixed_dequantize("
-    "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    fake=_fake,
-    reference=_dequantize_product_reference,
-    kernels="int8_matmul",
-)
-
-int8_matmul_rowwise_dequantize_op = define(
-    "int8_matmul_rowwise_dequantize("
-    "Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    fake=_fake,
-    reference=_dequantize_product_reference,
-    kernels="int8_matmul",
+int8_matmul_mixed_dequantize_op, int8_matmul_rowwise_dequantize_op = (
+    define(
+        f"{name}(Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        fake=lambda a, b, state_x, state_w, bias, out_dtype: empty(a, (a.shape[0], b.shape[1]), out_dtype),
+        reference=_dequantized_product_reference,
+        kernels="int8_matmul",
+    )
+    for name in ("int8_matmul_mixed_dequantize", "int8_matmul_rowwise_dequantize")
 )

@@ -1,54 +1,49 @@
-"""Column-wise quantization, stored transposed: for the row-wise strategy's Wᵀ and for an int8 weight gradient.
+"""Column-wise quantization, stored transposed: for the row-wise scheme's Wᵀ and for an int8 weight gradient.
 
 The weight gradient's inner dimension is the tokens, and one token with a large gradient would coarsen every column.
 With R an orthogonal block Hadamard matrix, (R G)ᵀ (R X) = Gᵀ X, and R spreads each token over its block.
 """
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._hadamard import rotate
 from ._library import define
-from ._numerics import absmax_of, quantize_transposed, row_blocks
-from ._validation import check_2d, check_float, check_rotation
+from ._numerics import Quantized, absmax_of, quantize_transposed, row_blocks
+from ._validation import check_matrix, check_rotation
 from .quantize_rowwise import quantize_rowwise_op
 
 
-def quantize_columnwise_and_transpose(
-    x: torch.Tensor, rotate_tokens: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_columnwise_and_transpose(x: Tensor, rotate_tokens: int | None = None) -> Quantized:
     """Quantize each column of x, rotated along the rows or as it is, by its own absmax and store it transposed.
 
     Args:
-        x: [rows, cols], float16, bfloat16 or float32, any strides.
-        rotate_tokens: None, or how many rows (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes; zeros fill the
-            last block of rows. Sums are float32's: with values above 3.4e38 / rotate_tokens they may be Inf.
+        x: [rows, cols], float16, bfloat16 or float32.
+        rotate_tokens: None, or how many rows (16, 32, 64 or 128) a rotation mixes.
 
     Returns:
-        int8 values [cols, rows], contiguous, and the float32 absmax [cols]; both equal ``quantize_rowwise(x.t())``.
-        Rotated: int8 values [cols, rows up to a multiple of rotate_tokens], and the absmax of the rotated x.
-        On a GPU its sums are in the hardware's order: the same from run to run, a few int8 values one from the CPU's.
-        A NaN or an Inf in a column makes its absmax NaN or Inf and its int8 values 0.
+        int8 values [cols, rows], if rotated with rows up to a multiple of rotate_tokens; and their absmax [cols].
+        Not rotated, both equal ``quantize_rowwise(x.t())``.
 
     Raises:
         TypeError: x has another dtype.
         ValueError: x is not 2-D, or rotate_tokens is another number.
     """
-    check_float("quantize_columnwise_and_transpose", "x", x)
-    check_2d("quantize_columnwise_and_transpose", "x", x)
+    check_matrix("quantize_columnwise_and_transpose", "x", x)
     if rotate_tokens is None:
         return quantize_columnwise_and_transpose_op(x)
     check_rotation("quantize_columnwise_and_transpose", "rotate_tokens", rotate_tokens)
     return quantize_rotated_columnwise_and_transpose_op(x, rotate_tokens)
 
 
-def _fake(x: torch.Tensor, rotate_tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: Tensor, rotate_tokens: int = 1) -> Quantized:
     rows, cols = x.shape
     padded_rows = (rows + rotate_tokens - 1) // rotate_tokens * rotate_tokens
     return empty(x, (cols, padded_rows), torch.int8), empty(x, (cols,), torch.float32)
 
 
-def _quantize_columnwise_and_transpose_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_columnwise_and_transpose_reference(x: Tensor) -> Quantized:
     absmax = x.new_zeros(x.shape[1], dtype=torch.float32)
     for block in row_blocks(x):
         absmax = torch.maximum(absmax, absmax_of(x[block], dim=0))
@@ -63,9 +58,7 @@ quantize_columnwise_and_transpose_op = define(
 )
 
 
-def _quantize_rotated_columnwise_and_transpose_reference(
-    x: torch.Tensor, rotate_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rotated_columnwise_and_transpose_reference(x: Tensor, rotate_tokens: int) -> Quantized:
     rows, cols = x.shape
     rotated = x.new_zeros((rows + -rows % rotate_tokens, cols), dtype=torch.float32)
     rotated[:rows] = x
@@ -83,44 +76,17 @@ quantize_rotated_columnwise_and_transpose_op = define(
 )
 
 
-def quantize_rowwise_and_rotated_columnwise(
-    x: torch.Tensor, rotate_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`quantize_rowwise` and the rotated :func:`quantize_columnwise_and_transpose` together, x read twice in all.
-
-    Args:
-        x: [rows, cols], float16, bfloat16 or float32, any strides.
-        rotate_tokens: 16, 32, 64 or 128.
-
-    Returns:
-        What the two return: row int8 values and absmax, column int8 values and absmax.
-
-    Raises:
-        TypeError: x has another dtype.
-        ValueError: x is not 2-D, or rotate_tokens is another number.
-    """
-    check_float("quantize_rowwise_and_rotated_columnwise", "x", x)
-    check_2d("quantize_rowwise_and_rotated_columnwise", "x", x)
-    check_rotation("quantize_rowwise_and_rotated_columnwise", "rotate_tokens", rotate_tokens)
-    return quantize_rowwise_and_rotated_columnwise_op(x, rotate_tokens)
-
-
-def _fake_both(x: torch.Tensor, rotate_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, cols = x.shape
-    qdata, absmax = empty(x, (rows, cols), torch.int8), empty(x, (rows,), torch.float32)
-    return qdata, absmax, *_fake(x, rotate_tokens)
-
-
-def _quantize_rowwise_and_rotated_columnwise_reference(
-    x: torch.Tensor, rotate_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rowwise = quantize_rowwise_op(x)
-    return *rowwise, *_quantize_rotated_columnwise_and_transpose_reference(x, rotate_tokens)
-
-
-quantize_rowwise_and_rotated_columnwise_op = define(
+quantize_rowwise_and_rotated_columnwise = define(
     "quantize_rowwise_and_rotated_columnwise(Tensor x, int rotate_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_both,
-    reference=_quantize_rowwise_and_rotated_columnwise_reference,
+    fake=lambda x, rotate_tokens: (
+        empty(x, x.shape, torch.int8),
+        empty(x, (x.shape[0],), torch.float32),
+        *_fake(x, rotate_tokens),
+    ),
+    reference=lambda x, rotate_tokens: (
+        *quantize_rowwise_op(x),
+        *_quantize_rotated_columnwise_and_transpose_reference(x, rotate_tokens),
+    ),
     kernels="quantize_rotated",
 )
+"""Return what :func:`quantize_rowwise` and rotated :func:`quantize_columnwise_and_transpose` do, in two reads of x."""

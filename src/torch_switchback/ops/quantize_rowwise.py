@@ -1,15 +1,16 @@
 """Row-wise quantization and its inverse: one absmax per row, as for activations and output gradients."""
 
 import torch
+from torch import Tensor
 
 from ..kernels.device import empty
 from ._hadamard import rotate_features as rotated
 from ._library import define
-from ._numerics import ONE_OVER_127, absmax_of, quantize, row_blocks
+from ._numerics import ONE_OVER_127, Quantized, absmax_of, quantize, row_blocks
 from ._validation import (
     check_2d,
     check_dtype,
-    check_float,
+    check_matrix,
     check_out_dtype,
     check_rotation,
     check_same_device,
@@ -17,40 +18,34 @@ from ._validation import (
 )
 
 
-def quantize_rowwise(x: torch.Tensor, rotate_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rowwise(x: Tensor, rotate_features: int | None = None) -> Quantized:
     """Quantize each row of x, rotated along the columns or as it is, by its own absmax (arXiv 2304.13013, equation 1).
 
     Args:
-        x: [rows, cols], float16, bfloat16 or float32, any strides.
-        rotate_features: None, or how many columns (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes; zeros fill
-            the last block of columns. Sums are float32's: with values above 3.4e38 / rotate_features they may be Inf.
+        x: [rows, cols], float16, bfloat16 or float32.
+        rotate_features: None, or how many columns (16, 32, 64 or 128) a rotation mixes.
 
     Returns:
-        The int8 values [rows, cols], contiguous, and the float32 absmax [rows]: ``x ≈ qdata * absmax / 127``.
-        A row with a NaN or an Inf has a NaN or Inf absmax and int8 values 0; a row whose absmax is below 2**-121
-        has int8 values 0.
-        Rotated: int8 values [rows, cols up to a multiple of rotate_features], and the absmax of the rotated x.
-        On a GPU its sums are in the hardware's order: the same from run to run, a few int8 values one from the CPU's.
+        int8 values [rows, cols], if rotated with cols up to a multiple of rotate_features; and their absmax [rows].
 
     Raises:
         TypeError: x has another dtype.
         ValueError: x is not 2-D, or rotate_features is another number.
     """
-    check_float("quantize_rowwise", "x", x)
-    check_2d("quantize_rowwise", "x", x)
+    check_matrix("quantize_rowwise", "x", x)
     if rotate_features is None:
         return quantize_rowwise_op(x)
     check_rotation("quantize_rowwise", "rotate_features", rotate_features)
     return quantize_rotated_rowwise_op(x, rotate_features)
 
 
-def _fake_quantize(x: torch.Tensor, rotate_features: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_quantize(x: Tensor, rotate_features: int = 1) -> Quantized:
     rows, cols = x.shape
     padded_cols = (cols + rotate_features - 1) // rotate_features * rotate_features
     return empty(x, (rows, padded_cols), torch.int8), empty(x, (rows,), torch.float32)
 
 
-def _quantize_rowwise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rowwise_reference(x: Tensor) -> Quantized:
     qdata, absmax = _fake_quantize(x)
     for block in row_blocks(x):
         absmax[block] = absmax_of(x[block], dim=1)
@@ -66,7 +61,7 @@ quantize_rowwise_op = define(
 )
 
 
-def _quantize_rotated_rowwise_reference(x: torch.Tensor, rotate_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rotated_rowwise_reference(x: Tensor, rotate_features: int) -> Quantized:
     qdata, absmax = _fake_quantize(x, rotate_features)
     for block in row_blocks(x):
         qdata[block], absmax[block] = _quantize_rowwise_reference(rotated(x[block], rotate_features))
@@ -81,16 +76,16 @@ quantize_rotated_rowwise_op = define(
 )
 
 
-def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """``x * absmax / 127`` row by row: the inverse of :func:`quantize_rowwise`.
+def dequantize_rowwise(x: Tensor, absmax: Tensor, out_dtype: torch.dtype = torch.float16) -> Tensor:
+    """Return ``x * absmax / 127`` row by row: the inverse of :func:`quantize_rowwise`.
 
     Args:
-        x: int8 values [rows, cols], any strides.
+        x: int8 values [rows, cols].
         absmax: float32 [rows].
         out_dtype: float16 (bitsandbytes' choice), bfloat16 or float32.
 
     Returns:
-        [rows, cols] in out_dtype, contiguous; a row whose absmax is NaN or Inf is non-finite throughout.
+        [rows, cols] in out_dtype; a row whose absmax is NaN or Inf is non-finite throughout.
 
     Raises:
         TypeError: x is not int8, absmax not float32, or out_dtype another dtype.
@@ -105,18 +100,14 @@ def dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.d
     return dequantize_rowwise_op(x, absmax, out_dtype)
 
 
-def _fake_dequantize(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    return empty(x, x.shape, out_dtype)
-
-
-def _dequantize_rowwise_reference(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_rowwise_reference(x: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
     # contiguous(): a factor 0 * Inf or 0 * NaN is NaN, as it must be.
     return (x.contiguous().float() * (absmax * ONE_OVER_127)[:, None]).to(out_dtype)
 
 
 dequantize_rowwise_op = define(
     "dequantize_rowwise(Tensor x, Tensor absmax, ScalarType out_dtype) -> Tensor",
-    fake=_fake_dequantize,
+    fake=lambda x, absmax, out_dtype: empty(x, x.shape, out_dtype),
     reference=_dequantize_rowwise_reference,
     kernels="quantize_rowwise",
 )
