@@ -1,4 +1,4 @@
-"""torch.fx.symbolic_trace: a layer's computation is one node, which computes what the layer does."""
+"""torch.fx.symbolic_trace: a layer is a leaf, as nn.Linear is. torch.jit.script: it is refused by name."""
 
 import pickle
 
@@ -23,8 +23,8 @@ def test_a_traced_model_computes_the_same(config, prepared, device):
     if prepared:
         model[0].prepare_for_eval()
     traced = torch.fx.symbolic_trace(model)
-    called = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
-    assert called.count("linear") == 2
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1", "2"]
     x = torch.randn(2, 5, 8, device=device, requires_grad=True)
     wanted = [x, *model.parameters()]
     y = model(x)
@@ -34,3 +34,10 @@ def test_a_traced_model_computes_the_same(config, prepared, device):
         wanted = [x, *(program.get_parameter(name) for name, _ in model.named_parameters())]
         for actual, value in zip((y, *torch.autograd.grad(y.sum(), wanted)), expected, strict=True):
             assert torch.equal(actual, value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda layer: layer], ids=["model", "layer"])
+def test_torch_jit_script_is_refused_by_name(wrap):
+    with pytest.raises(NotImplementedError, match=r"SwitchBackLinear.*revert_switchback"):
+        torch.jit.script(wrap(convert_all(nn.Linear(8, 16))))

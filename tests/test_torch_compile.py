@@ -121,6 +121,19 @@ def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
     assert len(compiles) <= 3
 
 
+@strategies
+@pytest.mark.parametrize("autocast", [False, True])
+def test_symbolic_shapes_from_the_first_call(config, autocast, device):
+    """dynamic=True also makes symbols of a module's floats, which an autograd Function cannot take."""
+    model = make_model(config, device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 7):
+        x = torch.randn(batch, 64, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            for actual, expected in zip(step(model, compiled, x), step(model, model, x), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=2e-2 if autocast else 1e-3, atol=1e-3)
+
+
 def test_export_with_a_dynamic_batch(device):
     model = make_model(ts.SwitchBackConfig(), device).eval()
     batch = torch.export.Dim("batch", min=2)

@@ -11,8 +11,6 @@ from .functional import linear
 from .prepared import PreparedWeight
 from .weight_cache import WeightCache
 
-torch.fx.wrap("linear")  # a node of its own in torch.fx's graphs: its checks are no operations
-
 
 class SwitchBackLinear(PreparedWeight, nn.Linear):
     """A drop-in nn.Linear for INT8 training (SwitchBack, arXiv 2304.13013).
@@ -74,16 +72,23 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
+        if isinstance(input, torch.fx.Proxy):  # a leaf of the traced graph, as layers of torch.nn are
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         weight, config = self.weight, self.config
         if weight is not None and not config.cache_quantized_weight:
             return linear(input, weight, self.bias, config)
         absmax = cache = None
         if weight is None:
             weight, absmax = self.weight_int8, self.weight_absmax
-        is_traced = not isinstance(input, torch.Tensor)  # but torch.fx's Proxy
-        if config.cache_quantized_weight and not is_traced and WeightCache.can_hold(weight):
+        if config.cache_quantized_weight and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
         return linear(input, weight, self.bias, config, absmax, cache)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile SwitchBackLinear: revert_switchback(model) makes its layers nn.Linear"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}

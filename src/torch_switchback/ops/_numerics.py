@@ -6,15 +6,14 @@ from torch import Tensor
 Quantized = tuple[Tensor, Tensor]
 """int8 values and their absmax."""
 
-# 127 / absmax is finite from here on: 127 / 2**-121 = 127/128 * 2**128. What an absmax below it covers
-# quantizes to 0.
-SMALLEST_ABSMAX = 2.0**-121
 ONE_OVER_127 = 1.0 / 127.0
 
 
 def inverse_scale(absmax: Tensor) -> Tensor:
     """Return 127 / absmax in float32 (one IEEE division), or 0 where the int8 values are 0: absmax tiny, Inf or NaN."""
-    usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
+    # From 2**-121 on 127 / absmax is finite: 127 / 2**-121 = 127/128 * 2**128. It is a literal, as Dynamo makes a
+    # symbol of a module's float under dynamic=True, and fails on it in an autograd Function.
+    usable = (absmax >= 2.0**-121) & (absmax < float("inf"))
     # Not ``127.0 / absmax``: torch computes that as absmax.reciprocal() * 127, which rounds twice.
     inverse = torch.full_like(absmax, 127.0).div_(absmax)
     return inverse.masked_fill_(~usable, 0.0)
