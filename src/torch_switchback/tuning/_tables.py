@@ -18,7 +18,7 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """How an INT8 product is cut up. Results do not depend on it, only the time does.
+    """How an INT8 matmul is cut up. Results do not depend on it, only the time does.
 
     Raises:
         ValueError: kernel is none of the three, another field is no positive int, or a block or num_warps is no
@@ -68,7 +68,7 @@ class ProductShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The configuration for a product [m, k] × [k, n]."""
+    """The configuration for a matmul [m, k] × [k, n]."""
 
     m: int
     n: int
