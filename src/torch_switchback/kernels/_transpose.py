@@ -142,16 +142,15 @@ def plan_quantize_transpose(
     strides = (*x.stride(), *(parts.stride() if columnwise else (1, 1)))
     # At least one program per block of columns: without rows there is still an absmax to store.
     col_blocks = max(1, ceil_div(cols, tile.BLOCK_COLS))
-
-    def arguments(x: Any, parts: Any, qdata_t: Any, absmax: Any, qdata: Any) -> tuple[Any, ...]:
-        unused = qdata_t
-        tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
-        return (*tensors, parts.shape[0] if columnwise else parts.numel(), x.shape[0], cols, *strides)
-
-    launch = bind(quantize_transpose_kernel, arguments(x, parts, qdata_t, absmax, qdata), tile)
+    unused = qdata_t
+    tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
+    launch = bind(quantize_transpose_kernel, (*tensors, count, rows, cols, *strides), tile)
 
     def run(x: Any, parts: Any, qdata_t: Any, absmax: Any, qdata: Any) -> None:
-        grid = (max(1, ceil_div(x.shape[0], BLOCK_ROWS)) * col_blocks, 1, 1)
-        launch(grid, *arguments(x, parts, qdata_t, absmax, qdata))
+        rows, unused = x.shape[0], qdata_t
+        tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
+        count = parts.shape[0] if columnwise else parts.numel()
+        grid = (max(1, ceil_div(rows, BLOCK_ROWS)) * col_blocks, 1, 1)
+        launch(grid, *tensors, count, rows, cols, *strides)
 
     return run

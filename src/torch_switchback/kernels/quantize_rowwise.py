@@ -86,16 +86,16 @@ class RowTile(NamedTuple):
 
 def plan_quantize_rowwise(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> Plan:
     rows, cols = x.shape
-    sizes = cols, *x.stride()
+    stride_row, stride_col = x.stride()
     few_rows = rows <= FEW_ROWS
     # With many small programs, letting the next kernel start early costs each of them more than it saves.
     tile = row_tile(cols, few_rows, few_rows and supports_pdl(x.device))
     block_rows = tile.BLOCK_ROWS
-    launch = bind(quantize_rowwise_kernel, (x, qdata, absmax, rows, *sizes), tile)
+    launch = bind(quantize_rowwise_kernel, (x, qdata, absmax, rows, cols, stride_row, stride_col), tile)
 
     def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         rows = x.shape[0]
-        launch((ceil_div(rows, block_rows), 1, 1), x, qdata, absmax, rows, *sizes)
+        launch((ceil_div(rows, block_rows), 1, 1), x, qdata, absmax, rows, cols, stride_row, stride_col)
 
     return run
 
