@@ -68,7 +68,6 @@ def folder(tmp_path, monkeypatch):
 def forget():
     """What a new process would not know."""
     matmul_table.cache_clear()
-    tuning._nearest.cache_clear()
 
 
 def run(*arguments, shapes=SHAPES, code=0):

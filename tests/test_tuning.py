@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from torch_switchback import tuning
 from torch_switchback.tuning import MatmulConfig, _tables, candidates, matmul_config, matmul_table, user_table_path
 from torch_switchback.tuning.search import fastest
 
@@ -21,10 +20,8 @@ def user_folder(tmp_path, monkeypatch):
     """An empty cache directory, and no memory of the tables before or after."""
     monkeypatch.setenv("TORCH_SWITCHBACK_CACHE", str(tmp_path))
     matmul_table.cache_clear()
-    tuning._nearest.cache_clear()
     yield tmp_path
     matmul_table.cache_clear()
-    tuning._nearest.cache_clear()
 
 
 def config(block_n: int) -> MatmulConfig:
@@ -221,14 +218,18 @@ def test_candidates_fit_shared_memory(architecture, quick):
         assert candidates.shared_memory(c, out_bytes=2) * c.ctas_per_sm <= limits.shared_memory_kib * 1024
 
 
+def tiles_of(tiles):
+    return [(block_m, *rest) for block_m, others in tiles.items() for rest in others]
+
+
 def test_candidates_of_hopper():
     found = set(candidates.candidates("sm_90"))
     tma = [c for c in found if c.kernel == "tma"]
-    assert {(c.block_m, c.block_n, c.block_k) for c in tma} == set(candidates.TMA_TILES)
+    assert {(c.block_m, c.block_n, c.block_k) for c in tma} == set(tiles_of(candidates.TMA_TILES))
     assert {c.num_stages for c in tma} == {3, 4, 5}
     assert {c.ctas_per_sm for c in tma} == {1, 2}
     specialized = [c for c in found if c.kernel == "warp_specialized"]
-    assert {(c.block_m, c.block_n, c.block_k) for c in specialized} == set(candidates.WARP_SPECIALIZED_TILES)
+    assert {(c.block_m, c.block_n, c.block_k) for c in specialized} == set(tiles_of(candidates.WARP_SPECIALIZED_TILES))
     assert {c.num_stages for c in specialized} == {3, 4, 5, 6}
     assert {c.group_m for c in found} == {4, 8, 16, 32}
     assert {c.num_warps for c in found} == {4, 8}

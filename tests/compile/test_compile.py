@@ -294,6 +294,7 @@ KERNEL_MODULES = (
     int8_matmul_tma,
     int8_matmul_warp_specialized,
     quantize_by_absmax,
+    quantize_columnwise,
     quantize_global,
     quantize_rotated,
     quantize_rotated_rowwise,

@@ -112,7 +112,7 @@ def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
 
 def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     monkeypatch.setattr(_absmax, "MAX_SMALL", 0)
-    monkeypatch.setattr(_absmax, "CTAS_PER_SM", 1)  # so that one does both tiles
+    monkeypatch.setattr(quantize_columnwise, "CTAS_PER_SM", 1)  # so that one does both tiles
     x = far_apart(130, 3)
     launcher = planned(quantize_columnwise.plan_quantize_columnwise_and_transpose)
     check_quantizer(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))

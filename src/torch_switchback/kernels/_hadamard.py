@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def hadamard_matrix(dtype: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """[SIZE, SIZE]: signs times Sylvester's ±1 matrices of BLOCK on the diagonal, columns in the order of unshuffle.
+    """Return [SIZE, SIZE]: signs times Sylvester's ±1 matrices of BLOCK on the diagonal, columns as unshuffle wants.
 
     dtype: of what it is to rotate; float32 is rotated in parts of bfloat16.
     """
@@ -29,9 +29,9 @@ def hadamard_matrix(dtype: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
 
 @triton.jit
 def rotate_transposed(x, matrix):
-    """x [SIZE, n] rotated along its rows by the hadamard_matrix, without the factor BLOCK ** -0.5: float32 [n, SIZE].
+    """Return float32 [n, SIZE]: x [SIZE, n] rotated along its rows by the matrix, without the factor BLOCK ** -0.5.
 
-    Its columns are in the order of tensor cores' results: see unshuffle.
+    The columns are in the order of tensor cores' results: see unshuffle.
     """
     if x.dtype == tl.float32:
         rotated = tl.zeros([x.shape[1], x.shape[0]], dtype=tl.float32)
@@ -48,7 +48,7 @@ def rotate_transposed(x, matrix):
 
 @triton.jit
 def unshuffle(x):
-    """[n, SIZE] -> [n, SIZE], the columns of rotate_transposed in their own order.
+    """Return x [n, SIZE] of rotate_transposed with its columns in their own order.
 
     Of eight columns of a result each of four threads holds two. Here its SIZE // 4 are neighbors, so that it stores
     whole words of int8 values and none changes its thread.

@@ -1,5 +1,8 @@
-"""The arithmetic that every matmul kernel shares: scales, bias and one rounding."""
+"""What the matmul kernels share: their operands, and the arithmetic of scales, bias and one rounding."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
@@ -9,9 +12,20 @@ from ._numerics import ONE_OVER_127
 K_CHUNK = 131072
 
 
+class Operands(NamedTuple):
+    """What a kernel reads, and the output that it fills."""
+
+    a: torch.Tensor  # [M, K] int8, K contiguous
+    b: torch.Tensor  # [K, N] int8, K contiguous
+    absmax_a: torch.Tensor  # [M] fp32
+    absmax_b: torch.Tensor  # [N] or [1] fp32
+    bias: torch.Tensor | None  # [N] fp16/bf16/fp32
+    out: torch.Tensor  # [M, N] fp16/bf16/fp32, contiguous
+
+
 @triton.jit
 def load_scale(absmax_ptr, index, size):
-    """absmax / 127 of some rows or columns."""
+    """Return absmax / 127 of some rows or columns."""
     return tl.load(absmax_ptr + index, mask=index < size, other=0.0) * ONE_OVER_127
 
 
@@ -22,7 +36,7 @@ def load_bias(bias_ptr, col, N):
 
 @triton.jit
 def dequantize(acc, scale_a, scale_b, bias):
-    """fp32(acc) * (scale_a * scale_b) + bias, each operation rounded once, in this order.
+    """Return fp32(acc) * (scale_a * scale_b) + bias, each operation rounded once, in this order.
 
     acc: [rows, cols] int32 or int64; scale_a: [rows, 1]; scale_b: [1, cols] or a scalar; bias: [1, cols] or None.
     """
@@ -45,7 +59,7 @@ def dequantize_tile(
     ABSMAX_PER_COL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """:func:`dequantize` of a tile at row [rows] and col [cols]."""
+    """Return what :func:`dequantize` makes of a tile at row [rows] and col [cols]."""
     scale_a = load_scale(absmax_a_ptr, row, M)[:, None]
     if ABSMAX_PER_COL:
         scale_b = load_scale(absmax_b_ptr, col, N)[None, :]

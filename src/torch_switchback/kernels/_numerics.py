@@ -14,7 +14,7 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: for |v| < 2**22 the low bits 
 
 @triton.jit
 def magnitude_bits(x):
-    """|x| as the bits of a float32. As integers they order like |x| with NaN on top, which a float max may drop."""
+    """Return the float32 bits of |x|. As integers they order like |x|, with NaN on top, which a float max may drop."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -25,13 +25,13 @@ def bits_to_float(bits):
 
 @triton.jit
 def inverse_scale(absmax):
-    """127 / absmax, or 0 where the int8 values are 0: absmax tiny, Inf or NaN. One IEEE division an absmax."""
+    """Return 127 / absmax in one IEEE division, or 0 where the int8 values are 0: absmax tiny, Inf or NaN."""
     usable = (absmax >= SMALLEST_ABSMAX) & (absmax < float("inf"))
     return tl.where(usable, tl.div_rn(127.0, tl.where(usable, absmax, 1.0)), 0.0)
 
 
 @triton.jit
 def quantize(x, inverse):
-    """int8 values rint(x * inverse), half to even; 0 where inverse is 0, whatever x is."""
+    """Return the int8 values rint(x * inverse), half to even; 0 where inverse is 0, whatever x is."""
     scaled = tl.where(inverse > 0.0, x.to(tl.float32), 0.0) * inverse
     return (scaled + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)

@@ -1,12 +1,22 @@
-"""The order in which programs take the tiles of a matrix."""
+"""The tiles of a matrix, and the order in which programs take them."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class BlockTile(NamedTuple):
+    """Constants of a kernel whose programs do one block at a time."""
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    num_warps: int
+
+
 @triton.jit
 def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The block row and column of a tile: down GROUP_M block rows, then one block column on, for reuse in L2."""
+    """Return a tile's block row and column: down GROUP_M block rows, then one block column on, for reuse in L2."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     group = tile // (GROUP_M * blocks_n)

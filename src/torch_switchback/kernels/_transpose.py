@@ -1,14 +1,13 @@
 """Quantize tiles of x and store them transposed, and plain where asked: the second pass of four quantizers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _absmax
-from ._absmax import parts_block, reduce_absmax, reduce_columnwise_absmax
-from ._numerics import inverse_scale, quantize
+from ._absmax import parts_block, reduce_absmax
+from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
 from ._tiles import tile_position
 from .launch import VECTOR, Plan, bind, ceil_div, next_power_of_2
 
@@ -17,7 +16,30 @@ BLOCK_COLS, NUM_WARPS = 128, 4
 # Of rows that are no whole vectors each element is loaded and stored by itself: a tile half as large takes 0.7 of the
 # time to compile, and 0.9 to 1.2 of it to run.
 BLOCK_COLS_ODD, NUM_WARPS_ODD = 64, 8
-GROUP_ROWS = 8  # blocks of rows whose transposed int8 values are written side by side
+MAX_BLOCK_PARTS = 128  # rows of parts that a program reads at once
+GROUP_ROWS = tl.constexpr(8)  # blocks of rows whose transposed int8 values are written side by side
+
+
+@triton.jit
+def reduce_columnwise_absmax(
+    x_ptr,  # [rows, cols] fp16/bf16/fp32
+    col,  # [BLOCK_COLS]
+    rows,
+    cols,
+    stride_row,
+    stride_col,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Return the fp32 absmax [BLOCK_COLS] of columns of x."""
+    block = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
+    bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + block
+        mask = (row < rows) & (col < cols)[None, :]
+        x = tl.load(x_ptr + row * stride_row + col[None, :] * stride_col, mask=mask, other=0.0)
+        bits = tl.maximum(bits, magnitude_bits(x))
+    return bits_to_float(tl.max(bits, axis=0))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -40,7 +62,6 @@ def quantize_transpose_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
 ):
     # From the last rows, which the first pass read last and the cache may still hold.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -90,7 +111,6 @@ class TransposeTile(NamedTuple):
     BLOCK_ROWS: int
     BLOCK_COLS: int
     BLOCK_PARTS: int
-    GROUP_ROWS: int
     num_warps: int
 
 
@@ -116,8 +136,7 @@ def plan_quantize_transpose(
         STORE_ABSMAX=absmax is not None,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS if in_vectors else BLOCK_COLS_ODD,
-        BLOCK_PARTS=min(next_power_of_2(count), _absmax.BLOCK_ROWS) if columnwise else parts_block(count),
-        GROUP_ROWS=GROUP_ROWS,
+        BLOCK_PARTS=min(next_power_of_2(count), MAX_BLOCK_PARTS) if columnwise else parts_block(count),
         num_warps=NUM_WARPS if in_vectors else NUM_WARPS_ODD,
     )
     strides = (*x.stride(), *(parts.stride() if columnwise else (1, 1)))
@@ -127,26 +146,11 @@ def plan_quantize_transpose(
     tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
     launch = bind(quantize_transpose_kernel, (*tensors, count, rows, cols, *strides), tile)
 
-    def run(
-        x: torch.Tensor,
-        parts: torch.Tensor,
-        qdata_t: torch.Tensor,
-        absmax: torch.Tensor | None,
-        qdata: torch.Tensor | None,
-    ) -> None:
-        rows = x.shape[0]
+    def run(x: Any, parts: Any, qdata_t: Any, absmax: Any, qdata: Any) -> None:
+        rows, unused = x.shape[0], qdata_t
+        tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
         count = parts.shape[0] if columnwise else parts.numel()
-        launch(
-            (max(1, ceil_div(rows, BLOCK_ROWS)) * col_blocks, 1, 1),
-            x,
-            parts,
-            qdata_t if qdata is None else qdata,
-            qdata_t,
-            qdata_t if absmax is None else absmax,
-            count,
-            rows,
-            cols,
-            *strides,
-        )
+        grid = (max(1, ceil_div(rows, BLOCK_ROWS)) * col_blocks, 1, 1)
+        launch(grid, *tensors, count, rows, cols, *strides)
 
     return run

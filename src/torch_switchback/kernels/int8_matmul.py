@@ -15,7 +15,7 @@ import triton
 
 from ..tuning import MatmulConfig, matmul_config, padded
 from . import CannotCompile, int8_matmul_pointer, int8_matmul_tma
-from ._matmul import K_CHUNK
+from ._matmul import K_CHUNK, Operands
 from .device import architecture
 from .launch import VECTOR, Plan
 
@@ -53,16 +53,16 @@ def plan_int8_matmul(
     k = padded(a.shape[1])
     pads_a, pads_b = not _in_whole_vectors(a), not _in_whole_vectors(b.t())
 
-    def prepare(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any) -> tuple[Any, ...]:
+    def prepare(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any) -> tuple[Any, Any, Any, Any, Any]:
         if pads_a:
             a = _copy_padded(a, k)
         if pads_b:
             b = _copy_padded(b.t(), k).t()
         return a, b, absmax_a.contiguous(), absmax_b.contiguous(), None if bias is None else bias.contiguous()
 
-    operands = prepare(a, b, absmax_a, absmax_b, bias)
-    multiply = _plan_kernel(operands, out, absmax_per_col, config)
-    if all(one is other for one, other in zip(operands, (a, b, absmax_a, absmax_b, bias), strict=True)):
+    operands = Operands(*prepare(a, b, absmax_a, absmax_b, bias), out)
+    multiply = _plan_kernel(operands, absmax_per_col, config)
+    if all(one is other for one, other in zip(operands, (a, b, absmax_a, absmax_b, bias, out), strict=True)):
         return multiply
 
     def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
@@ -75,20 +75,17 @@ plan_int8_matmul_mixed_dequantize = functools.partial(plan_int8_matmul, absmax_p
 plan_int8_matmul_rowwise_dequantize = functools.partial(plan_int8_matmul, absmax_per_col=True)
 
 
-def _plan_kernel(
-    operands: tuple[Any, ...], out: torch.Tensor, absmax_per_col: bool, config: MatmulConfig | None
-) -> Plan:
+def _plan_kernel(operands: Operands, absmax_per_col: bool, config: MatmulConfig | None) -> Plan:
     """Return the plan of one kernel: of a configuration, or of the tuned one, or of the first plainer one that runs."""
-    a, b = operands[:2]
-    (m, k), n = a.shape, b.shape[1]
+    (m, k), n, out = operands.a.shape, operands.b.shape[1], operands.out
     fits_tma = k > 0 and out.numel() > 0 and n * out.element_size() % VECTOR == 0 and out.data_ptr() % VECTOR == 0
     if config is not None:
-        return _planner(config, fits_tma, k)(*operands, out, absmax_per_col, config)
-    tuned = matmul_config(architecture(a.device), m, n, k, tma=fits_tma)
+        return _planner(config, fits_tma, k)(operands, absmax_per_col, config)
+    tuned = matmul_config(architecture(out.device), m, n, k, tma=fits_tma)
     while True:
         config, _ = _replaced.get(tuned, (tuned, ""))
         try:
-            return _planner(config, fits_tma, k)(*operands, out, absmax_per_col, config)
+            return _planner(config, fits_tma, k)(operands, absmax_per_col, config)
         except CannotCompile as error:
             plainer = _PLAINER[config.kernel]
             if config == plainer:

@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from ..tuning import MatmulConfig
-from ._matmul import K_CHUNK, dequantize_tile, load_bias
+from ._matmul import K_CHUNK, Operands, dequantize_tile, load_bias
 from ._tiles import tile_position
 from .device import supports_pdl
 from .launch import Plan, bind, ceil_div
@@ -90,7 +89,7 @@ def inner_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The int32 sums over k in [start, stop)."""
+    """Return the int32 sums over k in [start, stop)."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for k in range(start, stop, BLOCK_K):
         inner = k + tl.arange(0, BLOCK_K)
@@ -114,20 +113,9 @@ class Constants(NamedTuple):
     num_stages: int
 
 
-def plan_pointer(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    absmax_a: torch.Tensor,
-    absmax_b: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    absmax_per_col: bool,
-    config: MatmulConfig,
-) -> Plan:
-    """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous.
-
-    It takes a, b, absmax_a, absmax_b, bias, out_dtype and out.
-    """
+def plan_pointer(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> Plan:
+    """Return the plan that fills the output; it takes a, b, absmax_a, absmax_b, bias, out_dtype and out."""
+    a, b, absmax_a, absmax_b, bias, out = operands
     K, N = b.shape
     constants = Constants(
         ABSMAX_PER_COL=absmax_per_col,

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._matmul import K_CHUNK, dequantize_tile
+from ._matmul import K_CHUNK, Operands, dequantize_tile
 from ._tiles import tile_position
 from .device import num_sms, supports_pdl
 from .launch import Plan, bind, ceil_div
@@ -89,67 +89,72 @@ class Constants(NamedTuple):
     num_stages: int
 
 
-def plan_tma(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    absmax_a: torch.Tensor,
-    absmax_b: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    absmax_per_col: bool,
-    config: MatmulConfig,
-) -> Plan:
-    """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous. All three fit TMA.
-
-    It takes a, b, absmax_a, absmax_b, bias, out_dtype and out.
-    """
-    K, N = b.shape
+def plan_tma(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> Plan:
+    """Return the plan that fills the output, which fits TMA, as a and b do. See :func:`plan_persistent`."""
+    K = operands.a.shape[1]
     if K > K_CHUNK:
         config = WIDE_SUMS
     constants = Constants(
         ABSMAX_PER_COL=absmax_per_col,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=operands.bias is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         K_CHUNK=K_CHUNK if K > K_CHUNK else 0,
-        PDL_WAIT=supports_pdl(a.device),
+        PDL_WAIT=supports_pdl(operands.a.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    block_a, block_b = [config.block_m, config.block_k], [config.block_n, config.block_k]
-    block_out = [config.block_m, config.block_n // 2]
-    strides_a, strides_b = (a.stride(0), 1), (b.stride(1), 1)
-    max_programs, blocks_n = config.ctas_per_sm * num_sms(a.device), ceil_div(N, config.block_n)
+    boxes = (
+        Box(TensorDescriptor, [config.block_m, config.block_k]),
+        Box(TensorDescriptor, [config.block_n, config.block_k]),
+        Box(TensorDescriptor, [config.block_m, config.block_n // 2]),
+    )
+    return plan_persistent(int8_matmul_tma_kernel, constants, operands, boxes, config)
+
+
+class Box(NamedTuple):
+    """What a tensor descriptor says of a block that TMA moves."""
+
+    kind: type  # of descriptor: Triton's or Gluon's
+    shape: list[int]
+    layout: Any = None  # in shared memory; Gluon's alone say it
+
+    def descriptor(self, base: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int]) -> Any:
+        """Return the descriptor of a matrix, without the validation that takes 3 µs."""
+        result: Any = object.__new__(self.kind)
+        result.base, result.shape, result.strides, result.block_shape = base, shape, strides, self.shape
+        if self.layout is not None:
+            result.layout = self.layout
+        return result
+
+
+def plan_persistent(
+    kernel: Any, constants: Any, operands: Operands, boxes: tuple[Box, Box, Box], config: MatmulConfig
+) -> Plan:
+    """Return the plan of a kernel on descriptors, each of whose programs takes one tile of the output after another.
+
+    It takes a, b, absmax_a, absmax_b, bias, out_dtype and out.
+
+    Args:
+        boxes: those of a, b and out.
+    """
+    K, N = operands.b.shape
+    strides_a, strides_b = (operands.a.stride(0), 1), (operands.b.stride(1), 1)
+    max_programs, blocks_n = config.ctas_per_sm * num_sms(operands.a.device), ceil_div(N, config.block_n)
+    describe_a, describe_b, describe_out = (box.descriptor for box in boxes)
 
     def arguments(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
         M = a.shape[0]
-        return (
-            descriptor(TensorDescriptor, a, (M, K), strides_a, block_a),
-            descriptor(TensorDescriptor, b, (N, K), strides_b, block_b),
-            descriptor(TensorDescriptor, out, (M, N), (N, 1), block_out),
-            absmax_a,
-            absmax_b,
-            absmax_b if bias is None else bias,
-            M,
-            N,
-            K,
-        )
+        read = describe_a(a, (M, K), strides_a), describe_b(b, (N, K), strides_b)
+        vectors = absmax_a, absmax_b, absmax_b if bias is None else bias
+        return (*read, describe_out(out, (M, N), (N, 1)), *vectors, M, N, K)
 
-    launch = bind(int8_matmul_tma_kernel, arguments(a, b, absmax_a, absmax_b, bias, out), constants)
+    launch = bind(kernel, arguments(*operands), constants)
 
     def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
         programs = min(ceil_div(a.shape[0], config.block_m) * blocks_n, max_programs)
         launch((programs, 1, 1), *arguments(a, b, absmax_a, absmax_b, bias, out))
 
     return run
-
-
-def descriptor(
-    kind: type, base: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int], block_shape: list[int]
-) -> Any:
-    """Return a tensor descriptor, without the validation that takes 3 µs."""
-    result: Any = object.__new__(kind)
-    result.base, result.shape, result.strides, result.block_shape = base, shape, strides, block_shape
-    return result

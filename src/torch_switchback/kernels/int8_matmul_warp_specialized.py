@@ -6,7 +6,7 @@ for the other. Both share one tile of b, which takes three quarters of the L2 tr
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -16,11 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tuning import MatmulConfig
-from ._matmul import dequantize, load_bias, load_scale
+from ._matmul import Operands, dequantize, load_bias, load_scale
 from ._tiles import tile_position
-from .device import num_sms
-from .int8_matmul_tma import descriptor
-from .launch import Plan, bind, ceil_div
+from .int8_matmul_tma import Box, plan_persistent
+from .launch import Plan
 
 GROUPS = gl.constexpr(2)  # warp groups that multiply
 OUT_BUFFERS = gl.constexpr(2)  # of a warp group: one is stored while the next is filled
@@ -34,7 +33,7 @@ store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 @gluon.jit
 def advance(stage, phase, STAGES: gl.constexpr):
-    """The next stage of the ring, and the phase of its barriers."""
+    """Return the next stage of the ring, and the phase of its barriers."""
     stage += 1
     if stage == STAGES:
         stage = 0
@@ -44,7 +43,7 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def split_columns(x, WIDTH: gl.constexpr):
-    """x [rows, cols] as a tuple of [rows, WIDTH]."""
+    """Return x [rows, cols] as a tuple of [rows, WIDTH]."""
     if x.shape[1] == WIDTH:
         return (x,)
     else:
@@ -63,7 +62,7 @@ def load_operands(
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """The loading warp: every operand of every tile into the ring, as soon as a stage is empty."""
+    """Load every operand of every tile into the ring, as soon as a stage is empty: the loading warp."""
     a_tiles, b_tiles, full, empty = ring
     M, N, K = size
     HALF: gl.constexpr = BLOCK_M // GROUPS
@@ -96,7 +95,7 @@ def multiply(
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """A warp group: its half of the rows of every tile."""
+    """Multiply and store half of the rows of every tile: a warp group."""
     a_tiles, b_tiles, full, empty = ring
     absmax_a_ptr, absmax_b_ptr, bias_ptr, columns, out_tiles = epilogue
     M, N, K = size
@@ -235,26 +234,14 @@ class Constants(NamedTuple):
     num_warps: int
 
 
-def plan_warp_specialized(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    absmax_a: torch.Tensor,
-    absmax_b: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    absmax_per_col: bool,
-    config: MatmulConfig,
-) -> Plan:
-    """Return the plan that fills out [M, N] from a [M, K] and b [K, N], both with K contiguous. All three fit TMA.
-
-    It takes a, b, absmax_a, absmax_b, bias, out_dtype and out.
-    """
-    K, N = b.shape
+def plan_warp_specialized(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> Plan:
+    """Return the plan that fills the output, which fits TMA, as a and b do. See :func:`plan_persistent`."""
+    has_bias, dtype = operands.bias is not None, operands.out.dtype
     half = config.block_m // GROUPS.value
-    width = out_width(config, absmax_per_col + (bias is not None), out.element_size())
+    width = out_width(config, absmax_per_col + has_bias, dtype.itemsize)
     constants = Constants(
         ABSMAX_PER_COL=absmax_per_col,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -263,29 +250,9 @@ def plan_warp_specialized(
         WIDTH=width,
         num_warps=4,
     )
-    block_a, block_b, block_out = [half, config.block_k], [config.block_n, config.block_k], [half, width]
-    layouts = _layout(*block_a, a.dtype), _layout(*block_b, b.dtype), _layout(*block_out, out.dtype)
-    strides_a, strides_b = (a.stride(0), 1), (b.stride(1), 1)
-    max_programs, blocks_n = num_sms(a.device), ceil_div(N, config.block_n)
-
-    def arguments(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out: Any) -> tuple[Any, ...]:
-        M = a.shape[0]
-        descriptors = (
-            descriptor(TensorDescriptor, a, (M, K), strides_a, block_a),
-            descriptor(TensorDescriptor, b, (N, K), strides_b, block_b),
-            descriptor(TensorDescriptor, out, (M, N), (N, 1), block_out),
-        )
-        for each, layout in zip(descriptors, layouts, strict=True):
-            each.layout = layout
-        return (*descriptors, absmax_a, absmax_b, absmax_b if bias is None else bias, M, N, K)
-
-    launch = bind(int8_matmul_warp_specialized_kernel, arguments(a, b, absmax_a, absmax_b, bias, out), constants)
-
-    def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
-        programs = min(ceil_div(a.shape[0], config.block_m) * blocks_n, max_programs)
-        launch((programs, 1, 1), *arguments(a, b, absmax_a, absmax_b, bias, out))
-
-    return run
+    box_a, box_b = _box(half, config.block_k, torch.int8), _box(config.block_n, config.block_k, torch.int8)
+    boxes = box_a, box_b, _box(half, width, dtype)
+    return plan_persistent(int8_matmul_warp_specialized_kernel, constants, operands, boxes, config)
 
 
 def out_width(config: MatmulConfig, vectors: int, out_bytes: int) -> int:
@@ -302,6 +269,7 @@ def out_width(config: MatmulConfig, vectors: int, out_bytes: int) -> int:
 
 
 @functools.cache
-def _layout(rows: int, cols: int, dtype: torch.dtype) -> Any:
+def _box(rows: int, cols: int, dtype: torch.dtype) -> Box:
     types = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
-    return gl.NVMMASharedLayout.get_default_for([rows, cols], types[dtype])
+    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], types[dtype])
+    return Box(TensorDescriptor, [rows, cols], layout)

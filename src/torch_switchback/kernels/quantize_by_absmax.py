@@ -1,12 +1,11 @@
 """Quantization by known absmaxes in one pass."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ._numerics import inverse_scale, quantize
+from ._tiles import BlockTile
 from .launch import Plan, bind, ceil_div, next_power_of_2
 
 BLOCK = 4096
@@ -33,18 +32,10 @@ def quantize_by_absmax_kernel(
     tl.store(qdata_ptr + row[:, None] * cols + col[None, :], quantize(x, inverse[:, None]), mask=mask)
 
 
-class Tile(NamedTuple):
-    """Constants of :func:`quantize_by_absmax_kernel`."""
-
-    BLOCK_ROWS: int
-    BLOCK_COLS: int
-    num_warps: int
-
-
 def plan_quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> Plan:
     rows, cols = x.shape
     block_cols = min(next_power_of_2(cols), 1024)
-    tile = Tile(BLOCK // block_cols, block_cols, num_warps=8)
+    tile = BlockTile(BLOCK // block_cols, block_cols, num_warps=8)
     sizes = (cols, *x.stride(), 0 if absmax.numel() == 1 else absmax.stride(0))
     grid_cols = ceil_div(cols, block_cols)
     launch = bind(quantize_by_absmax_kernel, (x, absmax, qdata, rows, *sizes), tile)

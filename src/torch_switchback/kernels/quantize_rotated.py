@@ -5,7 +5,7 @@ rows, so that the row-wise int8 values cost no further pass. An absmax is gather
 the bits (see ``magnitude_bits``), which is exact in any order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -124,10 +124,12 @@ class Tile(NamedTuple):
 def plan_quantize_rotated_columnwise_and_transpose(
     x: torch.Tensor, rotate_tokens: int, qdata: torch.Tensor, absmax: torch.Tensor
 ) -> Plan:
-    quantize = plan_quantize_rowwise_and_rotated_columnwise(x, rotate_tokens, None, None, qdata, absmax)
+    quantize = plan_quantize_rowwise_and_rotated_columnwise(
+        x, rotate_tokens, qdata, absmax, qdata, absmax, rowwise=False
+    )
 
     def run(x: torch.Tensor, rotate_tokens: int, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
-        quantize(x, rotate_tokens, None, None, qdata, absmax)
+        quantize(x, rotate_tokens, qdata, absmax, qdata, absmax)
 
     return run
 
@@ -135,44 +137,34 @@ def plan_quantize_rotated_columnwise_and_transpose(
 def plan_quantize_rowwise_and_rotated_columnwise(
     x: torch.Tensor,
     rotate_tokens: int,
-    row_qdata: torch.Tensor | None,
-    row_absmax: torch.Tensor | None,
+    row_qdata: torch.Tensor,
+    row_absmax: torch.Tensor,
     col_qdata: torch.Tensor,
     col_absmax: torch.Tensor,
+    *,
+    rowwise: bool = True,
 ) -> Plan:
+    """Return the plan that fills the outputs; row_qdata and row_absmax are unused unless rowwise."""
     rows, cols = x.shape
     strides = x.stride()
     tile_rows = max(TILE_ROWS, rotate_tokens)
-    rowwise = row_absmax is not None
     tile = Tile(rowwise, rotate_tokens, tile_rows, TILE // tile_rows, NUM_WARPS[x.element_size()], NUM_STAGES)
     col_tiles = ceil_div(cols, tile.TILE_COLS)
     most_programs = CTAS_PER_SM * num_sms(x.device)
 
-    row_absmax = col_absmax if row_absmax is None else row_absmax
-    row_qdata = col_qdata if row_qdata is None else row_qdata
     absmaxes = row_absmax.view(torch.int32), col_absmax.view(torch.int32)
     find_absmax = bind(rotated_absmax_kernel, (x, *absmaxes, rows, 1, cols, *strides), tile)
     tensors = x, row_absmax, col_absmax, row_qdata, col_qdata
     quantize = bind(quantize_rotated_kernel, (*tensors, rows, 1, cols, col_qdata.shape[1], *strides), tile)
 
-    def run(
-        x: torch.Tensor,
-        rotate_tokens: int,
-        row_qdata: torch.Tensor | None,
-        row_absmax: torch.Tensor | None,
-        col_qdata: torch.Tensor,
-        col_absmax: torch.Tensor,
-    ) -> None:
+    def run(x: Any, rotate_tokens: int, row_qdata: Any, row_absmax: Any, col_qdata: Any, col_absmax: Any) -> None:
         rows = x.shape[0]
         row_tiles = ceil_div(rows, tile_rows)
         tiles = max(1, row_tiles * col_tiles // most_programs)
         grid = (ceil_div(row_tiles, tiles) * col_tiles, 1, 1)
         col_absmax.zero_()
-        if row_absmax is None:
-            row_absmax = col_absmax
-        else:
+        if rowwise:
             row_absmax.zero_()
-        row_qdata = col_qdata if row_qdata is None else row_qdata
         find_absmax(grid, x, row_absmax.view(torch.int32), col_absmax.view(torch.int32), rows, tiles, cols, *strides)
         padded_rows = col_qdata.shape[1]
         quantize(grid, x, row_absmax, col_absmax, row_qdata, col_qdata, rows, tiles, cols, padded_rows, *strides)

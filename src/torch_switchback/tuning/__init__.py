@@ -1,4 +1,4 @@
-"""Which tiles a product runs with: measured data, a table an architecture, each row with what measured it."""
+"""Which tiles a matmul runs with: measured data, one table per architecture, each row with what measured it."""
 
 import functools
 import math
@@ -19,35 +19,44 @@ __all__ = [
 
 
 def matmul_config(architecture: str, m: int, n: int, k: int, *, tma: bool = True) -> MatmulConfig:
-    """The configuration measured nearest to a product [m, k] × [k, n], distances taken in octaves.
+    """Return the configuration measured nearest to a matmul [m, k] × [k, n], distances taken in octaves.
 
     Args:
         architecture: ``"sm_90"``, ``"gfx942"``, …
         m: rows (tokens), taken up to the next power of two so that a changing batch changes little.
         n: columns.
-        k: inner dimension, taken up to whole vectors, as products run it.
+        k: inner dimension, taken up to whole vectors, as matmuls run it.
         tma: whether the output's alignment allows TMA. If not, only rows without it count; if so, only those whose
             own output allowed it, for the others never had the choice.
 
     Raises:
         ValueError: architecture is no name of that form.
     """
-    return _nearest(architecture, octave(m), n, padded(k), tma)
+
+    def distance(row: tuple[tuple[int, int, int], MatmulConfig]) -> float:
+        (row_m, row_n, row_k), _ = row
+        return abs(octave(row_m) - octave(m)) + octaves_between(row_n, n) + octaves_between(row_k, padded(k))
+
+    def octaves_between(a: int, b: int) -> float:
+        return abs(math.log2(a) - math.log2(max(b, 1)))
+
+    rows = (row for row in matmul_table(architecture) if (allows_tma(row[0][1]) if tma else not row[1].tma))
+    return min(rows, key=distance)[1]
 
 
 def padded(k: int) -> int:
-    """An inner dimension as products run it: in rows of whole 16 bytes, with zeros behind."""
+    """Return an inner dimension as matmuls run it: in rows of whole 16 bytes, with zeros behind."""
     return -(-k // 16) * 16
 
 
 @functools.cache
 def matmul_table(architecture: str) -> tuple[tuple[tuple[int, int, int], MatmulConfig], ...]:
-    """The rows ((M, N, K), config) in force for an architecture: the user's, then the shipped ones.
+    """Return the rows ((M, N, K), config) in force for an architecture: the user's, then the shipped ones.
 
     A user's row replaces the shipped row of its bucket of M, N and K alone: tuning one shape must not decide them all.
-    A row of another K than products run is of a version that read such operands byte by byte, and is left aside.
+    A row of another K than matmuls run is of a version that read such operands byte by byte, and is left aside.
 
-    Warns (once an architecture and process) of a user's table that cannot be used, and of an architecture that no
+    Warns (once per architecture and process) of a user's table that cannot be used, and of an architecture that no
     shipped table lists while the user has none either.
 
     Raises:
@@ -83,24 +92,10 @@ def _user_rows(architecture: str, *, tma: bool) -> tuple[Row, ...]:
 
 
 def allows_tma(n: int) -> bool:
-    """Whether rows of n 16-bit outputs are multiples of 16 bytes, as TMA wants them. Those of operands always are."""
+    """Return whether rows of n 16-bit outputs are multiples of 16 bytes, as TMA wants. Those of operands always are."""
     return n % 8 == 0
 
 
 def octave(m: int) -> int:
     """Return log2 of the power of two that m is rounded up to."""
     return (max(m, 1) - 1).bit_length()
-
-
-@functools.lru_cache(4096)
-def _nearest(architecture: str, rows_octave: int, n: int, k: int, tma: bool) -> MatmulConfig:
-    def distance(row: tuple[tuple[int, int, int], MatmulConfig]) -> float:
-        (row_m, row_n, row_k), _ = row
-        return abs(octave(row_m) - rows_octave) + _octaves_between(row_n, n) + _octaves_between(row_k, k)
-
-    rows = (row for row in matmul_table(architecture) if (allows_tma(row[0][1]) if tma else not row[1].tma))
-    return min(rows, key=distance)[1]
-
-
-def _octaves_between(a: int, b: int) -> float:
-    return abs(math.log2(a) - math.log2(max(b, 1)))

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,7 +18,7 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """How an INT8 product is cut up. Results do not depend on it, only the time does.
+    """How an INT8 matmul is cut up. Results do not depend on it, only the time does.
 
     Raises:
         ValueError: kernel is none of the three, another field is no positive int, or a block or num_warps is no
@@ -69,7 +68,7 @@ class ProductShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The configuration for a product [m, k] × [k, n]."""
+    """The configuration for a matmul [m, k] × [k, n]."""
 
     m: int
     n: int
@@ -107,38 +106,30 @@ class Table:
 
 
 def read(path: Path) -> Table:
-    """The table in a file.
+    """Return the table in a file.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it holds no table.
     """
-    return parse(path.read_text(encoding="utf-8"))
-
-
-def parse(text: str) -> Table:
-    """The table in a file's text.
-
-    Raises:
-        ValueError: there is none.
-    """
-    content = json.loads(text)
+    content = json.loads(path.read_text(encoding="utf-8"))
     try:
         return Table(
             serves={name: Served(**limits) for name, limits in content.get("serves", {}).items()},
             serves_unlisted=content.get("serves_unlisted", False),
-            rows=tuple(row_from_json(row) for row in content["int8_matmul"]),
+            rows=tuple(
+                Row(row["m"], row["n"], row["k"], MatmulConfig(**row["config"]), row["provenance"])
+                for row in content["int8_matmul"]
+            ),
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it holds no table ({type(error).__name__}: {error})") from error
 
 
-def row_from_json(row: Mapping[str, Any]) -> Row:
-    return Row(row["m"], row["n"], row["k"], MatmulConfig(**row["config"]), row["provenance"])
-
-
 def write(path: Path, table: Table) -> None:
-    """Write a table, three lines a row, so that a changed row is a short diff.
+    """Write a table, three lines per row, so that a changed row is a short diff.
+
+    The file is replaced at once: a reader finds the old table or the new one, also if the writer is killed.
 
     Raises:
         OSError: the file or its folder cannot be written.
@@ -150,23 +141,18 @@ def write(path: Path, table: Table) -> None:
         f'      "provenance": {json.dumps(row.provenance)}\n    }}'
         for row in table.rows
     )
-    replace(
-        path,
-        f'{{\n  "serves": {json.dumps(serves)},\n  "serves_unlisted": {json.dumps(table.serves_unlisted)},\n'
-        f'  "int8_matmul": [\n{rows}\n  ]\n}}\n',
-    )
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file at once: a reader finds the old text or the new, also if the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_text(text, encoding="utf-8")
+    new.write_text(
+        f'{{\n  "serves": {json.dumps(serves)},\n  "serves_unlisted": {json.dumps(table.serves_unlisted)},\n'
+        f'  "int8_matmul": [\n{rows}\n  ]\n}}\n',
+        encoding="utf-8",
+    )
     os.replace(new, path)
 
 
 def user_table_path(architecture: str) -> Path:
-    """Where the user's table lies: in ``TORCH_SWITCHBACK_CACHE``, or ``torch_switchback`` in the cache directory."""
+    """Return the user's table: in ``TORCH_SWITCHBACK_CACHE``, else in ``torch_switchback`` in the cache directory."""
     folder = os.environ.get("TORCH_SWITCHBACK_CACHE")
     if not folder:
         if sys.platform == "win32":
@@ -179,16 +165,12 @@ def user_table_path(architecture: str) -> Path:
 
 @functools.cache
 def shipped_tables() -> Mapping[str, Table]:
-    """Every shipped table by its file's name."""
-    return {
-        file.name.removesuffix(".json"): parse(file.read_text(encoding="utf-8"))
-        for file in resources.files(__package__).iterdir()
-        if file.name.endswith(".json")
-    }
+    """Return every shipped table by its file's name."""
+    return {path.stem: read(path) for path in Path(__file__).parent.glob("*.json")}
 
 
 def shipped_table(architecture: str) -> tuple[str, Table]:
-    """The name and the table for an architecture.
+    """Return the name and the table for an architecture.
 
     It is the table of that name, or the one that lists it, or of those that serve unlisted architectures the nearest
     lower one (the lowest, if all are higher).
@@ -203,25 +185,25 @@ def shipped_table(architecture: str) -> tuple[str, Table]:
         if architecture in table.serves:
             return name, table
     family, generation = _generation(architecture)
-    open_to_all = {
-        _generation(name)[1]: name
+    open_to_all = sorted(
+        (_generation(name)[1], name)
         for name, table in tables.items()
         if table.serves_unlisted and _generation(name)[0] == family
-    }
-    lower = [candidate for candidate in open_to_all if candidate <= generation]
-    name = open_to_all[max(lower) if lower else min(open_to_all)]
+    )
+    lower = [each for each in open_to_all if each[0] <= generation]
+    _, name = lower[-1] if lower else open_to_all[0]
     return name, tables[name]
 
 
 def served(table: Table, architecture: str) -> Served:
-    """What an architecture offers; one that the table does not list is taken for the least of those listed."""
+    """Return what an architecture offers: the least of those listed, if the table does not list it."""
     if architecture in table.serves:
         return table.serves[architecture]
     return Served(min(listed.shared_memory_kib for listed in table.serves.values()), tma=False)
 
 
 def _generation(architecture: str) -> tuple[str, int]:
-    """``"sm_90"`` → ("sm_", 0x90), ``"gfx90a"`` → ("gfx", 0x90a): read as hexadecimal, both families sort by age."""
+    """Return family and number: "sm_90" → ("sm_", 0x90), "gfx90a" → ("gfx", 0x90a). As hexadecimal both sort by age."""
     match = re.fullmatch(r"(sm_|gfx)([0-9a-f]+)", architecture)
     if not match:
         raise ValueError(f"architecture must be like 'sm_90' or 'gfx942', got {architecture!r}")

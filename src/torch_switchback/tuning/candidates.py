@@ -1,51 +1,34 @@
 """The configurations worth measuring on an architecture."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from ._tables import Kernel, MatmulConfig, served, shipped_table
 
-Tile = tuple[int, int, int]  # block_m, block_n, block_k
-# Tiles, numbers of stages, warps and programs per SM that go together.
-Family = tuple[Kernel, tuple[Tile, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+# The tiles by height: block_m -> every (block_n, block_k).
+Tiles = Mapping[int, tuple[tuple[int, int], ...]]
 
-TMA_TILES = (
-    (32, 32, 256),  # too few rows for wgmma, but not for an older instruction behind TMA's loads
-    (32, 64, 256),
-    (64, 32, 256),
-    (64, 64, 128),
-    (64, 64, 256),
-    (64, 128, 128),
-    (64, 256, 128),
-    (128, 64, 128),
-    (128, 128, 128),
-    (128, 256, 128),
-    (256, 128, 128),
-)
-WARP_SPECIALIZED_TILES = ((128, 128, 128), (128, 256, 128), (256, 128, 128))
-SHORT_TILES = (  # for a few rows, where wgmma's 64 would be mostly padding
-    (16, 32, 256),
-    (16, 64, 128),
-    (16, 64, 256),
-    (16, 128, 128),
-    (32, 32, 256),
-    (32, 64, 128),
-    (32, 64, 256),
-    (32, 128, 128),
-)
-POINTER_TILES = (
-    (64, 64, 64),
-    (64, 64, 128),
-    (64, 128, 64),
-    (64, 128, 128),
-    (64, 256, 64),
-    (128, 64, 64),
-    (128, 128, 64),
-    (128, 128, 128),
-    (128, 256, 64),
-    (256, 128, 64),
-)
+TMA_TILES: Tiles = {
+    32: ((32, 256), (64, 256)),  # too few rows for wgmma, but not for an older instruction behind TMA's loads
+    64: ((32, 256), (64, 128), (64, 256), (128, 128), (256, 128)),
+    128: ((64, 128), (128, 128), (256, 128)),
+    256: ((128, 128),),
+}
+WARP_SPECIALIZED_TILES: Tiles = {128: ((128, 128), (256, 128)), 256: ((128, 128),)}
+SHORT_TILES: Tiles = {  # for a few rows, where wgmma's 64 would be mostly padding
+    16: ((32, 256), (64, 128), (64, 256), (128, 128)),
+    32: ((32, 256), (64, 128), (64, 256), (128, 128)),
+}
+POINTER_TILES: Tiles = {
+    64: ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64)),
+    128: ((64, 64), (128, 64), (128, 128), (256, 64)),
+    256: ((128, 64),),
+}
 GROUPS = (4, 8, 16, 32)
+
+# What goes together: tiles, numbers of stages, warps and programs per SM.
+Family = tuple[Kernel, Tiles, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 # Accumulators per thread: more than half of its 255 registers spill; with few, half the warps do as well.
 MOST_ACCUMULATORS = 128
@@ -59,7 +42,7 @@ def candidates(
 
     Args:
         architecture: ``"sm_90"``, ``"gfx942"``, …
-        m: rows (tokens) of the matmul, which rules out tiles far from its height; None: of any product.
+        m: rows (tokens) of the matmul, which rules out tiles far from its height; None: of any matmul.
         tma: whether the matmul's output allows TMA.
         quick: about an eighth of them: one group height, and only as many stages as fit.
 
@@ -68,32 +51,33 @@ def candidates(
     """
     limits = served(shipped_table(architecture)[1], architecture)
     short: Family = ("pointer", SHORT_TILES, (2, 3, 4, 5), (4, 8), (1,))
-    families: list[Family] = (
-        [
+    if limits.tma and tma:
+        families: tuple[Family, ...] = (
             ("warp_specialized", WARP_SPECIALIZED_TILES, (3, 4, 5, 6), (8,), (1,)),
             ("tma", TMA_TILES, (3, 4, 5), (4, 8), (1, 2)),
             short,
-        ]
-        if limits.tma and tma
-        else [("pointer", POINTER_TILES, (2, 3, 4, 5), (4, 8), (1,)), short]
-    )
+        )
+    else:
+        families = (("pointer", POINTER_TILES, (2, 3, 4, 5), (4, 8), (1,)), short)
     for kernel, tiles, stages, warps, programs in families:
-        for (block_m, block_n, block_k), num_warps, program in itertools.product(tiles, warps, programs):
-            accumulators = block_m * block_n // (32 * num_warps)
-            if accumulators > MOST_ACCUMULATORS or (num_warps == 8 and accumulators < LEAST_ACCUMULATORS_OF_8_WARPS):
+        for block_m, num_warps, ctas_per_sm in itertools.product(tiles, warps, programs):
+            if m is not None and not min(m, 64) <= block_m <= max(m, 64):
                 continue
             if kernel == "tma" and block_m >= 64 and num_warps * 16 > block_m:
                 continue  # wgmma gives each warp 16 rows; more warps share columns, and the outputs change layout
-            if m is not None and not min(m, 64) <= block_m <= max(m, 64):
-                continue
-            fitting = []
-            for num_stages in stages:
-                config = MatmulConfig(kernel, block_m, block_n, block_k, 8, num_stages, num_warps, program)
-                if _fits(config, limits.shared_memory_kib * 1024):
-                    fitting.append(num_stages)
-            for num_stages in fitting[-1:] if quick else fitting:
-                for group_m in (8,) if quick else _groups(m, block_m):
-                    yield MatmulConfig(kernel, block_m, block_n, block_k, group_m, num_stages, num_warps, program)
+            for block_n, block_k in tiles[block_m]:
+                accumulators = block_m * block_n // (32 * num_warps)
+                fewest = LEAST_ACCUMULATORS_OF_8_WARPS if num_warps == 8 else 0
+                if not fewest <= accumulators <= MOST_ACCUMULATORS:
+                    continue
+                sizes = block_m, block_n, block_k
+                configs = [MatmulConfig(kernel, *sizes, 8, count, num_warps, ctas_per_sm) for count in stages]
+                fitting = [config for config in configs if _fits(config, limits.shared_memory_kib * 1024)]
+                if quick:
+                    yield from fitting[-1:]
+                else:
+                    for config, group_m in itertools.product(fitting, _groups(m, block_m)):
+                        yield replace(config, group_m=group_m)
 
 
 def shared_memory(config: MatmulConfig, out_bytes: int) -> int:
