@@ -6,7 +6,7 @@ from torch import nn
 
 import torch_switchback as ts
 from testing import convert_all, hostile, strategies
-from torch_switchback.analysis.saved_bytes import saved_bytes
+from torch_switchback.analysis.layer_steps import saved_bytes
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
