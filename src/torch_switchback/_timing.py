@@ -43,26 +43,18 @@ class Runner:
 
     def __init__(self, candidate: Candidate, record: Record, device: torch.device) -> None:
         self.device, self.record = device, record
-        is_cuda = device.type == "cuda"
-        allocated = torch.cuda.memory_allocated() if is_cuda else 0
         cycle = candidate.build()
         self.calls: Iterator[Callable[[], object]] = itertools.cycle(cycle)
         self.calls_in_one = 1
         for call in cycle:
             call()
-        if is_cuda and candidate.mode == "graph":
+        if device.type == "cuda" and candidate.mode == "graph":
             self.capture(cycle)
-        elif is_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            next(self.calls)()
-            torch.cuda.synchronize()
-            record["peak_bytes"] = torch.cuda.max_memory_allocated() - allocated  # above the shared inputs
         record |= candidate.notes
         once_ms = elapsed_ms(self.calls, 1, device)
         if once_ms < candidate.turn_ms:
             once_ms = elapsed_ms(self.calls, 5, device) / 5
-        self.repeats = max(1, math.ceil(candidate.turn_ms / once_ms)) if is_cuda else 1
+        self.repeats = max(1, math.ceil(candidate.turn_ms / once_ms)) if device.type == "cuda" else 1
         self.turn_ms = once_ms * self.repeats
 
     def capture(self, cycle: Cycle) -> None:
@@ -106,10 +98,9 @@ def compare(candidates: Iterable[Candidate], *, seconds: float, device: torch.de
     times = interleaved({runner: runner.clock for runner in runners}, WARM_UP_ROUNDS + rounds)
     for runner, turns in times.items():
         if "reason" not in runner.record:
-            turns = turns[WARM_UP_ROUNDS:]
-            tenths = statistics.quantiles(turns, n=10, method="inclusive")
-            runner.record |= {"median_ms": statistics.median(turns), "p10_ms": tenths[0], "p90_ms": tenths[-1]}
-            runner.record |= {"turns": turns, "rounds": rounds}
+            p10, median, p90 = _spread(turns[WARM_UP_ROUNDS:])
+            runner.record |= {"turns": turns[WARM_UP_ROUNDS:], "median_ms": median, "p10_ms": p10, "p90_ms": p90}
+            runner.record["rounds"] = rounds
     return records
 
 
@@ -150,8 +141,14 @@ def speed_up(record: Record, over: Record | None) -> Record:
     if over is None or "turns" not in record or "turns" not in over:
         return {}
     ratios = [theirs / ours for theirs, ours in zip(over["turns"], record["turns"], strict=True)]
-    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
-    return {"speed_up": statistics.median(ratios), "speed_up_p10": tenths[0], "speed_up_p90": tenths[-1]}
+    p10, median, p90 = _spread(ratios)
+    return {"speed_up": median, "speed_up_p10": p10, "speed_up_p90": p90}
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 10th percentile, the median and the 90th percentile."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[0], tenths[4], tenths[8]
 
 
 def copies(set_bytes: int, device: torch.device) -> int:

@@ -137,9 +137,9 @@ def explain(
                     tried.add(key)
                 products = tuple(_products(layer, call, where))
                 fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
-        tokens_seen, dtype = (None, "") if call is None else (call.tokens, str(call.dtype).removeprefix("torch."))
-        sizes = (layer.in_features, layer.out_features, len(calls), tokens_seen)
-        rows.append(ExplainedLayer(fqn, strategy, *sizes, dtype, products, fallback))
+        seen, dtype = (None, "") if call is None else call
+        sizes = (layer.in_features, layer.out_features, len(calls))
+        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback))
     explanation = Explanation(describe(where), tuple(rows))
     if strict and explanation.fallbacks:
         lines = [f"{layer.fqn or 'the model'}: {layer.fallback}" for layer in explanation.fallbacks]
@@ -150,8 +150,9 @@ def explain(
 def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iterator[Product]:
     tokens, inputs, outputs, config = call.tokens, layer.in_features, layer.out_features, layer.config
     padded_inputs, padded_outputs = (_padded(features, config.rotate_features) for features in (inputs, outputs))
-    yield _int8_product("output", ProductShape(tokens, outputs, padded_inputs), call.dtype, device)
-    yield _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), call.dtype, device)
+    dtype = getattr(torch, call.dtype)
+    yield _int8_product("output", ProductShape(tokens, outputs, padded_inputs), dtype, device)
+    yield _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), dtype, device)
     if layer.is_prepared or not layer.weight.requires_grad:
         return
     wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
@@ -163,9 +164,8 @@ def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iter
         f"at high precision: int8 wins from {_grad_weight.LEAST_TOKENS} tokens and in * out / (in + out) = "
         f"{_grad_weight.LEAST_FEATURES} on"
     )
-    kernel = f"torch.mm {str(call.dtype).removeprefix('torch.')}"
     asked = config.grad_weight == "int8"
-    yield Product("grad_weight", outputs, inputs, tokens, kernel, None, fallback if asked else "")
+    yield Product("grad_weight", outputs, inputs, tokens, f"torch.mm {call.dtype}", None, fallback if asked else "")
 
 
 def _padded(inner: int, rotation: int | None) -> int:
@@ -198,7 +198,8 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
 
 def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
     """Run a layer forward and backward, on random inputs of the call's shape."""
-    x = torch.randn(call.tokens, layer.in_features, device=device, dtype=call.dtype, requires_grad=True)
+    dtype = getattr(torch, call.dtype)
+    x = torch.randn(call.tokens, layer.in_features, device=device, dtype=dtype, requires_grad=True)
     if layer.is_prepared:
         weight, absmax = layer.weight_int8, layer.weight_absmax
     else:

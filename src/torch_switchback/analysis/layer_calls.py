@@ -15,7 +15,7 @@ class Call(NamedTuple):
     """One call of a layer."""
 
     tokens: int
-    dtype: torch.dtype  # that it computes in: the input's, or autocast's
+    dtype: str  # that it computes in, as "bfloat16": the input's, or autocast's
 
 
 def layer_calls(
@@ -23,13 +23,8 @@ def layer_calls(
 ) -> dict[str, tuple[nn.Linear, list[Call]]]:
     """Return every nn.Linear of a model, converted or not, by its first fully qualified name, with its calls.
 
-    Args:
-        model: run once in evaluation mode, without gradients.
-        sample_input: what to call it with: a tensor, a tuple of arguments or a mapping of keywords.
-        tokens: instead of a sample: every layer is taken to be called once with so many, in its weight's dtype.
-
-    Raises:
-        ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
+    The arguments are those of :func:`explain`. With tokens every layer is taken to be called once, in its weight's
+    dtype.
     """
     if (sample_input is None) == (tokens is None):
         raise ValueError("give either sample_input or tokens")
@@ -42,7 +37,7 @@ def layer_calls(
     }
     if tokens is not None:
         for module, calls in found.values():
-            calls.append(Call(tokens, next(iter(module.parameters()), torch.empty(0)).dtype))
+            calls.append(Call(tokens, dtype_name(next(iter(module.parameters()), torch.empty(0)).dtype)))
         return found
     with contextlib.ExitStack() as hooks, every_layer_called(model), torch.no_grad():
         for module, calls in found.values():
@@ -54,7 +49,12 @@ def layer_calls(
 def _record(calls: list[Call], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     x = next(iter((*args, *kwargs.values())))
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_DTYPES
-    calls.append(Call(x.shape[:-1].numel(), torch.get_autocast_dtype(x.device.type) if autocast else x.dtype))
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run(model: nn.Module, sample_input: Any) -> Any:

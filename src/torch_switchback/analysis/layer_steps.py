@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._timing import SUSTAINED_MS, Candidate, Cycle, Mode, Record, compare, speed_up
 
 TURN_MS = 20.0  # of a layer in each round: long enough that launching and clock ticks vanish
-Inputs = Sequence[tuple[Tensor, Tensor]]  # pairs of X [tokens, in] and G [tokens, out]
+Inputs = Sequence[tuple[Tensor, Tensor]]
 
 
 def random_inputs(
@@ -54,7 +54,7 @@ def compare_layers(
 
     Args:
         layers: a function that builds the layer or raises, and the mode, by name.
-        inputs: pairs of X [tokens, in] and G [tokens, out].
+        inputs: pairs of X and G, as from :func:`random_inputs`.
         seconds: about so long in all, after a first call of each, which may compile.
         advance: called after each layer is built and warm.
     """

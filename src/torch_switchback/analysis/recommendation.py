@@ -18,7 +18,7 @@ from ..config import config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
-from .layer_calls import describe, device_of, every_layer_called, layer_calls, run
+from .layer_calls import describe, device_of, dtype_name, every_layer_called, layer_calls, run
 from .layer_steps import compare_layers, random_inputs, saved_bytes
 
 LINEAR = "nn.Linear"
@@ -220,16 +220,10 @@ def recommend(
             left[fqn] = reason
             continue
         for call in calls:
-            computes_in = dtype if dtype is not None and tokens is not None else call.dtype
-            shape = LayerShape(
-                call.tokens,
-                layer.in_features,
-                layer.out_features,
-                layer.bias is not None,
-                str(computes_in).removeprefix("torch."),
-                str(layer.weight.dtype).removeprefix("torch."),
-                layer.weight.requires_grad,
-            )
+            computes_in = dtype_name(dtype) if dtype is not None and tokens is not None else call.dtype
+            sizes = (call.tokens, layer.in_features, layer.out_features)
+            dtypes = (computes_in, dtype_name(layer.weight.dtype))
+            shape = LayerShape(*sizes, layer.bias is not None, *dtypes, layer.weight.requires_grad)
             shapes.setdefault(shape, []).append(fqn)
     if not shapes:
         raise ValueError("recommend: model calls no linear layer that could be converted")

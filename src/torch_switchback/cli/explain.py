@@ -9,16 +9,8 @@ from ..analysis.explanation import FallbackError
 from ..analysis.explanation import explain as explain_model
 from ..convert import convert_to_switchback
 from ..nn import SwitchBackLinear
-from .common import (
-    ConfigFlag,
-    DeviceFlag,
-    JsonFlag,
-    ModelArgument,
-    TokensFlag,
-    chosen_device,
-    load_model,
-    sample_or_tokens,
-)
+from . import common
+from .common import ConfigFlag, DeviceFlag, JsonFlag, ModelArgument, TokensFlag
 
 
 def explain(
@@ -42,11 +34,11 @@ def explain(
       torch-switchback explain my_package.models:build --strict
       torch-switchback explain Llama-3-8B/config.json --tokens 16384 --config rowwise
     """
-    where = chosen_device(device)
-    module, sample = load_model(model, where)
+    where = common.chosen_device(device)
+    module, sample = common.load_model(model, where)
     if not any(isinstance(part, SwitchBackLinear) for part in module.modules()):
         convert_to_switchback(module, config=config)
-    found = explain_model(module, **sample_or_tokens(sample, tokens), device=where)
+    found = explain_model(module, **common.sample_or_tokens(sample, tokens), device=where)
     typer.echo(found.to_json() if json else found)
     if strict and found.fallbacks:
         raise FallbackError(f"{len(found.fallbacks)} of {len(found.layers)} layers fall back")

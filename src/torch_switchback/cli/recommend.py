@@ -9,19 +9,8 @@ from typer import Option
 
 from ..analysis.recommendation import CANDIDATES, Recommendation
 from ..analysis.recommendation import recommend as recommend_for
-from .common import (
-    CudaGraphFlag,
-    DeviceFlag,
-    JsonFlag,
-    ModelArgument,
-    RecipesFlag,
-    Steps,
-    TokensFlag,
-    chosen_device,
-    load_model,
-    sample_or_tokens,
-    to_json,
-)
+from . import common
+from .common import CudaGraphFlag, DeviceFlag, JsonFlag, ModelArgument, RecipesFlag, TokensFlag
 
 
 def recommend(
@@ -52,8 +41,8 @@ def recommend(
 
       convert_to_switchback(model, config=json.load(open("switchback.json")))
     """
-    where = chosen_device(device)
-    module, sample = load_model(model, where)
+    where = common.chosen_device(device)
+    module, sample = common.load_model(model, where)
     found: Recommendation | None = None
 
     def begin(so_far: Recommendation, following: str) -> None:
@@ -61,21 +50,14 @@ def recommend(
         found = so_far
         steps.begin(following)
 
-    with Steps() as steps, torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16):
-        found = recommend_for(
-            module,
-            **sample_or_tokens(sample, tokens),
-            recipes=recipe or CANDIDATES,
-            cuda_graph=cuda_graph,
-            device=where,
-            dtype=torch.bfloat16 if bf16 else None,
-            seconds=seconds,
-            progress=begin,
-        )
+    with common.Steps() as steps, torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16):
+        asked = common.sample_or_tokens(sample, tokens) | {"recipes": recipe or CANDIDATES, "cuda_graph": cuda_graph}
+        dtype = torch.bfloat16 if bf16 else None
+        found = recommend_for(module, **asked, device=where, dtype=dtype, seconds=seconds, progress=begin)
     if found is not None and found.layers:
         typer.echo(found.to_json() if json else found)
     if steps.stopped:
         raise typer.Exit(130)
     if output is not None and found is not None:
-        output.write_text(to_json(found.config) + "\n", encoding="utf-8")
+        output.write_text(common.to_json(found.config) + "\n", encoding="utf-8")
         typer.echo(f"written to {output}", err=json)

@@ -58,13 +58,21 @@ def tune(
       torch-switchback tune --quick --shape 8192,1024,4096
     """
     console = Console(stderr=json, highlight=False, markup=False, soft_wrap=True)
-    layers = shape or DEFAULT_SHAPES
-    as_run = (ProductShape(layer.tokens, layer.out_features, padded(layer.in_features)) for layer in layers)
-    shapes = list(dict.fromkeys(as_run))
     gpu = Gpu()
     path = output or user_table_path(gpu.architecture)
     provenance = {**gpu.versions, "script": f"torch-switchback {__version__} tune{' --quick' if quick else ''}"}
-    table = _read_table(path, gpu.architecture, console)
+    limits = served(shipped_table(gpu.architecture)[1], gpu.architecture)
+    table = Table(serves={gpu.architecture: limits}, serves_unlisted=False, rows=())
+    try:
+        table = read(path)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        console.print(f"{path} will be replaced: {error}")
+    as_run = (
+        ProductShape(each.tokens, each.out_features, padded(each.in_features)) for each in shape or DEFAULT_SHAPES
+    )
+    shapes = list(dict.fromkeys(as_run))
     measured = set() if fresh else {row.shape for row in table.rows if is_measured(row, provenance)}
     pending = [each for each in shapes if each not in measured]
     others = "; the others are measured, and --fresh measures them again" if measured else ""
@@ -99,12 +107,7 @@ def tune(
 
 
 class Gpu:
-    """The current CUDA device.
-
-    Raises:
-        RuntimeError: PyTorch sees none.
-        ImportError: Triton is missing.
-    """
+    """The current CUDA device. Needs one, and Triton."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -147,25 +150,15 @@ class Gpu:
 
 def _cells(done: Tuned) -> tuple[str, ...]:
     """Return what stands under HEADERS."""
-    old = "–" if done.before_tflops is None else f"{done.before_tflops:,.1f}"
-    gain = "" if done.kept or done.before_tflops is None else f"{done.tflops / done.before_tflops - 1:+.1%}"
-    change = "kept" if done.kept else _short(done.row.config)
-    return str(done.row.shape), _short(done.before), change, old, f"{done.tflops:,.1f}", gain
+    old, gain = "–", ""
+    if done.before_tflops is not None:
+        old = f"{done.before_tflops:,.1f}"
+        gain = "" if done.kept else f"{done.tflops / done.before_tflops - 1:+.1%}"
+    new = "kept" if done.kept else _short(done.row.config)
+    return str(done.row.shape), _short(done.before), new, old, f"{done.tflops:,.1f}", gain
 
 
 def _short(config: MatmulConfig) -> str:
     """Return the kernel, tile M×N×K, group height, stages, warps and programs per SM."""
     kernel, block_m, block_n, block_k, *rest = dataclasses.astuple(config)
     return f"{kernel} {block_m}×{block_n}×{block_k} " + " ".join(map("".join, zip("gswp", map(str, rest), strict=True)))
-
-
-def _read_table(path: Path, architecture: str, console: Console) -> Table:
-    """Return the table at path, or an empty one that could be shipped as it is."""
-    try:
-        return read(path)
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        console.print(f"{path} will be replaced: {error}")
-    limits = served(shipped_table(architecture)[1], architecture)
-    return Table(serves={architecture: limits}, serves_unlisted=False, rows=())
