@@ -80,9 +80,8 @@ class Explanation:
     def __str__(self) -> str:
         rows = []
         for layer in self.layers:
-            tokens = "–" if layer.tokens is None else str(layer.tokens)
-            sizes = (tokens, str(layer.in_features), str(layer.out_features))
-            products = [*map(str, layer.products), "", "", ""][:3]
+            sizes = (layer.tokens, layer.in_features, layer.out_features)
+            products = [*layer.products, "", "", ""][:3]
             rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *products, layer.fallback))
         return f"{self.device}\n" + table(HEADERS, rows)
 

@@ -134,8 +134,10 @@ class Recommendation:
         for layer in self.layers:
             times = layer.milliseconds
             speed_ups = [f"{times[LINEAR] / times[name]:.2f} ×" for name in recipes]
-            sizes = map(str, (layer.tokens, layer.in_features, layer.out_features, layer.dtype, len(layer.fqns)))
-            rows.append((*sizes, f"{times[LINEAR]:.3f}", *speed_ups, layer.recipe or LINEAR))
+            sizes = (layer.tokens, layer.in_features, layer.out_features)
+            rows.append(
+                (*sizes, layer.dtype, len(layer.fqns), f"{times[LINEAR]:.3f}", *speed_ups, layer.recipe or LINEAR)
+            )
         headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
         lines = [self.device, table(headers, rows)]
         lines += [f"{fqn or 'the model'} stays nn.Linear: {reason}" for fqn, reason in self.left.items()]

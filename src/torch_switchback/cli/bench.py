@@ -117,8 +117,8 @@ def as_table(results: list[Record]) -> str:
     columns = (("median_ms", "{:.3f}", 1), ("speed_up", "{:.2f} ×", 1), ("saved_bytes", "{:.1f}", 2**20))
     rows = []
     for result in results:
-        values = ["–" if result.get(key) is None else form.format(result[key] / unit) for key, form, unit in columns]
-        rows.append((str(result["shape"]), result["name"], *values, result.get("reason", "")))
+        values = [None if result.get(key) is None else form.format(result[key] / unit) for key, form, unit in columns]
+        rows.append((result["shape"], result["name"], *values, result.get("reason", "")))
     return table(("layer", "", "ms", f"over {LINEAR}", "kept, MiB", ""), rows)
 
 

@@ -148,14 +148,12 @@ class Gpu:
         return clock
 
 
-def _cells(done: Tuned) -> tuple[str, ...]:
+def _cells(done: Tuned) -> tuple[object, ...]:
     """Return what stands under HEADERS."""
-    old, gain = "–", ""
-    if done.before_tflops is not None:
-        old = f"{done.before_tflops:,.1f}"
-        gain = "" if done.kept else f"{done.tflops / done.before_tflops - 1:+.1%}"
+    old = done.before_tflops and f"{done.before_tflops:,.1f}"
+    gain = "" if done.kept or not done.before_tflops else f"{done.tflops / done.before_tflops - 1:+.1%}"
     new = "kept" if done.kept else _short(done.row.config)
-    return str(done.row.shape), _short(done.before), new, old, f"{done.tflops:,.1f}", gain
+    return done.row.shape, _short(done.before), new, old, f"{done.tflops:,.1f}", gain
 
 
 def _short(config: MatmulConfig) -> str:
