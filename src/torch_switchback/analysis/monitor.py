@@ -96,7 +96,7 @@ class Monitor:
         self._start_sampling()
 
     def step(self) -> None:
-        """To be called after each training step: writes the sample, if this step was one, and counts on."""
+        """Write the sample, if this step was one, and count on. To be called after each training step."""
         if self._stop_sampling.alive:
             self._stop_sampling()
             self.latest = self._sample
@@ -135,7 +135,7 @@ _stance = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Compiled code runs eagerly until the last monitor is out, whichever that is: a stance belongs to the process."""
+    """Run compiled code eagerly until the last monitor is out, whichever that is: a stance belongs to the process."""
     global _samplers
     if _samplers == 0:
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
@@ -164,7 +164,7 @@ def _after_forward(
 
 
 def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
-    """One layer's noise and what drives it, for an input and the gradient of its output.
+    """Return one layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
         layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows only int8 values:
@@ -221,7 +221,7 @@ def _products(
 
 
 def _signal_to_noise(actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """In dB: of the whole tensor, and what 99 % of its rows are above. Inf without noise."""
+    """Return decibels: of the whole tensor, and what 99 % of its rows are above. Inf without noise."""
     actual, reference = actual.reshape(-1, actual.shape[-1]), reference.reshape(-1, actual.shape[-1])
     energies = [
         torch.stack((wanted.float().square().sum(1), (got.float() - wanted.float()).square().sum(1)))
@@ -237,7 +237,7 @@ def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def _crest(x: Tensor, rotation: int | None) -> Tensor:
-    """What 99 % of the rows' absmax over root mean square are below; 1 for a row of zeros."""
+    """Return what 99 % of the rows' absmax over root mean square are below; 1 for a row of zeros."""
     crests = []
     for block in _in_blocks(x):
         block = block if rotation is None else rotate_features(block, rotation)
@@ -248,5 +248,5 @@ def _crest(x: Tensor, rotation: int | None) -> Tensor:
 
 
 def _in_blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Of about 2**24 elements: float32 copies of a whole activation may not fit."""
+    """Split rows into blocks of about 2**24 elements: float32 copies of a whole activation may not fit."""
     return x.split(max(1, 2**24 // x.shape[1]))

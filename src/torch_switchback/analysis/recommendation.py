@@ -124,7 +124,7 @@ class Recommendation:
         return before, sum(len(layer.fqns) * by_recipe[layer.recipe or LINEAR] for layer, by_recipe in values)
 
     def to_json(self) -> str:
-        """The fields and properties."""
+        """Return the fields and properties as JSON."""
         properties = {name: getattr(self, name) for name in ("config", "linear_speed_up", "linear_saved_bytes")}
         return json.dumps(dataclasses.asdict(self) | properties)
 
