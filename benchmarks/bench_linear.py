@@ -21,7 +21,7 @@ from peers import RECIPES, TORCHAO_FLOAT8, TORCHAO_INT8, compile_in_place, new_l
 from results_file import Record
 from shapes import LAYERS, MATMULS, SMALL, TINY, Shape
 from torch_switchback import ops
-from torch_switchback.analysis.layer_steps import Kept, add_comparison, random_inputs, training_step
+from torch_switchback.analysis.layer_steps import Inputs, add_comparison, random_inputs, training_step
 
 # These take longest to compile, so they are compiled for few shapes.
 SLOW_TO_COMPILE = ("linear", "switchback", TORCHAO_INT8)
@@ -38,7 +38,7 @@ def steps_of(shape: Shape) -> list[tuple[str, Mode]]:
     return steps + [(name, "compiled") for name in (SLOW_TO_COMPILE if shape in COMPILED_SHAPES else ())]
 
 
-def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> list[Candidate]:
+def parts(shape: Shape, inputs: Inputs, device: torch.device) -> list[Candidate]:
     """Return every part of the step of "switchback", each alone in a CUDA graph."""
     sizes = (shape.out_features, shape.in_features)
     count = copies(2 * sizes[0] * sizes[1], device)
@@ -70,21 +70,18 @@ def parts(shape: Shape, inputs: Sequence[tuple[Tensor, Tensor]], device: torch.d
 def measure(bench: Bench, shape: Shape) -> list[Record]:
     set_bytes = 2 * shape.tokens * (shape.in_features + shape.out_features)
     inputs = random_inputs(*shape, copies(set_bytes, bench.device), bench.device, torch.bfloat16)
-    kept: Kept = {}
 
     def build(name: str, mode: Mode) -> nn.Module:
         layer = new_layer(name, shape, bench.device)
         compile_in_place(layer, mode, tiny=bench.tiny)
         return layer
 
-    candidates = [
-        training_step(name, partial(build, name, mode), inputs, kept=kept, mode=mode) for name, mode in steps_of(shape)
-    ]
+    candidates = [training_step(name, partial(build, name, mode), inputs, mode=mode) for name, mode in steps_of(shape)]
     first_compiled = next(index for index, candidate in enumerate(candidates) if candidate.mode == "compiled")
     candidates[first_compiled:first_compiled] = parts(shape, inputs, bench.device)  # what compiles comes last
     measured = bench.compare(candidates, shape=shape)
     records = [record for record in measured if not record["name"].startswith(PART)]
-    add_comparison(records, kept, linear="linear")
+    add_comparison(records, linear="linear")
     add_limit(records, [record for record in measured if record["name"].startswith(PART)])
     return records
 

@@ -97,14 +97,24 @@ TINY_MODELS = (
 def measure(bench: Bench, model: Model) -> list[Record]:
     new_step = model.new_step(model, bench.device)
 
-    def build(name: str, mode: Mode) -> Cycle:
+    def build(name: str, mode: Mode, notes: Record) -> Cycle:
+        allocated = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
         module = convert(new_on(bench.device, model.new, model.dtype), name)
         for part in [module] if mode == "reduce-overhead" else module.blocks:
             compile_in_place(part, mode, tiny=bench.tiny)
-        return [new_step(module)]
+        step = new_step(module)
+        if bench.device.type == "cuda":
+            step()  # compiles
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            notes["peak_bytes"] = torch.cuda.max_memory_allocated() - allocated  # above the shared inputs
+        return [step]
 
-    entries = [(name, mode) for mode, names in model.modes for name in names]
-    candidates = [Candidate(name, partial(build, name, mode), mode, SUSTAINED_MS) for name, mode in entries]
+    candidates = []
+    for mode, names in model.modes:
+        for name in names:
+            notes: Record = {}
+            candidates.append(Candidate(name, partial(build, name, mode, notes), mode, SUSTAINED_MS, notes))
     records = bench.compare(candidates, model=model.name, batch=model.batch, context=model.context)
     for record in records:
         linear = find(records, name="linear", mode=record["mode"])

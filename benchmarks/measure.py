@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from results_file import Record
 from torch_switchback._timing import (
     MIN_ROUNDS,
     SHORT_MS,
-    SKIPPED,
     SUSTAINED_MS,
     Candidate,
     Cycle,
@@ -56,6 +56,7 @@ __all__ = [  # what the benchmarks take from here; the timing is the package's
 Columns = dict[str, tuple[str, str]]  # by key of a record: header and format
 
 RESULTS = Path(__file__).parent / "results"
+SKIPPED = "Skipped: no time was left (--budget)"
 SPEED_UP: Columns = {
     "speed_up": ("over nn.Linear", "{:.2f} ×"),
     "speed_up_p10": ("10th", "{:.2f}"),
@@ -87,6 +88,10 @@ def copy_gb_per_s(device: torch.device) -> float | None:
     return 2 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
+class Skipped(Exception):
+    """A candidate is not built, as the time for its case is over."""
+
+
 class Bench:
     """What a benchmark's function for one case gets: where to measure, and how long."""
 
@@ -101,11 +106,18 @@ class Bench:
 
     def compare(self, candidates: Iterable[Candidate], **labels: object) -> list[Record]:
         """Call :func:`compare`, put these labels in front of each record, and free what was compiled."""
-        found = compare(candidates, seconds=self.seconds, device=self.device, deadline=self.deadline)
+        in_time = (candidate._replace(build=partial(self.build_in_time, candidate)) for candidate in candidates)
+        found = compare(in_time, seconds=self.seconds, device=self.device)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         free_memory(self.device)
         return [labels | record for record in found]
+
+    def build_in_time(self, candidate: Candidate) -> Cycle:
+        """Build a candidate, unless the deadline is over."""
+        if time.monotonic() > self.deadline:
+            raise Skipped(SKIPPED.removeprefix("Skipped: "))
+        return candidate.build()
 
 
 def run(

@@ -30,7 +30,7 @@ import results_file
 import signal_to_noise
 from blocks import LlamaBlock, Stack, ViTBlock
 from torch_switchback import SwitchBackLinear
-from torch_switchback.analysis.saved_bytes import saved_bytes
+from torch_switchback.analysis.layer_steps import saved_bytes
 from training_statistics import AGAIN, effects
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
@@ -142,7 +142,9 @@ def test_without_a_gpu_a_script_says_so(script, capsys):
 
 
 def compare(*candidates: measure.Candidate, deadline: float = math.inf) -> list[dict]:
-    return measure.compare(candidates, seconds=0, device=CPU, deadline=deadline)
+    bench = measure.Bench("cpu", seconds=0, tiny=True)
+    bench.deadline = deadline
+    return bench.compare(candidates)
 
 
 def fail() -> measure.Cycle:

@@ -221,7 +221,7 @@ def test_the_default_shapes(fake):
 
 @pytest.mark.parametrize("shape", ["1,2", "1,2,3,4", "0,1,2", "-1,2,3", "a,b,c", ""])
 def test_shapes_that_are_none(fake, shape):
-    assert "--shape must be TOKENS,IN,OUT, three positive integers" in run(shapes=[shape], code=2)
+    assert "'--shape': must be TOKENS,IN,OUT, three positive integers" in run(shapes=[shape], code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -44,9 +44,8 @@ def times(monkeypatch):
         records = []
         for candidate in candidates:
             _, _, x, _ = candidate.build()[0].args
-            records.append(
-                {"name": candidate.name, "mode": candidate.mode, "median_ms": TIMES[x.shape[1]][candidate.name]}
-            )
+            record = {"name": candidate.name, "mode": candidate.mode, **candidate.notes}
+            records.append(record | {"median_ms": TIMES[x.shape[1]][candidate.name]})
         return records
 
     monkeypatch.setattr(layer_steps, "compare", compare)
@@ -94,7 +93,7 @@ def test_the_original_of_a_compiled_model_is_measured(times):
 
 @pytest.mark.parametrize("how", ["model", "child", "wrapped child"])
 def test_compiled_models_are_refused_before_measuring(monkeypatch, how):
-    monkeypatch.setattr(recommendation, "measure_layers", None)
+    monkeypatch.setattr(recommendation, "compare_layers", None)
     model = Model()
     if how == "wrapped child":
         model.wide = torch.compile(model.wide, backend="eager")
@@ -149,10 +148,11 @@ def test_a_layer_whose_calls_disagree_stays(times, monkeypatch):
         def forward(self, x):
             return self.layer(x).sum() + self.layer(x[:1]).sum()
 
-    def measure_layers(layers, x, *, seconds, cuda_graph):
-        return {LINEAR: 1.0, "switchback": 2.0 if len(x) == 1 else 0.5}, {}
+    def compare_layers(layers, inputs, *, seconds):
+        times = {LINEAR: 1.0, "switchback": 2.0 if len(inputs[0][0]) == 1 else 0.5}
+        return [{"name": name, "median_ms": ms, "saved_bytes": 0} for name, ms in times.items()]
 
-    monkeypatch.setattr(recommendation, "measure_layers", measure_layers)
+    monkeypatch.setattr(recommendation, "compare_layers", compare_layers)
     found = ts.recommend(Twice(), torch.randn(8, 32), recipes=["switchback"], seconds=0)
     assert [layer.recipe for layer in found.layers] == ["switchback", None]
     assert found.config == {"layer": None}

@@ -8,7 +8,7 @@ from torch import nn
 
 import torch_switchback as ts
 from testing import convert_all, hostile, strategies
-from torch_switchback.analysis.saved_bytes import saved_bytes
+from torch_switchback.analysis.layer_steps import saved_bytes
 from torch_switchback.functional import DYNAMO_KNOWS_EXPORTS
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -10,6 +10,7 @@ import math
 import random
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -25,7 +26,6 @@ SHORT_MS = 10.0  # a turn long enough that launch overhead and clock ticks vanis
 SUSTAINED_MS = 120.0  # a turn long enough that the power limit sets the clocks, as in training
 WARM_UP_ROUNDS = 2  # not counted: clocks and temperature settle
 MIN_ROUNDS = 5
-SKIPPED = "skipped: no time was left (--budget)"
 
 
 class Candidate(NamedTuple):
@@ -35,6 +35,7 @@ class Candidate(NamedTuple):
     build: Callable[[], Cycle]  # an exception is recorded as the candidate's result
     mode: Mode = "eager"  # "graph" captures the whole cycle in one CUDA graph; build sees to the other modes
     turn_ms: float = SHORT_MS  # in each round the call is repeated until it takes this long
+    notes: Mapping[str, Any] = {}  # what build finds out; becomes part of the record
 
 
 class Runner:
@@ -42,131 +43,97 @@ class Runner:
 
     def __init__(self, candidate: Candidate, record: Record, device: torch.device) -> None:
         self.device, self.record = device, record
-        self.turns: list[float] = []  # milliseconds per call
-        is_cuda = device.type == "cuda"
-        allocated = torch.cuda.memory_allocated() if is_cuda else 0
         cycle = candidate.build()
         self.calls: Iterator[Callable[[], object]] = itertools.cycle(cycle)
         self.calls_in_one = 1
         for call in cycle:
             call()
-        if is_cuda and candidate.mode == "graph":
+        if device.type == "cuda" and candidate.mode == "graph":
             self.capture(cycle)
-        elif is_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            next(self.calls)()
-            torch.cuda.synchronize()
-            self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - allocated  # above the shared inputs
+        record |= candidate.notes
         once_ms = elapsed_ms(self.calls, 1, device)
         if once_ms < candidate.turn_ms:
             once_ms = elapsed_ms(self.calls, 5, device) / 5
-        self.repeats = max(1, math.ceil(candidate.turn_ms / once_ms)) if is_cuda else 1
+        self.repeats = max(1, math.ceil(candidate.turn_ms / once_ms)) if device.type == "cuda" else 1
         self.turn_ms = once_ms * self.repeats
 
     def capture(self, cycle: Cycle) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # the warm-up that PyTorch asks for
             for call in [*cycle] * 3:
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             # The outputs are kept so that each call writes other memory, the calls because they hold the inputs.
             self.kept = cycle, [call() for call in cycle]
         self.calls, self.calls_in_one = itertools.repeat(graph.replay), len(cycle)
 
-    def take_turn(self) -> None:
+    def clock(self) -> float:
+        """Return the milliseconds of a call in one turn, or NaN once a call has failed."""
         if "reason" not in self.record:
             try:
-                self.turns.append(
-                    elapsed_ms(self.calls, self.repeats, self.device) / (self.repeats * self.calls_in_one)
-                )
+                return elapsed_ms(self.calls, self.repeats, self.device) / (self.repeats * self.calls_in_one)
             except Exception as error:
                 self.record["reason"] = reason_of(error)
-
-    def finish(self) -> None:
-        if "reason" not in self.record:
-            turns = self.record["turns"] = self.turns[WARM_UP_ROUNDS:]
-            tenths = statistics.quantiles(turns, n=10, method="inclusive")
-            self.record |= {"median_ms": statistics.median(turns), "p10_ms": tenths[0], "p90_ms": tenths[-1]}
-            self.record["rounds"] = len(turns)
+        return math.nan
 
 
-def compare(
-    candidates: Iterable[Candidate], *, seconds: float, device: torch.device, deadline: float = math.inf
-) -> list[Record]:
+def compare(candidates: Iterable[Candidate], *, seconds: float, device: torch.device) -> list[Record]:
     """Time candidates interleaved for about so many seconds, after building and warming up each.
 
-    A candidate that raises, or that would be built after the deadline (of time.monotonic()), gets a
-    record with the reason. ``turns`` has the time of a call in each round.
+    A candidate that raises gets a record with the reason. ``turns`` has the time of a call in each round.
     """
     runners: list[Runner] = []
     records: list[Record] = []
     for candidate in candidates:
         free_memory(device)
         records.append({"name": candidate.name, "mode": candidate.mode})
-        if time.monotonic() > deadline:
-            records[-1]["reason"] = SKIPPED
-            continue
         try:
             runners.append(Runner(candidate, records[-1], device))
         except Exception as error:  # another library can fail in any way
             records[-1]["reason"] = reason_of(error)
-    # Python's garbage collector must not walk over all of these models; a training run has one.
-    gc.collect()
-    freezes = gc.get_freeze_count() == 0
-    if freezes:
-        gc.freeze()
-    try:
-        round_ms = sum(runner.turn_ms for runner in runners) or 1.0
-        shuffle, order = random.Random(0).shuffle, runners.copy()
-        for _ in range(WARM_UP_ROUNDS + max(MIN_ROUNDS, int(seconds * 1e3 / round_ms))):
-            shuffle(order)  # a turn starts with the clocks that the turn before it left
-            for runner in order:
-                runner.take_turn()
-    finally:
-        if freezes:
-            gc.unfreeze()
-    for runner in runners:
-        runner.finish()
+    round_ms = sum(runner.turn_ms for runner in runners) or 1.0
+    rounds = max(MIN_ROUNDS, int(seconds * 1e3 / round_ms))
+    times = interleaved({runner: runner.clock for runner in runners}, WARM_UP_ROUNDS + rounds)
+    for runner, turns in times.items():
+        if "reason" not in runner.record:
+            p10, median, p90 = _spread(turns[WARM_UP_ROUNDS:])
+            runner.record |= {"turns": turns[WARM_UP_ROUNDS:], "median_ms": median, "p10_ms": p10, "p90_ms": p90}
+            runner.record["rounds"] = rounds
     return records
 
 
 def interleaved(
     clocks: Mapping[Key, Callable[[], float]], rounds: int, advance: Callable[[], object] = lambda: None
-) -> dict[Key, float]:
-    """Return the median of some measurements per candidate, taken A B C A B C …, so that clock drift hits all alike."""
+) -> dict[Key, list[float]]:
+    """Return measurements of each candidate, one per round.
+
+    The order changes from round to round, as a turn starts with the clocks that the turn before it left.
+    """
     times: dict[Key, list[float]] = {candidate: [] for candidate in clocks}
+    shuffle, order = random.Random(0).shuffle, [*clocks]
     for _ in range(rounds):
-        for candidate, clock in clocks.items():
-            times[candidate].append(clock())
+        shuffle(order)
+        for candidate in order:
+            times[candidate].append(clocks[candidate]())
             advance()
-    return {candidate: statistics.median(measured) for candidate, measured in times.items()}
+    return times
 
 
 def elapsed_ms(calls: Iterator[Callable[[], object]], repeats: int, device: torch.device) -> float:
-    """Return the milliseconds of so many calls in a row.
+    """Return the milliseconds of so many calls in a row, without Python's garbage collection.
 
     ``triton.testing.do_bench`` does not serve for whole layers: it clears the L2 cache in front of each call, behind
     which up to 60 µs of CPU overhead hide, and it needs a GPU.
     """
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        for call in itertools.islice(calls, repeats):
-            call()
-        return (time.perf_counter() - begin) * 1e3
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if repeats > 1:  # a call in front keeps the GPU busy while the CPU issues the timed ones
-        next(calls)()
-    start.record()
-    for call in itertools.islice(calls, repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return timeit.Timer(lambda: next(calls)(), timer=now).timeit(repeats) * 1e3
 
 
 def speed_up(record: Record, over: Record | None) -> Record:
@@ -174,8 +141,14 @@ def speed_up(record: Record, over: Record | None) -> Record:
     if over is None or "turns" not in record or "turns" not in over:
         return {}
     ratios = [theirs / ours for theirs, ours in zip(over["turns"], record["turns"], strict=True)]
-    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
-    return {"speed_up": statistics.median(ratios), "speed_up_p10": tenths[0], "speed_up_p90": tenths[-1]}
+    p10, median, p90 = _spread(ratios)
+    return {"speed_up": median, "speed_up_p10": p10, "speed_up_p90": p90}
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 10th percentile, the median and the 90th percentile."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[0], tenths[4], tenths[8]
 
 
 def copies(set_bytes: int, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from .._text import table
 from ..functional import linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, ProductShape
-from .layer_calls import Call, layer_calls
+from .layer_calls import Call, describe, device_of, layer_calls
 
 HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "falls back")
 
@@ -61,20 +62,6 @@ class ExplainedLayer:
     fallback: str
     """Why the layer, or some of its products, takes a slower way; empty if none does."""
 
-    def cells(self) -> tuple[str, ...]:
-        """What stands under HEADERS."""
-        products = {product.name: str(product) for product in self.products}
-        return (
-            self.fqn or "(the model)",
-            self.strategy,
-            "–" if self.tokens is None else str(self.tokens),
-            str(self.in_features),
-            str(self.out_features),
-            self.dtype,
-            *(products.get(name, "") for name in ("output", "grad_input", "grad_weight")),
-            self.fallback,
-        )
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -91,7 +78,12 @@ class Explanation:
         return json.dumps(dataclasses.asdict(self))
 
     def __str__(self) -> str:
-        return f"{self.device}\n" + table(HEADERS, [layer.cells() for layer in self.layers])
+        rows = []
+        for layer in self.layers:
+            sizes = (layer.tokens, layer.in_features, layer.out_features)
+            products = [*layer.products, "", "", ""][:3]
+            rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *products, layer.fallback))
+        return f"{self.device}\n" + table(HEADERS, rows)
 
 
 def explain(
@@ -126,18 +118,27 @@ def explain(
         FallbackError: strict, and there is a fall-back; it names all of them.
         ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
     """
-    calls = layer_calls(model, sample_input, tokens)
     where = device_of(model, device)
     tried: set[Any] = set()
     rows = []
-    for fqn, (layer, seen) in calls.items():
-        call = max(seen, key=lambda call: call.tokens, default=None)
-        if call is not None and isinstance(layer, SwitchBackLinear) and where.type == "cuda":
-            key = (call, layer.config, layer.in_features, layer.out_features, layer.is_prepared)
-            if key not in tried:
-                _try(layer, call, where)
-                tried.add(key)
-        rows.append(_explained(fqn, layer, call, len(seen), where))
+    for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
+        call = max(calls, key=lambda call: call.tokens, default=None)
+        strategy, fallback = type(layer).__name__, ""
+        products: tuple[Product, ...] = ()
+        if isinstance(layer, SwitchBackLinear):
+            strategy = layer.config.strategy
+            if call is None:
+                fallback = "not called: the model uses its weight directly, or not for this input"
+            else:
+                key = (call, layer.config, layer.in_features, layer.out_features, layer.is_prepared)
+                if where.type == "cuda" and key not in tried:
+                    _try(layer, call, where)
+                    tried.add(key)
+                products = tuple(_products(layer, call, where))
+                fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
+        seen, dtype = (None, "") if call is None else call
+        sizes = (layer.in_features, layer.out_features, len(calls))
+        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback))
     explanation = Explanation(describe(where), tuple(rows))
     if strict and explanation.fallbacks:
         lines = [f"{layer.fqn or 'the model'}: {layer.fallback}" for layer in explanation.fallbacks]
@@ -145,68 +146,29 @@ def explain(
     return explanation
 
 
-def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Where a model lies; of one on the meta device where it would run: device, or the GPU if there is one."""
-    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    if own.type != "meta":
-        return own
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _explained(fqn: str, layer: nn.Linear, call: Call | None, calls: int, device: torch.device) -> ExplainedLayer:
-    converted = isinstance(layer, SwitchBackLinear)
-    strategy = layer.config.strategy if isinstance(layer, SwitchBackLinear) else type(layer).__name__
-    products: tuple[Product, ...] = ()
-    fallback = ""
-    if isinstance(layer, SwitchBackLinear) and call is not None:
-        products = tuple(_products(layer, call, device))
-        fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
-    elif converted:
-        fallback = "not called: the model uses its weight directly, or not for this input"
-    return ExplainedLayer(
-        fqn,
-        strategy,
-        layer.in_features,
-        layer.out_features,
-        calls,
-        None if call is None else call.tokens,
-        "" if call is None else str(call.dtype).removeprefix("torch."),
-        products,
-        fallback,
-    )
-
-
-def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> list[Product]:
-    tokens, inputs, outputs = call.tokens, layer.in_features, layer.out_features
-    padded_inputs, padded_outputs = (_padded(features, layer.config.rotate_features) for features in (inputs, outputs))
-    products = [
-        _int8_product("output", ProductShape(tokens, outputs, padded_inputs), call.dtype, device),
-        _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), call.dtype, device),
-    ]
+def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iterator[Product]:
+    tokens, inputs, outputs, config = call.tokens, layer.in_features, layer.out_features, layer.config
+    padded_inputs, padded_outputs = (_padded(features, config.rotate_features) for features in (inputs, outputs))
+    dtype = getattr(torch, call.dtype)
+    yield _int8_product("output", ProductShape(tokens, outputs, padded_inputs), dtype, device)
+    yield _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), dtype, device)
     if layer.is_prepared or not layer.weight.requires_grad:
-        return products
-    config = layer.config
+        return
     wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
     if config.grad_weight == "int8" and wins:
-        padded = _padded(tokens, config.rotate_tokens)
-        shape = ProductShape(outputs, inputs, padded)
-        return [*products, _int8_product("grad_weight", shape, layer.weight.dtype, device)]
-    fallback = ""
-    if config.grad_weight == "int8":
-        fallback = (
-            f"at high precision: int8 wins from {_grad_weight.LEAST_TOKENS} tokens and in * out / (in + out) = "
-            f"{_grad_weight.LEAST_FEATURES} on"
-        )
-    name = f"torch.mm {str(call.dtype).removeprefix('torch.')}"
-    return [*products, Product("grad_weight", outputs, inputs, tokens, name, None, fallback)]
+        shape = ProductShape(outputs, inputs, _padded(tokens, config.rotate_tokens))
+        yield _int8_product("grad_weight", shape, layer.weight.dtype, device)
+        return
+    fallback = (
+        f"at high precision: int8 wins from {_grad_weight.LEAST_TOKENS} tokens and in * out / (in + out) = "
+        f"{_grad_weight.LEAST_FEATURES} on"
+    )
+    asked = config.grad_weight == "int8"
+    yield Product("grad_weight", outputs, inputs, tokens, f"torch.mm {call.dtype}", None, fallback if asked else "")
 
 
 def _padded(inner: int, rotation: int | None) -> int:
-    """An inner dimension in whole blocks of a rotation."""
+    """Return an inner dimension in whole blocks of a rotation."""
     return -(-inner // (rotation or 1)) * (rotation or 1)
 
 
@@ -222,12 +184,12 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
     from ..kernels.launch import VECTOR
     from ..tuning._tables import served, shipped_table
 
-    fits_tma = n * out_dtype.itemsize % 16 == 0
-    name_of_gpu = architecture(device)
-    config, reason = chosen(name_of_gpu, m, n, k, fits_tma=fits_tma)
+    row_bytes, gpu = n * out_dtype.itemsize, architecture(device)
+    fits_tma = row_bytes % VECTOR == 0
+    config, reason = chosen(gpu, m, n, k, fits_tma=fits_tma)
     reasons = [reason] if reason else []
-    if not reason and not fits_tma and served(shipped_table(name_of_gpu)[1], name_of_gpu).tma:
-        reasons.append(f"TMA stores rows in units of 16 bytes, not of {n * out_dtype.itemsize}")
+    if not reason and not fits_tma and served(shipped_table(gpu)[1], gpu).tma:
+        reasons.append(f"TMA stores rows in units of {VECTOR} bytes, not of {row_bytes}")
     if k % VECTOR:
         reasons.append(f"operands are copied, as their rows of {k} bytes are no multiples of {VECTOR}")
     return Product(name, m, n, k, config.kernel, config, ", and ".join(reasons))
@@ -235,16 +197,13 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
 
 def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
     """Run a layer forward and backward, on random inputs of the call's shape."""
-    x = torch.randn(call.tokens, layer.in_features, device=device, dtype=call.dtype, requires_grad=True)
-    absmax = None
+    dtype = getattr(torch, call.dtype)
+    x = torch.randn(call.tokens, layer.in_features, device=device, dtype=dtype, requires_grad=True)
     if layer.is_prepared:
         weight, absmax = layer.weight_int8, layer.weight_absmax
-    elif layer.weight.is_meta:
-        weight = torch.randn(layer.out_features, layer.in_features, device=device, dtype=layer.weight.dtype)
     else:
-        weight = layer.weight.detach()
-    if absmax is None:
-        weight = weight.requires_grad_(layer.weight.requires_grad)
+        weight = torch.randn_like(layer.weight, device=device) if layer.weight.is_meta else layer.weight.detach()
+        weight, absmax = weight.requires_grad_(layer.weight.requires_grad), None
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         y = linear(x, weight, None, layer.config, absmax)
         torch.autograd.grad(y, [tensor for tensor in (x, weight) if tensor.requires_grad], torch.ones_like(y))

@@ -1,7 +1,8 @@
-"""With how many tokens, and in which dtype, a model calls its linear layers."""
+"""With how many tokens, and in which dtype, a model calls its linear layers, and on which device."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,52 +15,46 @@ class Call(NamedTuple):
     """One call of a layer."""
 
     tokens: int
-    dtype: torch.dtype  # that it computes in: the input's, or autocast's
+    dtype: str  # that it computes in, as "bfloat16": the input's, or autocast's
 
 
 def layer_calls(
     model: nn.Module, sample_input: Any = None, tokens: int | None = None
 ) -> dict[str, tuple[nn.Linear, list[Call]]]:
-    """Every nn.Linear of a model, converted or not, by its first fully qualified name, with its calls.
+    """Return every nn.Linear of a model, converted or not, by its first fully qualified name, with its calls.
 
-    Args:
-        model: run once in evaluation mode, without gradients.
-        sample_input: what to call it with: a tensor, a tuple of arguments or a mapping of keywords.
-        tokens: instead of a sample: every layer is taken to be called once with so many, in its weight's dtype.
-
-    Raises:
-        ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
+    The arguments are those of :func:`explain`. With tokens every layer is taken to be called once, in its weight's
+    dtype.
     """
     if (sample_input is None) == (tokens is None):
         raise ValueError("give either sample_input or tokens")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
     found: dict[str, tuple[nn.Linear, list[Call]]] = {
         fqn.replace("_orig_mod.", ""): (module, [])
         for fqn, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
     if tokens is not None:
-        if tokens < 1:
-            raise ValueError(f"tokens must be positive, got {tokens}")
         for module, calls in found.values():
-            weight = next(iter(module.parameters()), torch.empty(0))
-            calls.append(Call(tokens, weight.dtype))
+            calls.append(Call(tokens, dtype_name(next(iter(module.parameters()), torch.empty(0)).dtype)))
         return found
-
-    def record(calls: list[Call]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = next(iter((*args, *kwargs.values())))
-            autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_DTYPES
-            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-            calls.append(Call(x.shape[:-1].numel(), dtype))
-
-        return hook
-
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks, every_layer_called(model), torch.no_grad():
         for module, calls in found.values():
-            hooks.callback(module.register_forward_pre_hook(record(calls), with_kwargs=True).remove)
-        with every_layer_called(model), torch.no_grad():
-            run(model, sample_input)
+            hooks.callback(module.register_forward_pre_hook(partial(_record, calls), with_kwargs=True).remove)
+        run(model, sample_input)
     return found
+
+
+def _record(calls: list[Call], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    x = next(iter((*args, *kwargs.values())))
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_DTYPES
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run(model: nn.Module, sample_input: Any) -> Any:
@@ -71,7 +66,7 @@ def run(model: nn.Module, sample_input: Any) -> Any:
 
 @contextlib.contextmanager
 def every_layer_called(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, so that running it changes nothing, and without ways round its layers.
+    """Put a model in evaluation mode, so that running it changes nothing, and close the ways round its layers.
 
     Those are compiled code, in which hooks do not run, and the fast path of nn.TransformerEncoderLayer, which reads its
     layers' weights itself.
@@ -87,3 +82,15 @@ def every_layer_called(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes.items():
             module.training = training
+
+
+def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return where a model lies, or of one on the meta device where it would run: device, else the GPU if any."""
+    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if own.type != "meta":
+        return own
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

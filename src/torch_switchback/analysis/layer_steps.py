@@ -1,43 +1,35 @@
-"""A layer's training step: how long it takes, and what it keeps for its backward."""
+"""A layer's training step: how long it takes, and how many bytes it keeps for its backward."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._timing import SUSTAINED_MS, Candidate, Cycle, Mode, Record, compare, speed_up
-from .saved_bytes import saved_bytes
 
 TURN_MS = 20.0  # of a layer in each round: long enough that launching and clock ticks vanish
-Kept = dict[tuple[str, Mode], int]
+Inputs = Sequence[tuple[Tensor, Tensor]]
 
 
 def random_inputs(
     tokens: int, in_features: int, out_features: int, copies: int, device: torch.device, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
+) -> Inputs:
     """Return pairs of X [tokens, in], which requires a gradient, and G [tokens, out]."""
-
-    def new(width: int) -> Tensor:
-        return torch.randn(tokens, width, device=device, dtype=dtype)
-
-    return [(new(in_features).requires_grad_(), new(out_features)) for _ in range(copies)]
+    new = partial(torch.randn, device=device, dtype=dtype)
+    return [(new(tokens, in_features, requires_grad=True), new(tokens, out_features)) for _ in range(copies)]
 
 
 def training_step(
-    name: str,
-    build: Callable[[], nn.Module],
-    inputs: Sequence[tuple[Tensor, Tensor]],
-    *,
-    kept: Kept,
-    mode: Mode = "eager",
-    turn_ms: float = SUSTAINED_MS,
+    name: str, build: Callable[[], nn.Module], inputs: Inputs, *, mode: Mode = "eager", turn_ms: float = SUSTAINED_MS
 ) -> Candidate:
     """Return a layer's forward and backward on each of the inputs, under autocast if its dtype is another than theirs.
 
-    Building the candidate adds the bytes that it keeps for its backward to ``kept``.
+    ``saved_bytes`` in its record is what the layer keeps for its backward.
     """
+    notes: Record = {}
 
     def cycle() -> Cycle:
         layer = build()
@@ -45,32 +37,15 @@ def training_step(
         wanted = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         steps = [partial(_gradients, forward, wanted, x, grad) for x, grad in inputs]
         steps[0]()  # compiles
-        kept[name, mode] = saved_bytes(layer, partial(forward, inputs[0][0]))
+        notes["saved_bytes"] = saved_bytes(layer, partial(forward, inputs[0][0]))
         return steps
 
-    return Candidate(name, cycle, mode, turn_ms)
-
-
-def add_comparison(records: Iterable[Record], kept: Mapping[tuple[str, Mode], int], linear: str) -> None:
-    """Add to each record what the step keeps for its backward, and its speed-up over nn.Linear.
-
-    Args:
-        linear: nn.Linear's name. What runs in a CUDA graph is compared with nn.Linear in a graph, everything else
-            with eager nn.Linear.
-    """
-    records = list(records)
-    base = {record["mode"]: record for record in records if record["name"] == linear}
-    for record in records:
-        mode: Mode = "graph" if record["mode"] == "graph" else "eager"
-        record |= speed_up(record, base.get(mode))
-        saved, before = kept.get((record["name"], record["mode"])), kept.get((linear, mode))
-        record["saved_bytes"] = saved
-        record["saved_over_linear"] = saved / before if saved is not None and before else None
+    return Candidate(name, cycle, mode, turn_ms, notes)
 
 
 def compare_layers(
     layers: Mapping[str, tuple[Callable[[], nn.Module], Mode]],
-    inputs: Sequence[tuple[Tensor, Tensor]],
+    inputs: Inputs,
     *,
     seconds: float,
     advance: Callable[[], object] = lambda: None,
@@ -79,56 +54,64 @@ def compare_layers(
 
     Args:
         layers: a function that builds the layer or raises, and the mode, by name.
-        inputs: pairs of X [tokens, in] and G [tokens, out].
+        inputs: pairs of X and G, as from :func:`random_inputs`.
         seconds: about so long in all, after a first call of each, which may compile.
         advance: called after each layer is built and warm.
     """
-    kept: Kept = {}
 
     def candidates() -> Iterator[Candidate]:
         for name, (build, mode) in layers.items():
-            yield training_step(name, build, inputs, kept=kept, mode=mode, turn_ms=TURN_MS)
+            yield training_step(name, build, inputs, mode=mode, turn_ms=TURN_MS)
             advance()
 
     with torch.enable_grad(), torch.autocast(inputs[0][0].device.type, enabled=False):
         records = compare(candidates(), seconds=seconds, device=inputs[0][0].device)
-    add_comparison(records, kept, linear=next(iter(layers)))
+    add_comparison(records, linear=next(iter(layers)))
     return records
 
 
-def measure_layers(
-    layers: Mapping[str, nn.Linear], x: Tensor, *, seconds: float, cuda_graph: bool = False
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the milliseconds of each layer's forward and backward, and the bytes that it keeps between the two.
+def add_comparison(records: Sequence[Record], linear: str) -> None:
+    """Add to each record its speed-up over the nn.Linear of this name, and the ratio of what both keep.
 
-    Args:
-        layers: by name, nn.Linear first; each is called with x, under autocast if its parameters have another dtype.
-        x: [tokens, in_features]; its gradient is wanted.
-        seconds: about so long in all.
-        cuda_graph: whether to capture each step in a CUDA graph, which leaves out CPU overhead.
-
-    Raises:
-        RuntimeError: a layer's step fails.
+    What runs in a CUDA graph is compared with nn.Linear in a graph, everything else with eager nn.Linear.
     """
-    (linear, *_) = layers.values()
-    inputs = [(x, torch.randn(*x.shape[:-1], linear.out_features, device=x.device, dtype=x.dtype))]
-    mode: Mode = "graph" if cuda_graph else "eager"
-    candidates = {name: (partial(_itself, layer), mode) for name, layer in layers.items()}
-    records = compare_layers(candidates, inputs, seconds=seconds)
+    by_mode = {record["mode"]: record for record in records if record["name"] == linear}
     for record in records:
-        if "reason" in record:
-            raise RuntimeError(f"{record['name']}: {record['reason']}")
-    milliseconds = {record["name"]: record["median_ms"] for record in records}
-    return milliseconds, {record["name"]: record["saved_bytes"] for record in records}
+        base = by_mode.get("graph" if record["mode"] == "graph" else "eager")
+        record |= speed_up(record, base)
+        saved, before = record.get("saved_bytes"), base and base.get("saved_bytes")
+        record["saved_over_linear"] = saved / before if saved is not None and before else None
 
 
-def _itself(layer: nn.Module) -> nn.Module:
-    return layer
+def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
+    """Return the bytes that a module's forward keeps for its backward, beside the parameters; views count once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        for part in _plain_tensors(tensor):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
+    for parameter in module.parameters():
+        for part in _plain_tensors(parameter):
+            storages.pop(part.untyped_storage().data_ptr(), None)
+    del outputs  # kept so far, so that no memory was freed and counted twice
+    return sum(storages.values())
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor itself, or what a subclass that wraps others is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _forward(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    dtype = next(layer.parameters()).dtype
-    if dtype == x.dtype:
+    if next(layer.parameters()).dtype == x.dtype:
         return layer
 
     def under_autocast(x: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ with Monitor(model, every=100, layers="*.mlp.*", writer=CsvWriter("noise.csv")) 
 
 import contextlib
 import csv
-import fnmatch
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..distributed.fsdp_weights import GatheredWeight
@@ -43,14 +45,13 @@ class CsvWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "a", newline="", encoding="utf-8")
+        self._file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
         self._rows = csv.writer(self._file)
         if self._file.tell() == 0:
             self._rows.writerow(("step", "tag", "value"))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self._rows.writerow((step, tag, value))
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -78,22 +79,14 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        every: int = 100,
-        layers: str | Sequence[str] = "*",
-        writer: Writer | None = None,
+        self, model: nn.Module, *, every: int = 100, layers: str | Sequence[str] = "*", writer: Writer | None = None
     ) -> None:
         if every < 1:
             raise ValueError(f"Monitor: every must be positive, got {every}")
         patterns = (layers,) if isinstance(layers, str) else tuple(layers)
         named = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
-        self._layers = {
-            name: module
-            for name, module in named
-            if isinstance(module, SwitchBackLinear) and any(fnmatch.fnmatchcase(name, glob) for glob in patterns)
-        }
+        linears = {name: module for name, module in named if isinstance(module, SwitchBackLinear)}
+        self._layers = {name: linears[name] for name in linears if any(fnmatchcase(name, each) for each in patterns)}
         if not self._layers:
             raise ValueError(f"Monitor: layers matches no SwitchBackLinear of the model, got {layers!r}")
         self._every, self._writer = every, writer
@@ -103,7 +96,7 @@ class Monitor:
         self._start_sampling()
 
     def step(self) -> None:
-        """To be called after each training step: writes the sample, if this step was one, and counts on."""
+        """Write the sample, if this step was one, and count on. To be called after each training step."""
         if self._stop_sampling.alive:
             self._stop_sampling()
             self.latest = self._sample
@@ -131,7 +124,8 @@ class Monitor:
         sampling = contextlib.ExitStack()
         sampling.enter_context(_eager())
         for name, layer in self._layers.items():
-            sampling.enter_context(_measured(layer, name, self._sample))
+            hook = partial(_after_forward, name, self._sample)
+            sampling.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         self._stop_sampling = weakref.finalize(self, sampling.close)  # also when nobody holds the monitor any more
 
 
@@ -141,7 +135,7 @@ _stance = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Compiled code runs eagerly until the last monitor is out, whichever that is: a stance belongs to the process."""
+    """Run compiled code eagerly until the last monitor is out, whichever that is: a stance belongs to the process."""
     global _samplers
     if _samplers == 0:
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
@@ -154,30 +148,23 @@ def _eager() -> Iterator[None]:
             _stance.close()
 
 
-@contextlib.contextmanager
-def _measured(layer: SwitchBackLinear, name: str, sample: dict[str, Record]) -> Iterator[None]:
-    """Inside it, the layer's first forward that has a backward leaves its record in the sample."""
+def _after_forward(
+    name: str, sample: dict[str, Record], layer: SwitchBackLinear, args: Any, kwargs: Any, output: Tensor
+) -> None:
+    """Let the layer's first forward that has a backward leave its record in the sample."""
+    if not output.requires_grad or output.numel() == 0 or layer.is_prepared or name in sample:
+        return
+    x = (args[0] if args else kwargs["input"]).detach().to(output.dtype)  # as autocast did
 
-    def after_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        if not output.requires_grad or output.numel() == 0 or layer.is_prepared or name in sample:
-            return
-        x = (args[0] if args else kwargs["input"]).detach().to(output.dtype)  # as autocast did
+    def after_backward(grad: Tensor) -> None:
+        if name not in sample:
+            sample[name] = measure(layer, x, grad)
 
-        def after_backward(grad: torch.Tensor) -> None:
-            if name not in sample:
-                sample[name] = measure(layer, x, grad)
-
-        output.register_hook(after_backward)
-
-    handle = layer.register_forward_hook(after_forward, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    output.register_hook(after_backward)
 
 
-def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor) -> Record:
-    """One layer's noise and what drives it, for an input and the gradient of its output.
+def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
+    """Return one layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
         layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows only int8 values:
@@ -197,17 +184,20 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
           99 % of the rows are below. INT8 is more accurate than float8 (e4m3) below 11.7;
         - ``T_zeros``: share of its int8 values that are 0.
     """
-    x, weight = x.detach(), layer.weight.detach()
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     known = weight.dequantize() if isinstance(weight, GatheredWeight) else weight
-    bias = None if layer.bias is None else layer.bias.detach()
-    ours = _products(lambda x, w: switchback_linear(x, w, bias, layer.config), x, weight, grad_output)
-    exact = _products(
-        lambda x, w: linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), x, known, grad_output
-    )
+
+    def quantized(x: Tensor, weight: Tensor) -> Tensor:
+        return switchback_linear(x, weight, bias, layer.config)
+
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    ours, theirs = _products(quantized, x, weight, grad_output), _products(exact, x, known, grad_output)
     quantities = {}
-    for product, actual, reference in zip(("output", "grad_input", "grad_weight"), ours, exact, strict=True):
+    for product, actual, reference in zip(("output", "grad_input", "grad_weight"), ours, theirs, strict=True):
         quantities[f"{product}_snr"], quantities[f"{product}_snr_worst_rows"] = _signal_to_noise(actual, reference)
-    x, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+    x, grad = x.detach().reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
     covered = known.reshape(1, -1) if layer.config.weight_scaling == "global" else known
     scaling = scaling_for(layer.config, x, weight, grad)
     for operand, rows, qdata in (
@@ -222,19 +212,16 @@ def measure(layer: SwitchBackLinear, x: torch.Tensor, grad_output: torch.Tensor)
 
 
 def _products(
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    grad_output: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+    forward: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, grad_output: Tensor
+) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
         y = forward(x, weight)
         return (y.detach(), *torch.autograd.grad(y, (x, weight), grad_output))
 
 
-def _signal_to_noise(actual: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In dB: of the whole tensor, and what 99 % of its rows are above. Inf without noise."""
+def _signal_to_noise(actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return decibels: of the whole tensor, and what 99 % of its rows are above. Inf without noise."""
     actual, reference = actual.reshape(-1, actual.shape[-1]), reference.reshape(-1, actual.shape[-1])
     energies = [
         torch.stack((wanted.float().square().sum(1), (got.float() - wanted.float()).square().sum(1)))
@@ -245,12 +232,12 @@ def _signal_to_noise(actual: torch.Tensor, reference: torch.Tensor) -> tuple[tor
     return _decibels(signal.sum(), noise.sum()), rows.kthvalue(max(1, len(rows) // 100)).values
 
 
-def _decibels(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.where(noise == 0, float("inf"), 10 * torch.log10(signal / noise))
 
 
-def _crest(x: torch.Tensor, rotation: int | None) -> torch.Tensor:
-    """What 99 % of the rows' absmax over root mean square are below; 1 for a row of zeros."""
+def _crest(x: Tensor, rotation: int | None) -> Tensor:
+    """Return what 99 % of the rows' absmax over root mean square are below; 1 for a row of zeros."""
     crests = []
     for block in _in_blocks(x):
         block = block if rotation is None else rotate_features(block, rotation)
@@ -260,6 +247,6 @@ def _crest(x: torch.Tensor, rotation: int | None) -> torch.Tensor:
     return rows.kthvalue(len(rows) - len(rows) // 100).values
 
 
-def _in_blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of about 2**24 elements: float32 copies of a whole activation may not fit."""
+def _in_blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Split rows into blocks of about 2**24 elements: float32 copies of a whole activation may not fit."""
     return x.split(max(1, 2**24 // x.shape[1]))

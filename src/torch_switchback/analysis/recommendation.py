@@ -2,25 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .._text import table
-from .._timing import WORTH_CHANGING, elapsed_ms, interleaved
+from .._timing import WORTH_CHANGING, Mode, elapsed_ms, interleaved
 from ..config import config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
-from .explanation import describe, device_of
-from .layer_calls import every_layer_called, layer_calls, run
-from .layer_steps import measure_layers
-from .saved_bytes import saved_bytes
+from .layer_calls import describe, device_of, dtype_name, every_layer_called, layer_calls, run
+from .layer_steps import compare_layers, random_inputs, saved_bytes
 
 LINEAR = "nn.Linear"
 MODEL_ROUNDS = 3  # in which the whole model is measured, as it is and converted
@@ -29,35 +28,32 @@ Measured = TypeVar("Measured")
 CANDIDATES = ("switchback", "switchback_memory_efficient")
 
 
-class LayerShape(NamedTuple):
+@dataclass(frozen=True)
+class LayerShape:
     """All of a layer's call that decides how long it takes."""
 
     tokens: int
     in_features: int
     out_features: int
     bias: bool
-    dtype: torch.dtype
-    """That it computes in."""
-    weight_dtype: torch.dtype
+    dtype: str
+    """That it computes in, as "bfloat16"."""
+    weight_dtype: str
     trains: bool
-    """Whether its weight wants a gradient."""
+    """Whether its weight wants a gradient; a frozen one's backward has one product, not two."""
 
-    def new_linear(self, device: torch.device) -> nn.Linear:
-        layer = nn.Linear(self.in_features, self.out_features, self.bias, device=device, dtype=self.weight_dtype)
-        return layer.requires_grad_(self.trains)
+    def new_layer(self, recipe: str, device: torch.device) -> nn.Linear:
+        """Return an nn.Linear of this shape, or what a recipe makes of it."""
+        dtype = getattr(torch, self.weight_dtype)
+        layer = nn.Linear(self.in_features, self.out_features, self.bias, device=device, dtype=dtype)
+        layer.requires_grad_(self.trains)
+        return layer if recipe == LINEAR else convert_to_switchback(layer, config=recipe)
 
 
 @dataclass(frozen=True)
-class MeasuredLayer:
+class MeasuredLayer(LayerShape):
     """A shape of layer, with what its training step takes: the forward, and the backward with the gradients wanted."""
 
-    tokens: int
-    in_features: int
-    out_features: int
-    bias: bool
-    dtype: str
-    trains: bool
-    """Whether its weight wants a gradient; a frozen one's backward has one product, not two."""
     fqns: tuple[str, ...]
     """The layers that have it, once for each of their calls."""
     milliseconds: dict[str, float]
@@ -71,10 +67,6 @@ class MeasuredLayer:
     def speed_up(self) -> float:
         """Of the best recipe over nn.Linear, recommended or not."""
         return self.milliseconds[LINEAR] / min(ms for name, ms in self.milliseconds.items() if name != LINEAR)
-
-    @property
-    def chosen(self) -> str:
-        return self.recipe or LINEAR
 
 
 @dataclass(frozen=True)
@@ -117,53 +109,51 @@ class Recommendation:
     @property
     def linear_speed_up(self) -> float:
         """Of all linear layers that were measured, together."""
-        before = sum(len(layer.fqns) * layer.milliseconds[LINEAR] for layer in self.layers)
-        return before / sum(len(layer.fqns) * layer.milliseconds[layer.chosen] for layer in self.layers)
+        before, after = self._totals("milliseconds")
+        return before / after
 
     @property
     def linear_saved_bytes(self) -> tuple[int, int]:
         """What they keep for their backward as nn.Linear and as recommended; an input of several counts for each."""
-        before = sum(len(layer.fqns) * layer.saved_bytes[LINEAR] for layer in self.layers)
-        return before, sum(len(layer.fqns) * layer.saved_bytes[layer.chosen] for layer in self.layers)
+        return self._totals("saved_bytes")
+
+    def _totals(self, quantity: str) -> tuple[Any, Any]:
+        """Sum a quantity over the calls of all layers, as nn.Linear and as recommended."""
+        values = [(layer, getattr(layer, quantity)) for layer in self.layers]
+        before = sum(len(layer.fqns) * by_recipe[LINEAR] for layer, by_recipe in values)
+        return before, sum(len(layer.fqns) * by_recipe[layer.recipe or LINEAR] for layer, by_recipe in values)
 
     def to_json(self) -> str:
-        """The fields and properties."""
-        content = dataclasses.asdict(self) | {
-            "config": self.config,
-            "linear_speed_up": self.linear_speed_up,
-            "linear_saved_bytes": self.linear_saved_bytes,
-        }
-        return json.dumps(content)
+        """Return the fields and properties as JSON."""
+        properties = {name: getattr(self, name) for name in ("config", "linear_speed_up", "linear_saved_bytes")}
+        return json.dumps(dataclasses.asdict(self) | properties)
 
     def __str__(self) -> str:
         recipes = [name for name in self.layers[0].milliseconds if name != LINEAR]
-        headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
-        rows = [
-            (
-                *map(str, (layer.tokens, layer.in_features, layer.out_features)),
-                layer.dtype,
-                str(len(layer.fqns)),
-                f"{layer.milliseconds[LINEAR]:.3f}",
-                *(f"{layer.milliseconds[LINEAR] / layer.milliseconds[name]:.2f} ×" for name in recipes),
-                layer.chosen,
+        rows = []
+        for layer in self.layers:
+            times = layer.milliseconds
+            speed_ups = [f"{times[LINEAR] / times[name]:.2f} ×" for name in recipes]
+            sizes = (layer.tokens, layer.in_features, layer.out_features)
+            rows.append(
+                (*sizes, layer.dtype, len(layer.fqns), f"{times[LINEAR]:.3f}", *speed_ups, layer.recipe or LINEAR)
             )
-            for layer in self.layers
-        ]
+        headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
         lines = [self.device, table(headers, rows)]
         lines += [f"{fqn or 'the model'} stays nn.Linear: {reason}" for fqn, reason in self.left.items()]
-        before, after = (kept / 2**20 for kept in self.linear_saved_bytes)
         lines.append(
-            f"linear layers: {self.linear_speed_up:.2f} ×, kept for the backward: {before:.1f} → {after:.1f} MiB "
+            f"linear layers: {self.linear_speed_up:.2f} ×, {_kept(*self.linear_saved_bytes)} "
             "(an input of several layers counts for each)"
         )
-        if self.model is not None:
-            before, after = self.model.saved_bytes / 2**20, self.model.saved_bytes_converted / 2**20
-            lines.append(
-                f"the model's forward and backward: {self.model.speed_up:.2f} × "
-                f"({self.model.milliseconds:.2f} → {self.model.milliseconds_converted:.2f} ms), "
-                f"kept for the backward: {before:.1f} → {after:.1f} MiB"
-            )
+        if (model := self.model) is not None:
+            times_of_model = f"{model.milliseconds:.2f} → {model.milliseconds_converted:.2f} ms"
+            kept = _kept(model.saved_bytes, model.saved_bytes_converted)
+            lines.append(f"the model's forward and backward: {model.speed_up:.2f} × ({times_of_model}), {kept}")
         return "\n".join(lines)
+
+
+def _kept(before: int, after: int) -> str:
+    return f"kept for the backward: {before / 2**20:.1f} → {after / 2**20:.1f} MiB"
 
 
 def recommend(
@@ -176,6 +166,7 @@ def recommend(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     seconds: float = 2.0,
+    progress: Callable[[Recommendation, str], object] = lambda found, following: None,
 ) -> Recommendation:
     """Measure each distinct layer shape of a model as nn.Linear and as SwitchBackLinear, and choose for each layer.
 
@@ -194,6 +185,7 @@ def recommend(
         device: where the layers of a model on the meta device are measured: by default the GPU if there is one.
         dtype: what layers compute in if there is no sample; by default their weights' dtype.
         seconds: about so long for all layers' measurements; first calls, which compile kernels, come on top.
+        progress: called before each measurement, with what was measured so far and what is measured next.
 
     Returns:
         The measurements; ``config`` is what follows, for ``convert_to_switchback``. Printed, it is a table.
@@ -201,46 +193,23 @@ def recommend(
     Raises:
         ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, recipes
             is empty, or not exactly one of sample_input and tokens is given.
-        RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile.
+        RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile;
+            or a layer's step fails.
     """
-    *_, (found, _) = recommend_in_steps(
-        model,
-        sample_input,
-        tokens=tokens,
-        recipes=recipes,
-        cuda_graph=cuda_graph,
-        device=device,
-        dtype=dtype,
-        seconds=seconds,
-    )
-    return found
-
-
-def recommend_in_steps(
-    model: nn.Module,
-    sample_input: Any = None,
-    *,
-    tokens: int | None = None,
-    recipes: Sequence[str],
-    cuda_graph: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    seconds: float,
-) -> Iterator[tuple[Recommendation, str]]:
-    """Do what :func:`recommend` does, and yield what was measured so far with what is measured next ("" at the end)."""
     model = model._modules.get("_orig_mod") or model
     refuse_compiled("recommend", model, {module for module in model.modules() if isinstance(module, nn.Linear)})
     if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
         raise ValueError("recommend: model is converted already; revert_switchback(model) first")
-    configs = {recipe: config_of(recipe) for recipe in recipes}
-    if not configs:
+    if not recipes:
         raise ValueError("recommend: recipes is empty")
+    for recipe in recipes:
+        config_of(recipe)  # refuses an unknown one
     where = device_of(model, device)
     why_left = default_filter(model, least_features=0)
+    names = module_names(model)
     left: dict[str, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     shapes: dict[LayerShape, list[str]] = {}
-    names = module_names(model)
     for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
         if others := names[layer][1:]:
             aliases[fqn] = tuple(others)
@@ -253,49 +222,45 @@ def recommend_in_steps(
             left[fqn] = reason
             continue
         for call in calls:
-            shape = LayerShape(
-                call.tokens,
-                layer.in_features,
-                layer.out_features,
-                layer.bias is not None,
-                dtype if dtype is not None and tokens is not None else call.dtype,
-                layer.weight.dtype,
-                layer.weight.requires_grad,
-            )
+            computes_in = dtype_name(dtype) if dtype is not None and tokens is not None else call.dtype
+            sizes = (call.tokens, layer.in_features, layer.out_features)
+            dtypes = (computes_in, dtype_name(layer.weight.dtype))
+            shape = LayerShape(*sizes, layer.bias is not None, *dtypes, layer.weight.requires_grad)
             shapes.setdefault(shape, []).append(fqn)
     if not shapes:
         raise ValueError("recommend: model calls no linear layer that could be converted")
 
-    rows: list[MeasuredLayer] = []
+    found = Recommendation(describe(where), (), left, aliases, None)
+    mode: Mode = "graph" if cuda_graph else "eager"
     for number, (shape, fqns) in enumerate(shapes.items(), 1):
-        following = f"{number}/{len(shapes)}  {shape.tokens} tokens, {shape.in_features} → {shape.out_features}"
-        yield Recommendation(describe(where), tuple(rows), left, aliases, None), following
-        x = torch.randn(shape.tokens, shape.in_features, device=where, dtype=shape.dtype, requires_grad=True)
-        layers: dict[str, nn.Linear] = {LINEAR: shape.new_linear(where)}
-        for recipe in configs:
-            layers[recipe] = convert_to_switchback(shape.new_linear(where), config=recipe)
-        milliseconds, saved = measure_layers(layers, x, seconds=seconds / len(shapes), cuda_graph=cuda_graph)
-        best = min(configs, key=milliseconds.__getitem__)
-        wins = milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR]
-        rows.append(
-            MeasuredLayer(
-                shape.tokens,
-                shape.in_features,
-                shape.out_features,
-                shape.bias,
-                str(shape.dtype).removeprefix("torch."),
-                shape.trains,
-                tuple(fqns),
-                milliseconds,
-                saved,
-                best if wins else None,
-            )
-        )
-    found = Recommendation(describe(where), tuple(rows), left, aliases, None)
+        progress(found, f"{number}/{len(shapes)}  {shape.tokens} tokens, {shape.in_features} → {shape.out_features}")
+        measured = _measure_shape(shape, fqns, recipes, where, seconds / len(shapes), mode)
+        found = dataclasses.replace(found, layers=(*found.layers, measured))
     if sample_input is not None:
-        yield found, "the model"
+        progress(found, "the model")
         found = dataclasses.replace(found, model=_measure_model(model, sample_input, found.config, where, seconds))
-    yield found, ""
+    return found
+
+
+def _measure_shape(
+    shape: LayerShape, fqns: Sequence[str], recipes: Sequence[str], device: torch.device, seconds: float, mode: Mode
+) -> MeasuredLayer:
+    sizes = (shape.tokens, shape.in_features, shape.out_features)
+    inputs = random_inputs(*sizes, copies=1, device=device, dtype=getattr(torch, shape.dtype))
+    layers = {name: (partial(shape.new_layer, name, device), mode) for name in (LINEAR, *recipes)}
+    records = compare_layers(layers, inputs, seconds=seconds)
+    for record in records:
+        if "reason" in record:
+            raise RuntimeError(f"{record['name']}: {record['reason']}")
+    milliseconds = {record["name"]: record["median_ms"] for record in records}
+    best = min(recipes, key=milliseconds.__getitem__)
+    return MeasuredLayer(
+        **dataclasses.asdict(shape),
+        fqns=tuple(fqns),
+        milliseconds=milliseconds,
+        saved_bytes={record["name"]: record["saved_bytes"] for record in records},
+        recipe=best if milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR] else None,
+    )
 
 
 def _measure_model(
@@ -329,5 +294,5 @@ def _measure_model(
             return elapsed_ms(repeat(step), times, device) / times
 
         clocks: dict[str, Callable[[], float]] = {"before": clock, "after": partial(as_recommended, clock)}
-        before, after = interleaved(clocks, MODEL_ROUNDS).values()
-    return MeasuredModel(before, after, *kept)
+        milliseconds = interleaved(clocks, MODEL_ROUNDS)
+    return MeasuredModel(statistics.median(milliseconds["before"]), statistics.median(milliseconds["after"]), *kept)

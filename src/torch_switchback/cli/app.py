@@ -4,12 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from .. import __version__
 from .bench import bench
-from .common import Stop
 from .doctor import doctor
 from .explain import explain
 from .export import export
@@ -32,9 +30,12 @@ def _stops_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     def run(**arguments: Any) -> None:
         try:
             command(**arguments)
-        except (Stop, OSError, torch.OutOfMemoryError) as error:
-            typer.echo(f"torch-switchback {command.__name__}: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(error.code if isinstance(error, Stop) else 1) from None
+        except (typer.Exit, typer.BadParameter):
+            raise
+        except Exception as error:  # a model, a file or a GPU can raise anything
+            reason = " ".join(str(error).split())
+            typer.echo(f"torch-switchback {command.__name__}: {type(error).__name__}: {reason}", err=True)
+            raise typer.Exit(1) from None
 
     return run
 

@@ -4,44 +4,43 @@ import datetime
 import importlib.util
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 from torch import nn
-from typer import Option
+from typer import BadParameter, Option
 
 from .. import __version__
 from .._text import table
 from .._timing import Mode, Record, copies
-from ..analysis.explanation import describe
+from ..analysis.layer_calls import describe
 from ..analysis.layer_steps import compare_layers, random_inputs
 from ..analysis.recommendation import LINEAR
 from ..config import RECIPES
 from ..convert import convert_to_switchback
 from . import common
-from .common import CudaGraphFlag, DeviceFlag, JsonFlag, RecipesFlag, Shape, WrongCall
+from .common import CudaGraphFlag, DeviceFlag, JsonFlag, RecipesFlag, Shape, ShapesFlag
 
 DEFAULT_SHAPES = {
-    "cuda": (Shape(16384, 4096, 4096), Shape(16384, 4096, 14336), Shape(65536, 1280, 5120)),
-    "cpu": (Shape(512, 1024, 1024), Shape(512, 1024, 4096)),
+    "cuda": [Shape(16384, 4096, 4096), Shape(16384, 4096, 14336), Shape(65536, 1280, 5120)],
+    "cpu": [Shape(512, 1024, 1024), Shape(512, 1024, 4096)],
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOAT8 = {f"torchao float8 {scaling}": scaling for scaling in ("tensorwise", "rowwise")}
-PICTURES = ".pdf, .png or .svg"
+PICTURES = (".pdf", ".png", ".svg")
 
 
 def bench(
-    shape: Annotated[list[str] | None, Option(metavar="TOKENS,IN,OUT", help="A layer; repeatable.")] = None,
+    shape: ShapesFlag = None,
     model: Annotated[str | None, Option(metavar="MODULE:FUNCTION|JSON", help="Its distinct layers instead.")] = None,
     tokens: Annotated[int | None, Option(min=1, help="With --model: per layer, by default 8192.")] = None,
     recipe: RecipesFlag = None,
     peers: Annotated[bool, Option(help="On a GPU torchao's float8 layers too, compiled, if it is installed.")] = True,
     cuda_graph: CudaGraphFlag = False,
-    dtype: Annotated[str, Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and inputs.")] = "bfloat16",
     seconds: Annotated[float, Option(min=0.0, help="Of measurement per shape, about, beside compiling.")] = 2.0,
     output: Annotated[Path | None, Option(dir_okay=False, help="Write the JSON here, too.")] = None,
-    picture: Annotated[Path | None, Option(dir_okay=False, help=f"Draw speed-ups here: {PICTURES}.")] = None,
+    picture: Annotated[Path | None, Option(dir_okay=False, help="Draw speed-ups here: .pdf, .png or .svg.")] = None,
     device: DeviceFlag = None,
     json: JsonFlag = False,
 ) -> None:
@@ -58,39 +57,37 @@ def bench(
       torch-switchback bench --shape 16384,4096,14336 --recipe switchback --picture layer.png
       torch-switchback bench --model Llama-3-8B/config.json --tokens 16384 --output llama.json
     """
-    where, recipes = common.chosen_device(device), common.known_recipes(recipe, RECIPES)
-    if dtype not in DTYPES:
-        raise WrongCall(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    where, torch_dtype = common.chosen_device(device), getattr(torch, dtype)
     if shape and model:
-        raise WrongCall("give --shape or --model, not both")
+        raise BadParameter("give --shape or --model, not both")
     if tokens is not None and not model:
-        raise WrongCall("--tokens goes with --model; a shape names its own")
+        raise BadParameter("--tokens goes with --model; a shape names its own")
     if picture is not None:
         common.needs("matplotlib")
-        if picture.suffix not in PICTURES.replace(",", "").split():
-            raise WrongCall(f"--picture must end in {PICTURES}, got {picture}")
-    shapes = common.parse_shapes(shape) if shape else DEFAULT_SHAPES[where.type]
+        if picture.suffix not in PICTURES:
+            raise BadParameter(f"--picture must end in {', '.join(PICTURES)}, got {picture}")
+    shapes = shape or DEFAULT_SHAPES[where.type]
     if model:
         module, _ = common.load_model(model, torch.device("cpu"))
-        linears = (part for part in module.modules() if isinstance(part, nn.Linear))
-        sizes = ((tokens or common.DEFAULT_TOKENS, layer.in_features, layer.out_features) for layer in linears)
-        shapes = tuple(dict.fromkeys(Shape(*size) for size in sizes))
+        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        shapes = [Shape(tokens or common.DEFAULT_TOKENS, layer.in_features, layer.out_features) for layer in linears]
+    shapes = list(dict.fromkeys(shapes))
     peers = peers and not cuda_graph and where.type == "cuda" and importlib.util.find_spec("torchao") is not None
     mode: Mode = "graph" if cuda_graph else "eager"
     results: list[Record] = []
     with common.Steps() as steps:
         for number, each in enumerate(shapes, 1):
-            new = partial(new_layer, shape=each, device=where, dtype=DTYPES[dtype])
-            layers = {name: (partial(new, name), mode) for name in (LINEAR, *recipes)}
+            new = partial(new_layer, shape=each, device=where, dtype=torch_dtype)
+            layers = {name: (partial(new, name), mode) for name in (LINEAR, *(recipe or RECIPES))}
             layers |= {name: (partial(new, name), "compiled") for name in FLOAT8 if peers}
             steps.begin(f"{number}/{len(shapes)}  {each}", total=len(layers))
-            set_bytes = DTYPES[dtype].itemsize * each.tokens * (each.in_features + each.out_features)
-            inputs = random_inputs(*each, copies(set_bytes, where), where, DTYPES[dtype])
+            set_bytes = torch_dtype.itemsize * each.tokens * (each.in_features + each.out_features)
+            inputs = random_inputs(*each, copies(set_bytes, where), where, torch_dtype)
             records = compare_layers(layers, inputs, seconds=seconds, advance=steps.advance_step)
             results += [{"shape": each} | {k: v for k, v in record.items() if k != "turns"} for record in records]
-    versions = {"torch": str(torch.__version__), "torch_switchback": __version__}
-    provenance: Record = {"device": describe(where), **versions, "date": datetime.date.today().isoformat()}
-    provenance |= {"dtype": dtype, "cuda_graph": cuda_graph, "seconds": seconds}
+    provenance: Record = {"device": describe(where), "torch": str(torch.__version__), "torch_switchback": __version__}
+    provenance |= {"date": datetime.date.today().isoformat(), "dtype": dtype}
+    provenance |= {"cuda_graph": cuda_graph, "seconds": seconds}
     document = common.to_json({"provenance": provenance, "results": results})
     if output is not None:
         output.write_text(document + "\n", encoding="utf-8")
@@ -120,8 +117,8 @@ def as_table(results: list[Record]) -> str:
     columns = (("median_ms", "{:.3f}", 1), ("speed_up", "{:.2f} ×", 1), ("saved_bytes", "{:.1f}", 2**20))
     rows = []
     for result in results:
-        values = ["–" if result.get(key) is None else form.format(result[key] / unit) for key, form, unit in columns]
-        rows.append((str(result["shape"]), result["name"], *values, result.get("reason", "")))
+        values = [None if result.get(key) is None else form.format(result[key] / unit) for key, form, unit in columns]
+        rows.append((result["shape"], result["name"], *values, result.get("reason", "")))
     return table(("layer", "", "ms", f"over {LINEAR}", "kept, MiB", ""), rows)
 
 

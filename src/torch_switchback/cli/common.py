@@ -1,4 +1,4 @@
-"""What the commands share: flags, models from the command line, progress, and how a command stops."""
+"""What the commands share: flags, models from the command line, and progress."""
 
 import importlib
 import json
@@ -6,16 +6,14 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 from torch import nn
-from typer import Option
+from typer import Argument, BadParameter, Option
 
 from .._timing import reason_of
 from ..config import RECIPES
@@ -26,28 +24,6 @@ MODEL = (
     "package.module:function; or a config.json of Transformers, which must be installed then."
 )
 CONFIG = "A recipe, or a JSON file that maps layers' names to recipes, such as `recommend --output` writes."
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
-ConfigFlag = Annotated[str, Option(help=CONFIG)]
-TokensFlag = Annotated[int | None, Option(min=1, help="Tokens per layer and step; by default the sample's, else 8192.")]
-RecipesFlag = Annotated[
-    list[str] | None, Option("--recipe", metavar="NAME", help=f"One of {', '.join(RECIPES)}; repeatable.")
-]
-CudaGraphFlag = Annotated[bool, Option("--cuda-graph", help="Measure without CPU overhead, as in a compiled model.")]
-DeviceFlag = Annotated[str | None, Option(help="cuda or cpu; by default the GPU if there is one.")]
-JsonFlag = Annotated[bool, Option("--json", help="Print JSON and nothing else on stdout.")]
-
-
-class Stop(Exception):
-    """A command cannot go on. The message is printed in one line, and the command exits with 1."""
-
-    code = 1
-
-
-class WrongCall(Stop):
-    """A command was called wrongly, or misses a package."""
-
-    code = 2
 
 
 class Shape(NamedTuple):
@@ -61,27 +37,63 @@ class Shape(NamedTuple):
         return f"{self.tokens}, {self.in_features} → {self.out_features}"
 
 
+def parse_shape(text: str) -> Shape:
+    if not re.fullmatch(r" *[1-9]\d* *(, *[1-9]\d* *){2}", text):
+        raise BadParameter(f"must be TOKENS,IN,OUT, three positive integers, got {text!r}")
+    return Shape(*map(int, text.split(",")))
+
+
+def parse_recipe(text: str) -> str:
+    if text not in RECIPES:
+        raise BadParameter(f"must be one of {', '.join(RECIPES)}, got {text!r}")
+    return text
+
+
+def parse_config(text: str) -> str | dict[str, str | None]:
+    """Return a recipe's name, or the map of layers to recipes in a JSON file."""
+    if text in RECIPES:
+        return text
+    if not text.endswith(".json"):
+        raise BadParameter(f"must be a .json file or one of {', '.join(RECIPES)}, got {text!r}")
+    config = read_json(text)
+    if not isinstance(config, dict) or any(value not in (None, *RECIPES) for value in config.values()):
+        raise BadParameter(f"{text} must map layers' names to recipes or null")
+    return config
+
+
+ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
+ConfigFlag = Annotated[Any, Option(parser=parse_config, metavar="RECIPE|JSON", help=CONFIG)]
+ShapesFlag = Annotated[
+    list[Shape] | None, Option("--shape", parser=parse_shape, metavar="TOKENS,IN,OUT", help="A layer; repeatable.")
+]
+TokensFlag = Annotated[int | None, Option(min=1, help="Tokens per layer and step; by default the sample's, else 8192.")]
+RecipesFlag = Annotated[
+    list[str] | None,
+    Option("--recipe", parser=parse_recipe, metavar="NAME", help=f"One of {', '.join(RECIPES)}; repeatable."),
+]
+CudaGraphFlag = Annotated[bool, Option("--cuda-graph", help="Measure without CPU overhead, as in a compiled model.")]
+DeviceFlag = Annotated[Literal["cuda", "cpu"] | None, Option(help="By default the GPU if there is one.")]
+JsonFlag = Annotated[bool, Option("--json", help="Print JSON and nothing else on stdout.")]
+
+
 class Steps(Progress):
-    """Progress on stderr: a bar per step on a terminal, else a line. Ctrl-C ends the block and sets ``stopped``."""
+    """Progress on stderr: a line per step, and on a terminal a bar. Ctrl-C ends the block and sets ``stopped``."""
 
     stopped = False
 
     def __init__(self) -> None:
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        super().__init__(BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self._bar = self.add_task("", total=None)
 
     def begin(self, text: str, total: int | None = None) -> None:
-        """Show that a step of so many parts begins, and that the one before it is done."""
-        for task in self.tasks:
-            self.update(task.id, total=task.total or 1, completed=task.total or 1)
-        if self.disable:
-            self.console.print(text)
-        self._task = self.add_task(text, total=total)
+        """Show that a step of so many parts begins."""
+        self.console.print(text)
+        self.reset(self._bar, total=total)
 
     def advance_step(self) -> None:
         """Show that a part of the step is done."""
-        self.advance(self._task)
+        self.advance(self._bar)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:  # type: ignore[override]
         self.stop()
@@ -96,25 +108,12 @@ def needs(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        package = module.partition(".")[0]
-        raise WrongCall(f"this needs {package}: pip install {package}") from None
+        raise BadParameter(f"this needs {module}: pip install {module}") from None
 
 
 def chosen_device(device: str | None) -> torch.device:
     """Return the device that a flag names."""
-    if device not in (None, "cpu", "cuda"):
-        raise WrongCall(f"--device must be cuda or cpu, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise WrongCall(f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def known_recipes(names: list[str] | None, default: Iterable[str]) -> list[str]:
-    """Return the recipes that a flag names, or the default ones."""
-    for name in names or ():
-        if name not in RECIPES:
-            raise WrongCall(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-    return names or list(default)
 
 
 def load_model(spec: str, device: torch.device) -> tuple[nn.Module, Any]:
@@ -122,16 +121,16 @@ def load_model(spec: str, device: torch.device) -> tuple[nn.Module, Any]:
     if spec.endswith(".json"):
         return _model_of_config(spec), None
     if not re.fullmatch(r"[\w.]+:[\w.]+", spec):
-        raise WrongCall(f"MODEL must be package.module:function or a .json file, got {spec!r}")
+        raise BadParameter(f"MODEL must be package.module:function or a .json file, got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as ``python -m`` does
     try:
         made = pkgutil.resolve_name(spec)()
     except Exception as error:  # a user's code can raise anything
-        raise WrongCall(f"{spec}: {reason_of(error)}") from None
+        raise BadParameter(f"{spec}: {reason_of(error)}") from None
     model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise WrongCall(f"{spec} returned no nn.Module but {type(model).__name__}")
+        raise BadParameter(f"{spec} returned no nn.Module but {type(model).__name__}")
     if any(parameter.is_meta for parameter in model.parameters()):
         return model, sample
     to_device = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), sample)
@@ -142,7 +141,7 @@ def _model_of_config(path: str) -> nn.Module:
     """Build the architecture that a config.json describes on the meta device, in its dtype, else in bfloat16."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise WrongCall(f"{path}: a config.json of Transformers is an object with a model_type")
+        raise BadParameter(f"{path}: a config.json of Transformers is an object with a model_type")
     transformers = needs("transformers")
     try:
         config = transformers.AutoConfig.for_model(**content)
@@ -151,22 +150,7 @@ def _model_of_config(path: str) -> nn.Module:
             model: nn.Module = architecture(config) if architecture else transformers.AutoModel.from_config(config)
         return model.to(config.dtype or torch.bfloat16)
     except Exception as error:  # Transformers raises what it likes for a config that it cannot use
-        raise WrongCall(f"{path}: {reason_of(error)}") from None
-
-
-def read_json(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WrongCall(f"{path}: {error}") from None
-
-
-def parse_shapes(texts: list[str]) -> tuple[Shape, ...]:
-    """Return the distinct values of a ``--shape``."""
-    for text in texts:
-        if not re.fullmatch(r" *[1-9]\d* *(, *[1-9]\d* *){2}", text):
-            raise WrongCall(f"--shape must be TOKENS,IN,OUT, three positive integers, got {text!r}")
-    return tuple(dict.fromkeys(Shape(*map(int, text.split(","))) for text in texts))
+        raise BadParameter(f"{path}: {reason_of(error)}") from None
 
 
 def sample_or_tokens(sample: Any, tokens: int | None) -> dict[str, Any]:
@@ -174,17 +158,11 @@ def sample_or_tokens(sample: Any, tokens: int | None) -> dict[str, Any]:
     return {"sample_input": sample} if tokens is None and sample is not None else {"tokens": tokens or DEFAULT_TOKENS}
 
 
-def parse_config(text: str) -> str | dict[str, str | None]:
-    """Return a recipe's name, or the map of layers to recipes in a JSON file, such as `recommend --output` writes."""
-    if text in RECIPES:
-        return text
-    if not text.endswith(".json"):
-        raise WrongCall(f"--config must be a .json file or one of {', '.join(RECIPES)}, got {text!r}")
-    config = read_json(text)
-    unknown = [value for value in config.values() if value not in (None, *RECIPES)] if isinstance(config, dict) else [0]
-    if unknown:
-        raise WrongCall(f"--config {text}: it must map layers' names to recipes or null")
-    return config
+def read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadParameter(f"{path}: {error}") from None
 
 
 def to_json(content: Any) -> str:

@@ -14,15 +14,15 @@ from .._text import table
 from .._timing import reason_of
 from ..ops.int8_matmul import cpu_path
 from ..tuning import MatmulConfig, user_table_path
-from ..tuning._tables import KERNELS, served, shipped_table
+from ..tuning._tables import served, shipped_table
 from .common import JsonFlag, to_json
 
 # One small configuration of each kernel, that fits every GPU which can run the kernel at all.
-CONFIGS = {
-    "pointer": MatmulConfig("pointer", 64, 64, 64, 8, num_stages=3, num_warps=4),
-    "tma": MatmulConfig("tma", 128, 128, 128, 8, num_stages=3, num_warps=4),
-    "warp_specialized": MatmulConfig("warp_specialized", 128, 256, 128, 8, num_stages=3, num_warps=8),
-}
+CONFIGS = (
+    MatmulConfig("pointer", 64, 64, 64, 8, num_stages=3, num_warps=4),
+    MatmulConfig("tma", 128, 128, 128, 8, num_stages=3, num_warps=4),
+    MatmulConfig("warp_specialized", 128, 256, 128, 8, num_stages=3, num_warps=8),
+)
 PACKAGES = "triton torchao matplotlib safetensors bitsandbytes transformers peft lightning accelerate".split()
 
 
@@ -90,11 +90,11 @@ def examine_gpu() -> Iterator[Finding]:
     own, tuned = name in (table_name, *shipped.serves), user_table_path(name).exists()
     detail = f"shipped for {table_name}" + ("" if own else f", none for {name}: `torch-switchback tune` measures it")
     yield Finding("tiles", "ok" if own or tuned else "note", detail + f"; and yours, {user_table_path(name)}" * tuned)
-    for kernel in KERNELS:
-        if CONFIGS[kernel].tma and not served(shipped, name).tma:
-            yield Finding(f"kernel {kernel}", "note", f"not on {name}")
+    for config in CONFIGS:
+        if config.tma and not served(shipped, name).tma:
+            yield Finding(f"kernel {config.kernel}", "note", f"not on {name}")
         else:
-            yield _test(f"kernel {kernel}", partial(_matmul_on_the_gpu, CONFIGS[kernel], device))
+            yield _test(f"kernel {config.kernel}", partial(_matmul_on_the_gpu, config, device))
     for rowwise in (False, True):
         yield _test(f"GPU layer {'rowwise' if rowwise else 'global'}", partial(_layer_on_the_gpu, rowwise, device))
 

@@ -1,17 +1,16 @@
 """``torch-switchback explain``: what runs in each layer of a model."""
 
-import json as json_module
 from typing import Annotated
 
 import typer
 from typer import Option
 
-from .._timing import reason_of
+from ..analysis.explanation import FallbackError
 from ..analysis.explanation import explain as explain_model
 from ..convert import convert_to_switchback
 from ..nn import SwitchBackLinear
 from . import common
-from .common import ConfigFlag, DeviceFlag, JsonFlag, ModelArgument, Stop, TokensFlag
+from .common import ConfigFlag, DeviceFlag, JsonFlag, ModelArgument, TokensFlag
 
 
 def explain(
@@ -35,14 +34,11 @@ def explain(
       torch-switchback explain my_package.models:build --strict
       torch-switchback explain Llama-3-8B/config.json --tokens 16384 --config rowwise
     """
-    where, asked = common.chosen_device(device), common.parse_config(config)
+    where = common.chosen_device(device)
     module, sample = common.load_model(model, where)
-    try:
-        if not any(isinstance(part, SwitchBackLinear) for part in module.modules()):
-            convert_to_switchback(module, config=asked)
-        found = explain_model(module, **common.sample_or_tokens(sample, tokens), device=where)
-    except Exception as error:  # a model can raise anything
-        raise Stop(reason_of(error)) from None
-    typer.echo(common.to_json(json_module.loads(found.to_json())) if json else found)
+    if not any(isinstance(part, SwitchBackLinear) for part in module.modules()):
+        convert_to_switchback(module, config=config)
+    found = explain_model(module, **common.sample_or_tokens(sample, tokens), device=where)
+    typer.echo(found.to_json() if json else found)
     if strict and found.fallbacks:
-        raise Stop(f"{len(found.fallbacks)} of {len(found.layers)} layers fall back")
+        raise FallbackError(f"{len(found.fallbacks)} of {len(found.layers)} layers fall back")

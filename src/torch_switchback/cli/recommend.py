@@ -1,6 +1,5 @@
 """``torch-switchback recommend``: whether SwitchBack is worth it for a model on this machine."""
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +7,10 @@ import torch
 import typer
 from typer import Option
 
-from .._timing import reason_of
-from ..analysis.recommendation import CANDIDATES, Recommendation, recommend_in_steps
+from ..analysis.recommendation import CANDIDATES, Recommendation
+from ..analysis.recommendation import recommend as recommend_for
 from . import common
-from .common import CudaGraphFlag, DeviceFlag, JsonFlag, ModelArgument, RecipesFlag, Stop, TokensFlag
+from .common import CudaGraphFlag, DeviceFlag, JsonFlag, ModelArgument, RecipesFlag, TokensFlag
 
 
 def recommend(
@@ -42,21 +41,21 @@ def recommend(
 
       convert_to_switchback(model, config=json.load(open("switchback.json")))
     """
-    where, recipes = common.chosen_device(device), common.known_recipes(recipe, CANDIDATES)
+    where = common.chosen_device(device)
     module, sample = common.load_model(model, where)
-    asked = common.sample_or_tokens(sample, tokens) | {"recipes": recipes, "cuda_graph": cuda_graph}
     found: Recommendation | None = None
-    try:
-        with common.Steps() as steps, torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16):
-            dtype = torch.bfloat16 if bf16 else None
-            for so_far, following in recommend_in_steps(module, **asked, device=where, dtype=dtype, seconds=seconds):
-                found = so_far
-                if following:
-                    steps.begin(following)
-    except Exception as error:  # a model can raise anything
-        raise Stop(reason_of(error)) from None
+
+    def begin(so_far: Recommendation, following: str) -> None:
+        nonlocal found
+        found = so_far
+        steps.begin(following)
+
+    with common.Steps() as steps, torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16):
+        asked = common.sample_or_tokens(sample, tokens) | {"recipes": recipe or CANDIDATES, "cuda_graph": cuda_graph}
+        dtype = torch.bfloat16 if bf16 else None
+        found = recommend_for(module, **asked, device=where, dtype=dtype, seconds=seconds, progress=begin)
     if found is not None and found.layers:
-        typer.echo(common.to_json(json_module.loads(found.to_json())) if json else found)
+        typer.echo(found.to_json() if json else found)
     if steps.stopped:
         raise typer.Exit(130)
     if output is not None and found is not None:

@@ -19,7 +19,7 @@ from ..tuning import MatmulConfig, ProductShape, allows_tma, padded, user_table_
 from ..tuning._tables import Table, read, served, shipped_table, write
 from ..tuning.candidates import candidates
 from ..tuning.search import FINALISTS, Clock, Tuned, is_measured, tune_shape
-from .common import JsonFlag, Shape, Steps, Stop, parse_shapes, to_json
+from .common import JsonFlag, Shape, ShapesFlag, Steps, to_json
 
 LAYERS = ((65536, 1280, 5120), (65536, 5120, 1280), (16384, 4096, 4096), (16384, 4096, 14336), (16384, 14336, 4096))
 DEFAULT_SHAPES = (
@@ -32,7 +32,7 @@ HEADERS = ("M × N × K", "old tile", "new tile", "old TFLOP/s", "new TFLOP/s", 
 
 
 def tune(
-    shape: Annotated[list[str] | None, Option(metavar="TOKENS,IN,OUT", help="A layer's output; repeatable.")] = None,
+    shape: ShapesFlag = None,
     quick: Annotated[bool, Option("--quick", help="Try about an eighth of the configurations.")] = False,
     output: Annotated[Path | None, Option(dir_okay=False, help="Write here, not where the library looks.")] = None,
     rounds: Annotated[int, Option(min=1, help="How often the best configurations of a shape are compared.")] = 20,
@@ -58,20 +58,27 @@ def tune(
       torch-switchback tune --quick --shape 8192,1024,4096
     """
     console = Console(stderr=json, highlight=False, markup=False, soft_wrap=True)
-    layers = parse_shapes(shape) if shape else DEFAULT_SHAPES
-    as_run = (ProductShape(layer.tokens, layer.out_features, padded(layer.in_features)) for layer in layers)
-    shapes = tuple(dict.fromkeys(as_run))
     gpu = Gpu()
     path = output or user_table_path(gpu.architecture)
     provenance = {**gpu.versions, "script": f"torch-switchback {__version__} tune{' --quick' if quick else ''}"}
-    table = _read_table(path, gpu.architecture, console)
+    limits = served(shipped_table(gpu.architecture)[1], gpu.architecture)
+    table = Table(serves={gpu.architecture: limits}, serves_unlisted=False, rows=())
+    try:
+        table = read(path)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        console.print(f"{path} will be replaced: {error}")
+    as_run = (
+        ProductShape(each.tokens, each.out_features, padded(each.in_features)) for each in shape or DEFAULT_SHAPES
+    )
+    shapes = list(dict.fromkeys(as_run))
     measured = set() if fresh else {row.shape for row in table.rows if is_measured(row, provenance)}
     pending = [each for each in shapes if each not in measured]
     others = "; the others are measured, and --fresh measures them again" if measured else ""
     console.print(f"{provenance['gpu']}: {len(pending)} of {len(shapes)} shapes to measure{others}")
 
     finished: list[Tuned] = []
-    notes: list[str] = []
     with Steps() as steps:
         for number, each in enumerate(pending, 1):
             tries = tuple(candidates(gpu.architecture, m=each.m, tma=allows_tma(each.n), quick=quick))
@@ -80,16 +87,15 @@ def tune(
             try:
                 done = search(clock=gpu.clock(*each), provenance=provenance)
             except RuntimeError as error:  # out of memory, or a candidate broke the CUDA context
-                notes.append(f"{each} is left out: {reason_of(error)}")
+                steps.console.print(f"{each} is left out: {reason_of(error)}")
                 continue
             finished.append(done)
-            notes += [done.note] * bool(done.note)
+            if done.note:
+                steps.console.print(done.note[:300])
             rows = {row.shape: row for row in table.rows} | {each: done.row}
             table = dataclasses.replace(table, rows=tuple(rows.values()))
             write(path, table)
 
-    for line in notes:
-        console.print(line[:300])
     if finished:
         changed = sum(not done.kept for done in finished)
         console.print(text_table(HEADERS, [_cells(done) for done in finished]))
@@ -101,17 +107,15 @@ def tune(
 
 
 class Gpu:
-    """The current CUDA device. Raises Stop if PyTorch sees none, or if Triton is missing."""
+    """The current CUDA device. Needs one, and Triton."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise Stop(f"PyTorch {torch.__version__} sees no CUDA GPU here: run it on the machine to be tuned")
-        try:
-            import triton
+            raise RuntimeError(f"PyTorch {torch.__version__} sees no CUDA GPU here: run it on the machine to be tuned")
+        import triton
 
-            from ..kernels.device import architecture
-        except ImportError as error:
-            raise Stop(f"the kernels need Triton: {error}") from error
+        from ..kernels.device import architecture
+
         smi = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         driver = re.match(r"\d[\d.]+", smi)
         self.architecture = architecture(torch.device("cuda", torch.cuda.current_device()))
@@ -144,27 +148,15 @@ class Gpu:
         return clock
 
 
-def _cells(done: Tuned) -> tuple[str, ...]:
+def _cells(done: Tuned) -> tuple[object, ...]:
     """Return what stands under HEADERS."""
-    old = "–" if done.before_tflops is None else f"{done.before_tflops:,.1f}"
-    gain = "" if done.kept or done.before_tflops is None else f"{done.tflops / done.before_tflops - 1:+.1%}"
-    change = "kept" if done.kept else _short(done.row.config)
-    return str(done.row.shape), _short(done.before), change, old, f"{done.tflops:,.1f}", gain
+    old = done.before_tflops and f"{done.before_tflops:,.1f}"
+    gain = "" if done.kept or not done.before_tflops else f"{done.tflops / done.before_tflops - 1:+.1%}"
+    new = "kept" if done.kept else _short(done.row.config)
+    return done.row.shape, _short(done.before), new, old, f"{done.tflops:,.1f}", gain
 
 
 def _short(config: MatmulConfig) -> str:
     """Return the kernel, tile M×N×K, group height, stages, warps and programs per SM."""
     kernel, block_m, block_n, block_k, *rest = dataclasses.astuple(config)
     return f"{kernel} {block_m}×{block_n}×{block_k} " + " ".join(map("".join, zip("gswp", map(str, rest), strict=True)))
-
-
-def _read_table(path: Path, architecture: str, console: Console) -> Table:
-    """Return the table at path, or an empty one that could be shipped as it is."""
-    try:
-        return read(path)
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        console.print(f"{path} will be replaced: {error}")
-    limits = served(shipped_table(architecture)[1], architecture)
-    return Table(serves={architecture: limits}, serves_unlisted=False, rows=())

@@ -1,6 +1,7 @@
 """Search for the fastest configuration of a matmul. The caller brings the clock."""
 
 import datetime
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,8 @@ def fastest(
     finalists = sorted(first, key=first.__getitem__)[:FINALISTS]
     if current in first and current not in finalists:
         finalists[-1] = current
-    medians = interleaved({config: partial(clock, config) for config in finalists}, rounds, advance)
+    times = interleaved({config: partial(clock, config) for config in finalists}, rounds, advance)
+    medians = {config: statistics.median(turns) for config, turns in times.items()}
     winner = min(medians, key=medians.__getitem__)
     before = medians.get(current)
     if before is not None and before < WORTH_CHANGING * medians[winner]:
