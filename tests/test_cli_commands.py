@@ -164,6 +164,7 @@ def test_explain_converts_what_is_not_converted(folder):
     assert {row["tokens"] for row in rows} == {5}
 
 
+@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
 def test_explain_strictly(folder):
     (folder / "map.json").write_text(json.dumps({"lm_head": "switchback_int8_grad_weight"}))
     arguments = ("explain", "some_models:llama", "--config", "map.json", "--tokens", "5", "--device", "cpu")
