@@ -45,7 +45,7 @@ test: lint tables docs  ## lint, types, the site and every test that needs no GP
 
 # The oldest Triton that the package allows, for the compiler alone: what it makes of every kernel.
 test-oldest-triton: $(VENV)/.test  ## kernels compiled by the oldest Triton
-	$(RUN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-triton -r constraints-oldest.txt
+	$(RUN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-triton triton -c constraints-oldest.txt
 	PYTHONPATH=$(VENV)/oldest-triton $(RUN)/pytest -n 2 tests/compile tests/test_launch.py
 
 test-wheel: $(VENV)/.test  ## the wheel in an environment of its own, without Triton
