@@ -66,7 +66,7 @@ def parts() -> dict[str, Callable[[], object]]:
     operands = (x, x_int8, x_absmax, TOKENS, IN_FEATURES, IN_FEATURES, 1)
     options = tile._asdict() | {"enable_fp_fusion": False}
     kernel, grid = quantize_rowwise.quantize_rowwise_kernel, (TOKENS // tile.BLOCK_ROWS, 1, 1)
-    bound = launch.bind(kernel, operands, tile)
+    bound = launch.bind(kernel, operands, **tile._asdict())
     compiled, constants = kernel.warmup(*operands, grid=grid, **options), tile[: len(kernel.arg_names) - len(operands)]
     matmul = (x_int8, weight_int8.t(), x_absmax, weight_absmax, bias, dtype, out)
     matmuls = {

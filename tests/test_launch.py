@@ -7,7 +7,6 @@ import gc
 import random
 import warnings
 import weakref
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,11 +27,7 @@ from torch_switchback.ops import _library, quantize_rowwise
 from torch_switchback.ops.quantize_rowwise import _fake_quantize, _quantize_rowwise_reference
 from torch_switchback.tuning import MatmulConfig
 
-
-class Constants(NamedTuple):
-    BLOCK: int = 64
-    PDL_WAIT: bool = False
-    num_warps: int = 4
+CONSTANTS = {"BLOCK": 64, "PDL_WAIT": False, "num_warps": 4}
 
 
 class Compiled:
@@ -92,7 +87,7 @@ X = torch.empty(8)
 
 def test_a_kernel_is_compiled_once_and_launched_on_the_current_stream(stand_ins):
     kernel = Kernel(Compiled())
-    run = launch.bind(kernel, (X, 3), Constants())
+    run = launch.bind(kernel, (X, 3), **CONSTANTS)
     run((3, 1, 1), X, 3)
     run((5, 2, 1), X, 4)
     options = {"BLOCK": 64, "PDL_WAIT": False, "num_warps": 4, "enable_fp_fusion": False}
@@ -103,20 +98,20 @@ def test_a_kernel_is_compiled_once_and_launched_on_the_current_stream(stand_ins)
 
 def test_an_empty_grid_runs_nothing(stand_ins):
     kernel = Kernel(Compiled())
-    launch.bind(kernel, (X, 3), Constants())((3, 0, 1), X, 3)
+    launch.bind(kernel, (X, 3), **CONSTANTS)((3, 0, 1), X, 3)
     assert kernel.outcome.runs == []
 
 
 def test_a_kernel_that_waits_is_launched_early(stand_ins):
     kernel = Kernel(Compiled())
-    launch.bind(kernel, (X, 3), Constants(PDL_WAIT=True))
+    launch.bind(kernel, (X, 3), **(CONSTANTS | {"PDL_WAIT": True}))
     assert kernel.compilations[0][1]["launch_pdl"] is True
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_launch_hooks_are_called_by_triton(name, stand_ins):
     kernel = Kernel(Compiled())
-    run = launch.bind(kernel, (X, 3), Constants())
+    run = launch.bind(kernel, (X, 3), **CONSTANTS)
     hooks = getattr(triton.knobs.runtime, name)
     hooks.add(print)
     try:
@@ -131,14 +126,14 @@ def test_launch_hooks_are_called_by_triton(name, stand_ins):
 def test_another_triton_launches_by_its_public_interface(stand_ins, monkeypatch):
     monkeypatch.setattr(launch, "RUN_IS_KNOWN", False)
     kernel = Kernel(Compiled())
-    launch.bind(kernel, (X, 3), Constants())((4, 1, 1), X, 3)
+    launch.bind(kernel, (X, 3), **CONSTANTS)((4, 1, 1), X, 3)
     assert kernel.outcome.hooked == [((4, 1, 1), (X, 3, 64, False))]
     assert kernel.outcome.runs == []
 
 
 def test_a_hook_that_compiles_instead_sees_every_launch(stand_ins):
     kernel = Kernel(None)
-    run = launch.bind(kernel, (X, 3), Constants())
+    run = launch.bind(kernel, (X, 3), **CONSTANTS)
     run((4, 1, 1), X, 3)
     assert [(grid, args) for grid, args, _ in kernel.runs] == [((4, 1, 1), (X, 3))]
 
@@ -310,7 +305,7 @@ def test_plans_keep_no_tensor(name, monkeypatch):
 
 def test_a_kernel_that_is_wrong_cannot_compile(stand_ins):
     with pytest.raises(CannotCompile, match="no such operation"):
-        launch.bind(Kernel(CompilationError("", None, "no such operation")), (X, 1), Constants())
+        launch.bind(Kernel(CompilationError("", None, "no such operation")), (X, 1), **CONSTANTS)
 
 
 @pytest.mark.parametrize(
@@ -318,14 +313,14 @@ def test_a_kernel_that_is_wrong_cannot_compile(stand_ins):
 )
 def test_what_may_be_the_caches_fault_names_it(error, stand_ins):
     with pytest.raises(CannotCompile, match="TRITON_CACHE_DIR") as caught:
-        launch.bind(Kernel(error), (X, 1), Constants())
+        launch.bind(Kernel(error), (X, 1), **CONSTANTS)
     assert str(error) in str(caught.value)
     assert triton.knobs.cache.dir in str(caught.value)
 
 
 def test_the_drivers_out_of_memory_is_pytorchs(stand_ins):
     with pytest.raises(torch.OutOfMemoryError):
-        launch.bind(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (X, 1), Constants())
+        launch.bind(Kernel(RuntimeError("Triton Error [CUDA]: out of memory")), (X, 1), **CONSTANTS)
 
 
 @pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
@@ -333,7 +328,7 @@ def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
     """As a CUDA tensor's call would: the second time without trying the kernel, or saying anything."""
     tried = []
 
-    def refuse(*args):
+    def refuse(*args, **options):
         tried.append(args)
         raise CannotCompile("no C compiler")
 

@@ -5,7 +5,6 @@ Small x has no first pass: it is its own parts.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -66,14 +65,6 @@ def partial_absmax_kernel(
         tl.store(parts_ptr + tl.num_programs(0), bits_to_float(tl.max(bits, axis=0)))
 
 
-class PartialTile(NamedTuple):
-    """Constants of :func:`partial_absmax_kernel`."""
-
-    BLOCK: int
-    VECTOR: int
-    num_warps: int
-
-
 def empty_parts(x: torch.Tensor) -> torch.Tensor:
     """Return memory for values with the absmax of x, one per part of it, at most MAX_PARTS; x itself if it is small."""
     elements = x.numel()
@@ -92,7 +83,7 @@ def bind_partial_absmax(x: torch.Tensor, parts: torch.Tensor) -> Callable[..., N
     if parts is x:
         return None
     args = (x, parts, x.numel(), whole_vectors(x.numel()))
-    return bind(partial_absmax_kernel, args, PartialTile(BLOCK, VECTOR, num_warps=8))
+    return bind(partial_absmax_kernel, args, BLOCK=BLOCK, VECTOR=VECTOR, num_warps=8)
 
 
 def whole_vectors(elements: int) -> int:

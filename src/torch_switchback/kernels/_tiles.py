@@ -1,17 +1,7 @@
 """The tiles of a matrix, and the order in which programs take them."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-
-
-class BlockTile(NamedTuple):
-    """Constants of a kernel whose programs do one block at a time."""
-
-    BLOCK_ROWS: int
-    BLOCK_COLS: int
-    num_warps: int
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Quantize tiles of x and store them transposed, and plain where asked: the second pass of four quantizers."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -102,18 +102,6 @@ def quantize_transpose_kernel(
             tl.store(absmax_ptr, absmax)
 
 
-class TransposeTile(NamedTuple):
-    """Constants of :func:`quantize_transpose_kernel`."""
-
-    COLUMNWISE: bool
-    STORE_PLAIN: bool
-    STORE_ABSMAX: bool
-    BLOCK_ROWS: int
-    BLOCK_COLS: int
-    BLOCK_PARTS: int
-    num_warps: int
-
-
 def plan_quantize_transpose(
     x: torch.Tensor,
     parts: torch.Tensor,
@@ -130,21 +118,23 @@ def plan_quantize_transpose(
     rows, cols = x.shape
     count = parts.shape[0] if columnwise else parts.numel()
     in_vectors = rows % VECTOR == 0 and cols % VECTOR == 0
-    tile = TransposeTile(
+    strides = (*x.stride(), *(parts.stride() if columnwise else (1, 1)))
+    # At least one program per block of columns: without rows there is still an absmax to store.
+    block_cols = BLOCK_COLS if in_vectors else BLOCK_COLS_ODD
+    col_blocks = max(1, ceil_div(cols, block_cols))
+    unused = qdata_t
+    tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
+    launch = bind(
+        quantize_transpose_kernel,
+        (*tensors, count, rows, cols, *strides),
         COLUMNWISE=columnwise,
         STORE_PLAIN=qdata is not None,
         STORE_ABSMAX=absmax is not None,
         BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLS=BLOCK_COLS if in_vectors else BLOCK_COLS_ODD,
+        BLOCK_COLS=block_cols,
         BLOCK_PARTS=min(next_power_of_2(count), MAX_BLOCK_PARTS) if columnwise else parts_block(count),
         num_warps=NUM_WARPS if in_vectors else NUM_WARPS_ODD,
     )
-    strides = (*x.stride(), *(parts.stride() if columnwise else (1, 1)))
-    # At least one program per block of columns: without rows there is still an absmax to store.
-    col_blocks = max(1, ceil_div(cols, tile.BLOCK_COLS))
-    unused = qdata_t
-    tensors = x, parts, unused if qdata is None else qdata, qdata_t, unused if absmax is None else absmax
-    launch = bind(quantize_transpose_kernel, (*tensors, count, rows, cols, *strides), tile)
 
     def run(x: Any, parts: Any, qdata_t: Any, absmax: Any, qdata: Any) -> None:
         rows, unused = x.shape[0], qdata_t

@@ -1,6 +1,6 @@
 """The matmul as a kernel on pointers, one tile per program: for every GPU, and for outputs that TMA cannot store."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -99,25 +99,16 @@ def inner_product(
     return acc
 
 
-class Constants(NamedTuple):
-    """Constants of :func:`int8_matmul_kernel`."""
-
-    ABSMAX_PER_COL: bool
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    K_CHUNK: int
-    PDL_WAIT: bool
-    num_warps: int
-    num_stages: int
-
-
 def plan_pointer(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> Plan:
     """Return the plan that fills the output; it takes a, b, absmax_a, absmax_b, bias, out_dtype and out."""
     a, b, absmax_a, absmax_b, bias, out = operands
     K, N = b.shape
-    constants = Constants(
+    sizes = int(bias is not None), N, K, a.stride(0), b.stride(1)
+    block_m, blocks_n = config.block_m, ceil_div(N, config.block_n)
+    tensors = a, b, out, absmax_a, absmax_b, out if bias is None else bias
+    launch = bind(
+        int8_matmul_kernel,
+        (*tensors, a.shape[0], *sizes),
         ABSMAX_PER_COL=absmax_per_col,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -128,10 +119,6 @@ def plan_pointer(operands: Operands, absmax_per_col: bool, config: MatmulConfig)
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    sizes = int(bias is not None), N, K, a.stride(0), b.stride(1)
-    block_m, blocks_n = config.block_m, ceil_div(N, config.block_n)
-    tensors = a, b, out, absmax_a, absmax_b, out if bias is None else bias
-    launch = bind(int8_matmul_kernel, (*tensors, a.shape[0], *sizes), constants)
 
     def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
         M = a.shape[0]

@@ -74,27 +74,12 @@ def int8_matmul_tma_kernel(
             out_desc.store([start_m, start], out.to(out_desc.dtype))
 
 
-class Constants(NamedTuple):
-    """Constants of :func:`int8_matmul_tma_kernel`."""
-
-    ABSMAX_PER_COL: bool
-    HAS_BIAS: bool
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    K_CHUNK: int
-    PDL_WAIT: bool
-    num_warps: int
-    num_stages: int
-
-
 def plan_tma(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> Plan:
     """Return the plan that fills the output, which fits TMA, as a and b do. See :func:`plan_persistent`."""
     K = operands.a.shape[1]
     if K > K_CHUNK:
         config = WIDE_SUMS
-    constants = Constants(
+    constants = dict(
         ABSMAX_PER_COL=absmax_per_col,
         HAS_BIAS=operands.bias is not None,
         BLOCK_M=config.block_m,
@@ -122,7 +107,7 @@ class Box(NamedTuple):
     layout: Any = None  # in shared memory; Gluon's alone say it
 
     def descriptor(self, base: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int]) -> Any:
-        """Return the descriptor of a matrix, without the validation that takes 3 µs."""
+        """Return the descriptor of a matrix, without its validation, which takes longer."""
         result: Any = object.__new__(self.kind)
         result.base, result.shape, result.strides, result.block_shape = base, shape, strides, self.shape
         if self.layout is not None:
@@ -131,7 +116,7 @@ class Box(NamedTuple):
 
 
 def plan_persistent(
-    kernel: Any, constants: Any, operands: Operands, boxes: tuple[Box, Box, Box], config: MatmulConfig
+    kernel: Any, constants: dict[str, Any], operands: Operands, boxes: tuple[Box, Box, Box], config: MatmulConfig
 ) -> Plan:
     """Return the plan of a kernel on descriptors, each of whose programs takes one tile of the output after another.
 
@@ -151,7 +136,7 @@ def plan_persistent(
         vectors = absmax_a, absmax_b, absmax_b if bias is None else bias
         return (*read, describe_out(out, (M, N), (N, 1)), *vectors, M, N, K)
 
-    launch = bind(kernel, arguments(*operands), constants)
+    launch = bind(kernel, arguments(*operands), **constants)
 
     def run(a: Any, b: Any, absmax_a: Any, absmax_b: Any, bias: Any, out_dtype: Any, out: Any) -> None:
         programs = min(ceil_div(a.shape[0], config.block_m) * blocks_n, max_programs)

@@ -6,7 +6,6 @@ for the other. Both share one tile of b, which takes three quarters of the L2 tr
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -220,26 +219,12 @@ def int8_matmul_warp_specialized_kernel(
     )
 
 
-class Constants(NamedTuple):
-    """Constants of :func:`int8_matmul_warp_specialized_kernel`."""
-
-    ABSMAX_PER_COL: bool
-    HAS_BIAS: bool
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    STAGES: int
-    WIDTH: int
-    num_warps: int
-
-
 def plan_warp_specialized(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> Plan:
     """Return the plan that fills the output, which fits TMA, as a and b do. See :func:`plan_persistent`."""
     has_bias, dtype = operands.bias is not None, operands.out.dtype
     half = config.block_m // GROUPS.value
     width = out_width(config, absmax_per_col + has_bias, dtype.itemsize)
-    constants = Constants(
+    constants = dict(
         ABSMAX_PER_COL=absmax_per_col,
         HAS_BIAS=has_bias,
         BLOCK_M=config.block_m,

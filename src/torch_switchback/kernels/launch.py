@@ -96,15 +96,14 @@ def specialization_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(key)
 
 
-def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., None]:
+def bind(kernel: Any, args: tuple[Any, ...], **options: Any) -> Callable[..., None]:
     """Compile a kernel, or load it from Triton's cache, and return a function that launches it.
 
     Args:
         kernel: a ``triton.jit`` function whose constexpr parameters come last.
         args: values of all other parameters, of the kind that it will be launched with.
-        constants: a NamedTuple of the constexprs in order, then of Triton's options, such as ``num_warps``. A kernel
-            whose ``PDL_WAIT`` is set is launched early. No kernel is compiled with fused multiply-adds, on which the
-            bitwise guarantees rest.
+        options: its constexprs, and Triton's options, such as ``num_warps``. A kernel whose ``PDL_WAIT`` is set is
+            launched early. No kernel is compiled with fused multiply-adds: the bitwise guarantees rest on that.
 
     Returns:
         ``launch(grid, *args)``, where grid is three numbers of programs. An empty grid runs nothing. The current device
@@ -114,7 +113,6 @@ def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., No
         CannotCompile: Triton cannot compile or load the kernel.
         torch.OutOfMemoryError: there is no GPU memory to load it.
     """
-    options = constants._asdict()
     if not isinstance(kernel, JITFunction):  # the interpreter, which compiles nothing
 
         def interpret(grid: tuple[int, int, int], *args: Any) -> None:
@@ -130,7 +128,7 @@ def bind(kernel: Any, args: tuple[Any, ...], constants: Any) -> Callable[..., No
     if compiled is None:  # a hook of Triton's compiles instead, and wants to see every launch
         return lambda grid, *args: kernel[grid](*args, **options)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    constexprs = constants[: len(kernel.arg_names) - len(args)]
+    constexprs = tuple(options[name] for name in kernel.arg_names[len(args) :])
     device, knobs = current_device(), triton.knobs.runtime
 
     def launch(grid: tuple[int, int, int], *args: Any) -> None:

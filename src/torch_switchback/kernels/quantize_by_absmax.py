@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 from ._numerics import inverse_scale, quantize
-from ._tiles import BlockTile
 from .launch import Plan, bind, ceil_div, next_power_of_2
 
 BLOCK = 4096
@@ -35,13 +34,19 @@ def quantize_by_absmax_kernel(
 def plan_quantize_by_absmax(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> Plan:
     rows, cols = x.shape
     block_cols = min(next_power_of_2(cols), 1024)
-    tile = BlockTile(BLOCK // block_cols, block_cols, num_warps=8)
+    block_rows = BLOCK // block_cols
     sizes = (cols, *x.stride(), 0 if absmax.numel() == 1 else absmax.stride(0))
     grid_cols = ceil_div(cols, block_cols)
-    launch = bind(quantize_by_absmax_kernel, (x, absmax, qdata, rows, *sizes), tile)
+    launch = bind(
+        quantize_by_absmax_kernel,
+        (x, absmax, qdata, rows, *sizes),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=8,
+    )
 
     def run(x: torch.Tensor, absmax: torch.Tensor, qdata: torch.Tensor) -> None:
         rows = x.shape[0]
-        launch((ceil_div(rows, tile.BLOCK_ROWS), grid_cols, 1), x, absmax, qdata, rows, *sizes)
+        launch((ceil_div(rows, block_rows), grid_cols, 1), x, absmax, qdata, rows, *sizes)
 
     return run

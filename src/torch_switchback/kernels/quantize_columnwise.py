@@ -10,7 +10,6 @@ import triton.language as tl
 
 from . import _absmax
 from ._numerics import magnitude_bits
-from ._tiles import BlockTile
 from ._transpose import plan_quantize_transpose
 from .device import num_sms
 from .launch import Plan, bind, ceil_div
@@ -57,8 +56,8 @@ def plan_quantize_columnwise_and_transpose(x: torch.Tensor, qdata: torch.Tensor,
     rows, cols = x.shape
     sizes = cols, *x.stride()
     col_blocks, most_programs = ceil_div(cols, BLOCK_COLS), CTAS_PER_SM * num_sms(x.device)
-    tile = BlockTile(BLOCK_ROWS, BLOCK_COLS, num_warps=4)
-    find_absmax = bind(columnwise_absmax_kernel, (x, absmax.view(torch.int32), rows, 1, *sizes), tile)
+    args = x, absmax.view(torch.int32), rows, 1, *sizes
+    find_absmax = bind(columnwise_absmax_kernel, args, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, num_warps=4)
     transpose = plan_quantize_transpose(x, absmax[None], qdata, None, None, columnwise=True)
 
     def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:

@@ -1,7 +1,5 @@
 """Global quantization: absmax of parts; then reduce the parts, quantize and store, plain, transposed or both."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -41,22 +39,13 @@ def quantize_global_kernel(
         tl.store(qdata_ptr + rest, quantize(last, inverse), mask=rest < elements)
 
 
-class Tile(NamedTuple):
-    """Constants of :func:`quantize_global_kernel`."""
-
-    BLOCK: int
-    BLOCK_PARTS: int
-    VECTOR: int
-    num_warps: int
-
-
 def plan_quantize_global(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> Plan:
     is_contiguous, x = x.is_contiguous(), x.contiguous()
     parts = empty_parts(x)
     find_parts = bind_partial_absmax(x, parts)
     elements, count = x.numel(), parts.numel()
-    tile = Tile(BLOCK, parts_block(count), VECTOR, num_warps=4)
-    launch = bind(quantize_global_kernel, (x, parts, qdata, absmax, elements, count, whole_vectors(elements)), tile)
+    args = x, parts, qdata, absmax, elements, count, whole_vectors(elements)
+    launch = bind(quantize_global_kernel, args, BLOCK=BLOCK, BLOCK_PARTS=parts_block(count), VECTOR=VECTOR, num_warps=4)
 
     def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         if not is_contiguous:

@@ -5,7 +5,7 @@ rows, so that the row-wise int8 values cost no further pass. An absmax is gather
 the bits (see ``magnitude_bits``), which is exact in any order.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -110,17 +110,6 @@ def quantize_rotated_kernel(
             )
 
 
-class Tile(NamedTuple):
-    """Constants of both kernels."""
-
-    ROWWISE: bool
-    BLOCK: int
-    TILE_ROWS: int
-    TILE_COLS: int
-    num_warps: int
-    num_stages: int
-
-
 def plan_quantize_rotated_columnwise_and_transpose(
     x: torch.Tensor, rotate_tokens: int, qdata: torch.Tensor, absmax: torch.Tensor
 ) -> Plan:
@@ -148,14 +137,21 @@ def plan_quantize_rowwise_and_rotated_columnwise(
     rows, cols = x.shape
     strides = x.stride()
     tile_rows = max(TILE_ROWS, rotate_tokens)
-    tile = Tile(rowwise, rotate_tokens, tile_rows, TILE // tile_rows, NUM_WARPS[x.element_size()], NUM_STAGES)
-    col_tiles = ceil_div(cols, tile.TILE_COLS)
+    constants = dict(
+        ROWWISE=rowwise,
+        BLOCK=rotate_tokens,
+        TILE_ROWS=tile_rows,
+        TILE_COLS=TILE // tile_rows,
+        num_warps=NUM_WARPS[x.element_size()],
+        num_stages=NUM_STAGES,
+    )
+    col_tiles = ceil_div(cols, TILE // tile_rows)
     most_programs = CTAS_PER_SM * num_sms(x.device)
 
     absmaxes = row_absmax.view(torch.int32), col_absmax.view(torch.int32)
-    find_absmax = bind(rotated_absmax_kernel, (x, *absmaxes, rows, 1, cols, *strides), tile)
+    find_absmax = bind(rotated_absmax_kernel, (x, *absmaxes, rows, 1, cols, *strides), **constants)
     tensors = x, row_absmax, col_absmax, row_qdata, col_qdata
-    quantize = bind(quantize_rotated_kernel, (*tensors, rows, 1, cols, col_qdata.shape[1], *strides), tile)
+    quantize = bind(quantize_rotated_kernel, (*tensors, rows, 1, cols, col_qdata.shape[1], *strides), **constants)
 
     def run(x: Any, rotate_tokens: int, row_qdata: Any, row_absmax: Any, col_qdata: Any, col_absmax: Any) -> None:
         rows = x.shape[0]

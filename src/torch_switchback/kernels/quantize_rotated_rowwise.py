@@ -93,7 +93,7 @@ def plan_quantize_rotated_rowwise(
     tile = rotated_row_tile(cols, rotate_features, NUM_WARPS[x.element_size()])
     sizes = (cols, qdata.shape[1], *x.stride())
     block_rows = tile.TILE_ROWS // tile.ACROSS
-    launch = bind(quantize_rotated_rowwise_kernel, (x, qdata, absmax, rows, *sizes), tile)
+    launch = bind(quantize_rotated_rowwise_kernel, (x, qdata, absmax, rows, *sizes), **tile._asdict())
 
     def run(x: torch.Tensor, rotate_features: int, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         rows = x.shape[0]

@@ -91,7 +91,7 @@ def plan_quantize_rowwise(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Te
     # With many small programs, letting the next kernel start early costs each of them more than it saves.
     tile = row_tile(cols, few_rows, few_rows and supports_pdl(x.device))
     block_rows = tile.BLOCK_ROWS
-    launch = bind(quantize_rowwise_kernel, (x, qdata, absmax, rows, cols, stride_row, stride_col), tile)
+    launch = bind(quantize_rowwise_kernel, (x, qdata, absmax, rows, cols, stride_row, stride_col), **tile._asdict())
 
     def run(x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         rows = x.shape[0]
@@ -156,7 +156,7 @@ def plan_dequantize_rowwise(x: torch.Tensor, absmax: torch.Tensor, out_dtype: to
     sizes = cols, *x.stride(), absmax.stride(0)
     tile = dequantize_tile(cols)
     grid_cols = ceil_div(cols, tile.BLOCK_COLS * tile.CHUNKS)
-    launch = bind(dequantize_rowwise_kernel, (x, absmax, out, rows, *sizes), tile)
+    launch = bind(dequantize_rowwise_kernel, (x, absmax, out, rows, *sizes), **tile._asdict())
 
     def run(x: torch.Tensor, absmax: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> None:
         rows = x.shape[0]
