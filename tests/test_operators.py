@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torch_switchback  # noqa: F401  (registers the operations)
-from testing import DTYPES, LAYOUTS, random_int8
+from testing import DTYPES, LAYOUTS, make_layer, random_int8, strategies
 
 OPS = torch.ops.torch_switchback
 # opcheck compares outputs and has NaN unequal to itself, so not the layout "hostile".
@@ -62,3 +62,12 @@ def test_products(has_bias, rowwise, dtype, device):
         (random_int8(64, 17, device).t(), random_int8(64, 32, device)),
     ):
         torch.library.opcheck(op.default, (a, b, state_x, state_w, bias, dtype))
+
+
+@strategies
+def test_an_exported_layer(config, device):
+    layer = make_layer(config, device=device)
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    flags = config.weight_scaling, config.mem_efficient, config.grad_weight
+    arguments = x, layer.weight, None, layer.bias, *flags, config.rotate_tokens, config.rotate_features
+    torch.library.opcheck(OPS.linear.default, arguments)

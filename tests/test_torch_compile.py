@@ -160,6 +160,15 @@ def test_an_exported_program_trains(config, strict, device):
             assert torch.equal(parameter.grad, expected.grad)
 
 
+def test_an_exported_program_of_prepared_layers_passes_gradients_on(device):
+    model = make_model(ts.SwitchBackConfig("rowwise"), device)
+    for module in (model[1], model[3]):
+        module.prepare_for_eval()
+    x = torch.randn(8, 64, device=device)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(step(model, exported, x)[1], step(model, model, x)[1])
+
+
 @strategies
 def test_an_exported_program_can_be_saved_and_decomposed(config, device):
     model, x = make_model(config, device), torch.randn(8, 64, device=device)
