@@ -91,6 +91,12 @@ def call(*arguments, code=0):
     return result
 
 
+def python_m(*arguments):
+    command = [sys.executable, "-m", "torch_switchback", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+
 def loaded(*arguments, code=0):
     return json.loads(call(*arguments, "--json", code=code).stdout)
 
@@ -403,10 +409,19 @@ def test_back_needs_an_absmax_and_a_dtype():
         (("bench", "--shape", "1,2"), "'--shape': must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
         (("bench", "--shape", "1,2,3", "--model", "config.json"), "not both"),
         (("bench", "--shape", "1,2,3", "--tokens", "4"), "--tokens goes with --model"),
+        (("bench", "--model", "list.json"), "is an object with a model_type"),
+        (("explain", "config.json", "--device", "cuda"), "'--device': PyTorch"),
+        (("recommend", "config.json", "--device", "cuda"), "'--device': PyTorch"),
+        (("bench", "--device", "cuda"), "'--device': PyTorch"),
+        (("recommend", "some_models:with_sample", "--output", "nowhere/x.json"), "'--output': nowhere is not a folder"),
+        (("bench", "--output", "nowhere/x.json"), "'--output': nowhere is not a folder"),
+        (("bench", "--picture", "nowhere/x.png"), "'--picture': nowhere is not a folder"),
+        (("export", "config.json", "nowhere/x.safetensors"), "'target': nowhere is not a folder"),
         (("tune", "--shape", "1,2"), "'--shape': must be TOKENS,IN,OUT, three positive integers, got '1,2'"),
     ],
 )
-def test_wrong_calls_exit_with_2(arguments, message):
+def test_wrong_calls_exit_with_2(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = call(*arguments, code=2).stderr.splitlines()[-1]
     assert line.startswith("Error: Invalid value") and message in line
 
@@ -422,6 +437,7 @@ def test_a_model_that_fails_exits_with_1(command):
     [
         ("matplotlib", ("bench", "--shape", "2,2,2", "--picture", "x.png", "--device", "cpu")),
         ("safetensors", ("export", "config.json", "x.safetensors")),
+        ("numpy", ("export", "config.json", "x.safetensors")),
         ("transformers", ("explain", "config.json")),
     ],
 )
@@ -431,13 +447,27 @@ def test_a_missing_package_is_named_with_its_pip_command(monkeypatch, module, ar
     assert line == f"Error: Invalid value: this needs {module}: pip install {module}"
 
 
-@pytest.mark.parametrize("arguments", [("--output", "nowhere/out.json"), ("--picture", "nowhere/x.png")])
-def test_a_file_that_cannot_be_written_is_said_in_one_line(arguments):
-    if "--picture" in arguments:
-        pytest.importorskip("matplotlib")
-    flags = ("--shape", "2,16,16", "--recipe", "rowwise", "--seconds", "0", "--device", "cpu")
-    result = call("bench", *flags, *arguments, code=1)
-    assert result.stderr.splitlines()[-1].startswith("torch-switchback bench: FileNotFoundError: ")
+def test_a_warning_is_one_line():
+    lines = python_m("explain", "some_models:llama", "--tokens", "5", "--device", "cpu").stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("UserWarning: convert_to_switchback converts no layer")
+
+
+@pytest.mark.parametrize("command", ["explain", "bench", "doctor"])
+def test_a_traceback_is_shown_if_it_is_asked_for(command, monkeypatch, capfd):
+    def broken(*arguments, **kwargs):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(bench, "new_layer", broken)
+    monkeypatch.setattr(doctor, "_layer_on_the_cpu", broken)
+    arguments = {"explain": ("some_models:broken", "--device", "cpu"), "doctor": ()}
+    arguments["bench"] = ("--shape", "6,16,24", "--seconds", "0", "--device", "cpu")
+    for asked in (False, True):
+        if asked:
+            monkeypatch.setenv("TYPER_STANDARD_TRACEBACK", "1")
+        result = CliRunner().invoke(app, [command, *arguments[command]])
+        assert result.exit_code == 1
+        raised = isinstance(result.exception, Exception)
+        assert (raised or "Traceback" in result.output + capfd.readouterr().err) == asked
 
 
 def test_version():
@@ -445,9 +475,7 @@ def test_version():
 
 
 def test_python_m_is_the_command():
-    command = [sys.executable, "-m", "torch_switchback", "--version"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = python_m("--version")
     assert (done.stdout, done.stderr) == (f"torch-switchback {ts.__version__}\n", "")
 
 
@@ -480,9 +508,16 @@ def test_the_extra_cli_is_all_that_the_command_needs(folder, tmp_path):
                 target.symlink_to(distribution.locate_file(top))
     torch.save({"1.weight": torch.randn(4, 4)}, "training.pt")
     environment = os.environ | {"PYTHONPATH": f"{Path(ts.__file__).parents[1]}{os.pathsep}{site}"}
-    for arguments in ("--help", "export training.pt int8.safetensors --layers 1", "doctor"):
-        command = [sys.executable, "-S", "-m", "torch_switchback", *arguments.split()]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    commands = ("doctor", "recommend", "explain", "bench", "tune", "export")
+    helps = "\n".join(f"assert CliRunner().invoke(app, ['{command}', '--help']).output" for command in commands)
+    for arguments in (
+        ("-m", "torch_switchback", "--help"),
+        ("-m", "torch_switchback", "export", "training.pt", "int8.safetensors", "--layers", "1"),
+        ("-m", "torch_switchback", "doctor"),
+        ("-m", "torch_switchback", "explain", "some_models:converted", "--device", "cpu"),
+        ("-c", f"from typer.testing import CliRunner; from torch_switchback.cli.app import app\n{helps}"),
+    ):
+        done = subprocess.run([sys.executable, "-S", *arguments], capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stderr) == (0, ""), arguments
 
 

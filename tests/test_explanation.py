@@ -1,6 +1,7 @@
 """What explain says of the layers of a model, and what it calls a fall-back."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import torch_switchback as ts
 from testing import convert_all
 from torch_switchback import SwitchBackConfig, ops
+from torch_switchback._text import grouped
 from torch_switchback.analysis import explanation
 from torch_switchback.tuning import matmul_config
 
@@ -59,6 +61,53 @@ def test_running_the_model_changes_nothing(model):
     assert model.training and not model.norm.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Merges(nn.Module):
+    """A LoRA layer as loralib's: ``train`` takes LoRA out of the weight and puts it in."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(24, 24)
+        self.a, self.b = nn.Parameter(torch.randn(2, 24)), nn.Parameter(torch.randn(24, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.base.weight.data += (self.b @ self.a) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return self.base(x) if self.merged else self.base(x) + x @ self.a.t() @ self.b.t()
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer, in place, and keeps its last input in another, which it replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach()
+        return x
+
+
+@pytest.mark.parametrize("diagnose", [ts.explain, partial(ts.recommend, recipes=["rowwise"], seconds=0)])
+def test_modes_and_what_train_and_the_forward_change_stay(diagnose):
+    model = nn.Sequential(Merges(), Counts(), Merges(), Merges())
+    model[2].eval()
+    model[3].base.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    diagnose(model, torch.randn(8, 24))
+    assert [module.training for module in model.modules()] == modes
+    assert [model[i].merged for i in (0, 2, 3)] == [False, True, False]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_autocast_decides_the_dtype(model):
@@ -182,7 +231,7 @@ def test_long_sums_are_folded_by_another_kernel(on_a_gpu):
 def test_as_text_and_as_json(model):
     found = ts.explain(model, torch.randn(8, 24))
     assert str(found).splitlines()[1].split()[:6] == ["layer", "strategy", "tokens", "in", "out", "dtype"]
-    assert len(str(found).splitlines()) == 5
+    assert len(str(found).splitlines()) == 6
     rows = json.loads(found.to_json())["layers"]
     assert rows[0]["products"][0] == {
         "name": "output",
@@ -193,3 +242,33 @@ def test_as_text_and_as_json(model):
         "tile": None,
         "fallback": ops.int8_matmul.cpu_path(24)[1],
     }
+
+
+def test_identical_blocks_are_one_row():
+    blocks = [nn.ModuleDict({"up": nn.Linear(24, 48), "down": nn.Linear(48, 24)}) for _ in range(12)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": nn.Linear(24, 10)})
+    ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: not fqn.endswith(("4.up", "head")))
+    lines = str(ts.explain(model, tokens=8)).splitlines()
+    names = [line.split("  ")[0] for line in lines[2:-1]]
+    assert names == ["layers.0–3,5–11.up × 11", "layers.0–11.down × 12", "layers.4.up", "head"]
+
+
+def test_rows_of_which_not_all_are_alike_stay_apart():
+    assert grouped([("0.1", 2), ("1.0", 2), ("fc1", 2), ("fc2", 2)]) == [("0.1", 2), ("1.0", 2), ("fc1", 2), ("fc2", 2)]
+    experts = [(f"{layer}.experts.{expert}.w", None) for layer in range(2) for expert in (0, 1, 5)]
+    assert grouped(experts) == [("0–1.experts.0–1,5.w × 6", None)]
+
+
+def test_every_layer_without_int8_has_a_reason():
+    attention = nn.MultiheadAttention(24, 2)
+    model = nn.ModuleDict({"tower": nn.Sequential(nn.Linear(24, 48), attention), "head": nn.Linear(24, 24)})
+    assert {layer.reason for layer in ts.explain(model, tokens=8).layers} == {"not converted"}
+    ts.convert_to_switchback(model["tower"], module_filter_fn=lambda module, fqn: True)
+    found = ts.explain(model, tokens=8)
+    reasons = {fqn: layer.reason for fqn, layer in layers(found).items()}
+    assert reasons.pop("tower.0") == "" and reasons.pop("head") == "not converted"
+    assert "is a subclass of nn.Linear" in reasons.pop("tower.1.out_proj")
+    assert "nn.MultiheadAttention multiplies" in reasons.pop("tower.1") and not reasons
+    assert found.int8_share == pytest.approx(2 / (2 + 3 + 1 + 1))
+    assert str(found).splitlines()[-1] == "1 of 4 layers run in int8, 29% of their weights"
+    assert all(reason in str(found) for reason in ("not converted", "MultiheadAttention multiplies"))

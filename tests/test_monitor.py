@@ -1,10 +1,13 @@
 """The monitor: what it measures, when, where it writes, and that it leaves no trace."""
 
+import copy
 import csv
+import io
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import torch_switchback as ts
 from testing import convert_all, signal_to_noise
@@ -152,6 +155,46 @@ def test_without_noise_it_is_inf(device):
     record = measure(layer, torch.zeros(200, 64, device=device), torch.zeros(200, 8, device=device))
     for product in ("output", "grad_input", "grad_weight"):
         assert record[f"{product}_snr"] == record[f"{product}_snr_worst_rows"] == float("inf")
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, AveragedModel, through_a_file])
+def test_copies_are_not_monitored(make, model, device, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "torch_switchback.analysis.monitor.measure", lambda layer, x, grad: measured.append(layer) or {}
+    )
+    with Monitor(model) as monitor:
+        for other in (make(model), through_a_file(make(model))):
+            other(torch.randn(5, 64, device=device)).sum().backward()
+        assert measured == []
+        train(model, monitor, 1, device)
+    assert len(measured) == 3
+
+
+def prepare_for_eval(model):
+    for name in ("attention", "mlp.0", "mlp.2"):
+        model.get_submodule(name).prepare_for_eval()
+
+
+@pytest.mark.parametrize("change", [ts.revert_switchback, prepare_for_eval])
+@pytest.mark.parametrize("when", ["before the forward", "before the backward"])
+def test_layers_that_are_reverted_or_prepared_meanwhile_leave_no_record(change, when, model, device):
+    with Monitor(model) as monitor:
+        if when == "before the forward":
+            change(model)
+        loss = model(torch.randn(5, 64, device=device, requires_grad=True)).sum()
+        if when == "before the backward":
+            change(model)
+        loss.backward()
+        monitor.step()
+    assert monitor.latest == {}
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

@@ -195,3 +195,28 @@ def test_what_is_refused():
         ts.recommend(nn.Linear(16, 16), tokens=8, recipes=[])
     with pytest.raises(ValueError, match="either sample_input or tokens"):
         ts.recommend(nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize("kind", ["no tensor", "detached", "frozen"])
+def test_a_model_without_a_backward_is_refused_before_measuring(kind, monkeypatch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16).requires_grad_(kind != "frozen")
+
+        def forward(self, x):
+            y = self.layer(x)
+            return {"no tensor": str(y), "detached": y.detach(), "frozen": y}[kind], 5
+
+    monkeypatch.setattr(recommendation, "compare_layers", None)
+    with pytest.raises(ValueError, match="recommend: model returns no tensor that requires a gradient"):
+        ts.recommend(Model(), torch.randn(8, 16), seconds=0)
+
+
+def test_progress_comes_before_the_model_runs(times):
+    steps = []
+
+    model = nn.Sequential(nn.Linear(32, 16))
+    model.register_forward_pre_hook(lambda *_: steps.append("run") if steps[-1:] != ["run"] else None)
+    ts.recommend(model, torch.randn(8, 32), seconds=0, progress=lambda found, following: steps.append(following))
+    assert steps == ["the model on its sample", "run", "1/1  8 tokens, 32 → 16", "the model", "run"]

@@ -7,10 +7,12 @@ in one process, and only their ratios carry over to another machine.
 import gc
 import itertools
 import math
+import os
 import random
 import statistics
 import time
 import timeit
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -26,6 +28,7 @@ SHORT_MS = 10.0  # a turn long enough that launch overhead and clock ticks vanis
 SUSTAINED_MS = 120.0  # a turn long enough that the power limit sets the clocks, as in training
 WARM_UP_ROUNDS = 2  # not counted: clocks and temperature settle
 MIN_ROUNDS = 5
+TRACEBACK = "TYPER_STANDARD_TRACEBACK"  # the environment variable that typer has for it
 
 
 class Candidate(NamedTuple):
@@ -164,6 +167,8 @@ def free_memory(device: torch.device) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error in one line."""
+    """Return an error in one line. Its traceback goes to stderr if TYPER_STANDARD_TRACEBACK is set."""
+    if os.getenv(TRACEBACK):
+        traceback.print_exception(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

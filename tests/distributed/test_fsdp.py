@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_switchback as ts
 from testing import convert_all
+from torch_switchback.analysis.explanation import _try
+from torch_switchback.analysis.layer_calls import Call
 from torch_switchback.analysis.monitor import Monitor, measure
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 from torch_switchback.distributed.fsdp_weights import ShardWeight
@@ -564,3 +566,10 @@ def test_a_weight_that_is_held_otherwise_is_refused():
     assert not any(isinstance(module, ts.SwitchBackLinear) for module in model)
     del held
     assert isinstance(convert_all(model, ts.SwitchBackConfig(all_gather="int8"))[0].weight, ShardWeight)
+
+
+@in_processes(2)
+def test_explain_tries_layers_whose_weights_are_cut_up():
+    """As it does on a GPU: with a weight of its own."""
+    model = sharded(converted(mlp()))
+    _try(model[0], Call(8, "float32"), torch.device("cpu"))

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 
 import torch_switchback as ts
 from testing import convert_all
+from torch_switchback.analysis.monitor import Monitor
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 
 SCALINGS = ["global", "rowwise"]
@@ -236,3 +237,13 @@ def test_compiled_it_is_one_graph(scaling):
     loss_of(y).backward()
     assert graphs.frame_count == 1
     assert all(parameter.grad.full_tensor().any() for parameter in model.parameters())
+
+
+@in_processes(2)
+def test_the_monitor_refuses_them_by_name():
+    """And takes what fully_shard alone has cut up: tests/distributed/test_fsdp.py."""
+    model = convert_all(mlp(32, 16))
+    parallelize_module(model, tensor_parallel(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with Monitor(model), pytest.raises(NotImplementedError, match="Monitor: layer '0' is tensor-parallel"):
+        model(batch())
+    model(batch()).sum().backward()

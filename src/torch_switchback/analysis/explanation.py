@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from .. import _grad_weight
-from .._text import table
+from .._text import grouped, table
+from ..convert import _REPORT, ConvertedLayer
 from ..functional import linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, ProductShape
 from .layer_calls import Call, describe, device_of, layer_calls
 
-HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "falls back")
+HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "remarks")
 
 
 class FallbackError(RuntimeError):
@@ -46,7 +47,7 @@ class Product:
 
 @dataclass(frozen=True)
 class ExplainedLayer:
-    """A linear layer and its largest call."""
+    """A linear layer and its largest call; or a module that the conversion's report names beside them."""
 
     fqn: str
     strategy: str
@@ -61,11 +62,13 @@ class ExplainedLayer:
     """Of a SwitchBackLinear that was called."""
     fallback: str
     """Why the layer, or some of its products, takes a slower way; empty if none does."""
+    reason: str
+    """Why the layer is no SwitchBackLinear; empty if it is one."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for every linear layer, nn.Linear too. Printed, it is a table."""
+    """A row for every linear layer, nn.Linear too. Printed, it is a table with one row for identical blocks."""
 
     device: str
     layers: tuple[ExplainedLayer, ...]
@@ -73,6 +76,12 @@ class Explanation:
     @property
     def fallbacks(self) -> tuple[ExplainedLayer, ...]:
         return tuple(layer for layer in self.layers if layer.fallback)
+
+    @property
+    def int8_share(self) -> float:
+        """Of the layers' weights, by size, that are multiplied in int8."""
+        sizes = [(layer.in_features * layer.out_features, bool(layer.products)) for layer in self.layers]
+        return sum(size for size, in_int8 in sizes if in_int8) / max(1, sum(size for size, _ in sizes))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -82,8 +91,11 @@ class Explanation:
         for layer in self.layers:
             sizes = (layer.tokens, layer.in_features, layer.out_features)
             products = [*layer.products, "", "", ""][:3]
-            rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *products, layer.fallback))
-        return f"{self.device}\n" + table(HEADERS, rows)
+            remarks = layer.fallback or layer.reason
+            rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *products, remarks))
+        in_int8 = sum(bool(layer.products) for layer in self.layers)
+        summary = f"{in_int8} of {len(self.layers)} layers run in int8, {self.int8_share:.0%} of their weights"
+        return f"{self.device}\n{table(HEADERS, grouped(rows))}\n{summary}"
 
 
 def explain(
@@ -112,18 +124,20 @@ def explain(
         device: where the layers of a model on the meta device would run: by default the GPU if there is one.
 
     Returns:
-        A row for every linear layer, converted or not. Printed, it is a table.
+        A row for every linear layer, converted or not, and for what else the conversion's report names. Printed, it is
+        a table, with one row for identical blocks and the share of the weights that is in int8.
 
     Raises:
         FallbackError: strict, and there is a fall-back; it names all of them.
         ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
     """
     where = device_of(model, device)
+    converted = _converted(model)
     tried: set[Any] = set()
     rows = []
     for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
         call = max(calls, key=lambda call: call.tokens, default=None)
-        strategy, fallback = type(layer).__name__, ""
+        strategy, fallback, reason = type(layer).__name__, "", ""
         products: tuple[Product, ...] = ()
         if isinstance(layer, SwitchBackLinear):
             strategy = layer.config.strategy
@@ -136,14 +150,31 @@ def explain(
                     tried.add(key)
                 products = tuple(_products(layer, call, where))
                 fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
+        else:
+            reason = (fqn in converted and converted[fqn].reason) or "not converted"
         seen, dtype = (None, "") if call is None else call
         sizes = (layer.in_features, layer.out_features, len(calls))
-        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback))
+        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback, reason))
+    linear = {row.fqn for row in rows}
+    for fqn, other in converted.items():
+        if fqn not in linear and other.config is None:
+            sizes = (other.in_features, other.out_features, 0)
+            rows.append(ExplainedLayer(fqn, other.kind, *sizes, None, "", (), "", other.reason))
     explanation = Explanation(describe(where), tuple(rows))
     if strict and explanation.fallbacks:
         lines = [f"{layer.fqn or 'the model'}: {layer.fallback}" for layer in explanation.fallbacks]
         raise FallbackError("explain: " + "; ".join(lines))
     return explanation
+
+
+def _converted(model: nn.Module) -> dict[str, ConvertedLayer]:
+    """Return what the reports of a model's conversion, and of its parts', say, by fully qualified name."""
+    return {
+        f"{prefix}.{row.fqn}".strip(".").replace("_orig_mod.", ""): row
+        for prefix, module in model.named_modules()
+        if _REPORT in vars(module)
+        for row in vars(module)[_REPORT].layers
+    }
 
 
 def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iterator[Product]:
@@ -202,8 +233,9 @@ def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
     if layer.is_prepared:
         weight, absmax = layer.weight_int8, layer.weight_absmax
     else:
-        weight = torch.randn_like(layer.weight, device=device) if layer.weight.is_meta else layer.weight.detach()
-        weight, absmax = weight.requires_grad_(layer.weight.requires_grad), None
+        # Random as well: the layer's own may be on the meta device, or be cut up by fully_shard.
+        sizes, dtype, trains = (layer.out_features, layer.in_features), layer.weight.dtype, layer.weight.requires_grad
+        weight, absmax = torch.randn(sizes, device=device, dtype=dtype, requires_grad=trains), None
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         y = linear(x, weight, None, layer.config, absmax)
         torch.autograd.grad(y, [tensor for tensor in (x, weight) if tensor.requires_grad], torch.ones_like(y))

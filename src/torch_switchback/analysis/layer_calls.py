@@ -69,11 +69,21 @@ def every_layer_called(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, so that running it changes nothing, and close the ways round its layers.
 
     Those are compiled code, in which hooks do not run, and the fast path of nn.TransformerEncoderLayer, which reads its
-    layers' weights itself.
+    layers' weights itself. ``train`` is not called, as it may have effects that calling it again does not undo:
+    loralib's merges LoRA into the weight and out of it, with rounding. Buffers get back what they had, for layers that
+    count their tokens. Those of linear layers are left out: a model's int8 weights are too large to copy.
     """
     modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        if not isinstance(module, nn.Linear)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.layout is torch.strided
+    ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
+    for module in modes:
+        module.training = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -82,6 +92,11 @@ def every_layer_called(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes.items():
             module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not buffer.is_meta and not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -12,8 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,8 @@ class Monitor:
     In a sampled step each layer's first forward and backward are computed twice more, in int8 and in the layer's own
     dtype, and compared (:func:`measure`). Code under torch.compile runs eagerly in such a step, through
     ``torch.compiler.set_stance("force_eager")``: nothing is compiled again, and other steps run as if there were no
-    monitor. A captured CUDA graph runs no Python: its layers are not seen.
+    monitor. A captured CUDA graph runs no Python: its layers are not seen. Nor are layers that have been reverted or
+    prepared since, and copies of the model.
 
     Args:
         model: its SwitchBackLinear layers are monitored; torch.compile's wrapper is seen through.
@@ -76,6 +76,7 @@ class Monitor:
 
     Raises:
         ValueError: every is not positive, or no layer matches.
+        NotImplementedError: in a sampled forward, a layer is tensor-parallel.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Monitor:
         sampling = contextlib.ExitStack()
         sampling.enter_context(_eager())
         for name, layer in self._layers.items():
-            hook = partial(_after_forward, name, self._sample)
+            hook = _Hook(name, self._sample)
             sampling.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         self._stop_sampling = weakref.finalize(self, sampling.close)  # also when nobody holds the monitor any more
 
@@ -148,19 +149,38 @@ def _eager() -> Iterator[None]:
             _stance.close()
 
 
-def _after_forward(
-    name: str, sample: dict[str, Record], layer: SwitchBackLinear, args: Any, kwargs: Any, output: Tensor
-) -> None:
-    """Let the layer's first forward that has a backward leave its record in the sample."""
-    if not output.requires_grad or output.numel() == 0 or layer.is_prepared or name in sample:
-        return
-    x = (args[0] if args else kwargs["input"]).detach().to(output.dtype)  # as autocast did
+class _Hook:
+    """A forward hook: the layer's first forward that has a backward leaves its record in the sample."""
 
-    def after_backward(grad: Tensor) -> None:
-        if name not in sample:
-            sample[name] = measure(layer, x, grad)
+    def __init__(self, name: str, sample: dict[str, Record]) -> None:
+        self.name, self.sample = name, sample
 
-    output.register_hook(after_backward)
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if not self._wants(layer) or not output.requires_grad or output.numel() == 0:
+            return
+        x = args[0] if args else kwargs["input"]
+        if hasattr(x, "device_mesh"):  # a DTensor, as parallelize_module makes it; under fully_shard it is plain
+            raise NotImplementedError(f"Monitor: layer {self.name!r} is tensor-parallel; choose others with layers=")
+        x = x.detach().to(output.dtype)  # as autocast did
+
+        def after_backward(grad: Tensor) -> None:
+            if self._wants(layer):
+                self.sample[self.name] = measure(layer, x, grad)
+
+        output.register_hook(after_backward)
+
+    def _wants(self, layer: nn.Module) -> TypeGuard[SwitchBackLinear]:
+        """Return whether a record is missing and the layer can give one: it may have been reverted or prepared."""
+        return isinstance(layer, SwitchBackLinear) and not layer.is_prepared and self.name not in self.sample
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave a hook that does nothing to a copy of the layer, or to a pickled one: they are not monitored."""
+        return _HookOfACopy, ()
+
+
+class _HookOfACopy:
+    def __call__(self, *_: object) -> None:
+        pass
 
 
 def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .._text import table
+from .._text import grouped, table
 from .._timing import WORTH_CHANGING, Mode, elapsed_ms, interleaved
 from ..config import config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
@@ -140,7 +140,8 @@ class Recommendation:
             )
         headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
         lines = [self.device, table(headers, rows)]
-        lines += [f"{fqn or 'the model'} stays nn.Linear: {reason}" for fqn, reason in self.left.items()]
+        left = grouped((fqn or "the model", reason) for fqn, reason in self.left.items())
+        lines += [f"{fqn} stays nn.Linear: {reason}" for fqn, reason in left]
         lines.append(
             f"linear layers: {self.linear_speed_up:.2f} ×, {_kept(*self.linear_saved_bytes)} "
             "(an input of several layers counts for each)"
@@ -191,8 +192,9 @@ def recommend(
         The measurements; ``config`` is what follows, for ``convert_to_switchback``. Printed, it is a table.
 
     Raises:
-        ValueError: the model is converted, has no linear layer that could be measured, there is no such recipe, recipes
-            is empty, or not exactly one of sample_input and tokens is given.
+        ValueError: the model is converted, has no linear layer that could be measured, or returns no tensor that
+            requires a gradient; there is no such recipe, recipes is empty, or not exactly one of sample_input and
+            tokens is given.
         RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile;
             or a layer's step fails.
     """
@@ -205,6 +207,9 @@ def recommend(
     for recipe in recipes:
         config_of(recipe)  # refuses an unknown one
     where = device_of(model, device)
+    found = Recommendation(describe(where), (), {}, {}, None)
+    if sample_input is not None:
+        progress(found, "the model on its sample")
     why_left = default_filter(model, least_features=0)
     names = module_names(model)
     left: dict[str, str] = {}
@@ -229,8 +234,11 @@ def recommend(
             shapes.setdefault(shape, []).append(fqn)
     if not shapes:
         raise ValueError("recommend: model calls no linear layer that could be converted")
+    if sample_input is not None:
+        with every_layer_called(model):
+            _gradients(model, sample_input)  # refuses a model whose backward could not be measured
 
-    found = Recommendation(describe(where), (), left, aliases, None)
+    found = dataclasses.replace(found, left=left, aliases=aliases)
     mode: Mode = "graph" if cuda_graph else "eager"
     for number, (shape, fqns) in enumerate(shapes.items(), 1):
         progress(found, f"{number}/{len(shapes)}  {shape.tokens} tokens, {shape.in_features} → {shape.out_features}")
@@ -271,11 +279,7 @@ def _measure_model(
             return run(model, sample_input)
 
     def step() -> None:
-        leaves = torch.utils._pytree.tree_leaves(forward())
-        losses = [leaf.float().sum() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if losses:
-            wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)
+        _gradients(model, sample_input)
 
     def as_recommended(measurement: Callable[[], Measured]) -> Measured:
         convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
@@ -296,3 +300,22 @@ def _measure_model(
         clocks: dict[str, Callable[[], float]] = {"before": clock, "after": partial(as_recommended, clock)}
         milliseconds = interleaved(clocks, MODEL_ROUNDS)
     return MeasuredModel(statistics.median(milliseconds["before"]), statistics.median(milliseconds["after"]), *kept)
+
+
+def _gradients(model: nn.Module, sample_input: Any) -> None:
+    """Compute the gradients that a model's parameters want of the sum of its outputs.
+
+    Raises:
+        ValueError: none of the outputs requires a gradient.
+    """
+    with torch.enable_grad():
+        leaves = torch.utils._pytree.tree_leaves(run(model, sample_input))
+        losses = [leaf.float().sum() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if not losses:
+            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+            raise ValueError(
+                f"recommend: model returns no tensor that requires a gradient (it returns {kinds}), so its backward "
+                "cannot be measured; tokens= instead of sample_input measures its layers only"
+            )
+        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)

@@ -1,12 +1,14 @@
 """The commands of ``torch-switchback``, one module each."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
+from .._timing import TRACEBACK
 from .bench import bench
 from .doctor import doctor
 from .explain import explain
@@ -33,6 +35,8 @@ def _stops_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.BadParameter):
             raise
         except Exception as error:  # a model, a file or a GPU can raise anything
+            if os.getenv(TRACEBACK):
+                raise
             reason = " ".join(str(error).split())
             typer.echo(f"torch-switchback {command.__name__}: {type(error).__name__}: {reason}", err=True)
             raise typer.Exit(1) from None
@@ -59,5 +63,6 @@ def torch_switchback(
     Start with `doctor`: does it run here? Then `recommend`: is it worth it for your model? `explain` says what runs in
     each layer, `bench` measures layers, `tune` makes INT8 matmuls faster on your GPU, `export` writes int8 checkpoints.
     Each has a --help of its own with examples, and --json for programs. They exit with 0 if all went well, 1 if not,
-    2 if they were called wrongly or miss a package, and 130 after Ctrl-C.
+    2 if they were called wrongly or miss a package, and 130 after Ctrl-C. An error is one line; with
+    TYPER_STANDARD_TRACEBACK=1 in the environment it comes with its traceback.
     """

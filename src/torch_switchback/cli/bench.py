@@ -20,7 +20,7 @@ from ..analysis.recommendation import LINEAR
 from ..config import RECIPES
 from ..convert import convert_to_switchback
 from . import common
-from .common import CudaGraphFlag, DeviceFlag, JsonFlag, RecipesFlag, Shape, ShapesFlag
+from .common import CudaGraphFlag, DeviceFlag, JsonFlag, RecipesFlag, Shape, ShapesFlag, output_option
 
 DEFAULT_SHAPES = {
     "cuda": [Shape(16384, 4096, 4096), Shape(16384, 4096, 14336), Shape(65536, 1280, 5120)],
@@ -39,8 +39,8 @@ def bench(
     cuda_graph: CudaGraphFlag = False,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and inputs.")] = "bfloat16",
     seconds: Annotated[float, Option(min=0.0, help="Of measurement per shape, about, beside compiling.")] = 2.0,
-    output: Annotated[Path | None, Option(dir_okay=False, help="Write the JSON here, too.")] = None,
-    picture: Annotated[Path | None, Option(dir_okay=False, help="Draw speed-ups here: .pdf, .png or .svg.")] = None,
+    output: Annotated[Path | None, output_option(help="Write the JSON here, too.")] = None,
+    picture: Annotated[Path | None, output_option(help="Draw speed-ups here: .pdf, .png or .svg.")] = None,
     device: DeviceFlag = None,
     json: JsonFlag = False,
 ) -> None:

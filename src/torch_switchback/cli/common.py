@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -61,6 +62,20 @@ def parse_config(text: str) -> str | dict[str, str | None]:
     return config
 
 
+def check_device(device: str | None) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadParameter(f"PyTorch {torch.__version__} sees no CUDA GPU here")
+    return device
+
+
+def check_output(path: Path | None) -> Path | None:
+    """Refuse a file whose folder is missing or read-only, before anything has been measured for it."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise BadParameter(f"{path.parent} is not a folder that can be written to")
+    return path
+
+
+output_option = partial(Option, dir_okay=False, callback=check_output)
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
 ConfigFlag = Annotated[Any, Option(parser=parse_config, metavar="RECIPE|JSON", help=CONFIG)]
 ShapesFlag = Annotated[
@@ -72,7 +87,9 @@ RecipesFlag = Annotated[
     Option("--recipe", parser=parse_recipe, metavar="NAME", help=f"One of {', '.join(RECIPES)}; repeatable."),
 ]
 CudaGraphFlag = Annotated[bool, Option("--cuda-graph", help="Measure without CPU overhead, as in a compiled model.")]
-DeviceFlag = Annotated[Literal["cuda", "cpu"] | None, Option(help="By default the GPU if there is one.")]
+DeviceFlag = Annotated[
+    Literal["cuda", "cpu"] | None, Option(callback=check_device, help="By default the GPU if there is one.")
+]
 JsonFlag = Annotated[bool, Option("--json", help="Print JSON and nothing else on stdout.")]
 
 

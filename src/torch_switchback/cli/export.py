@@ -14,7 +14,7 @@ from ..filters import look_up
 from ..functional import quantize_weight
 from ..ops import dequantize_rowwise
 from ..ops._validation import FLOAT_DTYPES
-from .common import ConfigFlag, JsonFlag, needs, to_json
+from .common import ConfigFlag, JsonFlag, check_output, needs, to_json
 
 NOTE = "torch_switchback"  # the entry of the file's metadata: which layers are prepared, and from which dtype
 State = dict[str, torch.Tensor]
@@ -22,7 +22,7 @@ State = dict[str, torch.Tensor]
 
 def export(
     source: Annotated[Path, Argument(exists=True, dir_okay=False, help="A .safetensors file, or one of torch.save.")],
-    target: Annotated[Path, Argument(dir_okay=False, help="The .safetensors file to write.")],
+    target: Annotated[Path, Argument(dir_okay=False, callback=check_output, help="The .safetensors file to write.")],
     layers: Annotated[list[str] | None, Option(metavar="PATTERN", help="Layers to quantize; repeatable.")] = None,
     config: ConfigFlag = "switchback",
     back: Annotated[bool, Option("--back", help="Dequantize a prepared checkpoint instead.")] = False,
@@ -42,7 +42,8 @@ def export(
       torch-switchback export checkpoint.pt int8.safetensors --config switchback.json
       torch-switchback export int8.safetensors model.safetensors --back
     """
-    needs("safetensors")
+    for module in ("safetensors", "numpy"):  # the first imports the second and does not require it
+        needs(module)
     if target.suffix != ".safetensors":
         raise BadParameter(f"the target must end in .safetensors, got {target}")
     if not back and isinstance(config, str) and not layers:

@@ -10,7 +10,7 @@ from typer import Option
 from ..analysis.recommendation import CANDIDATES, Recommendation
 from ..analysis.recommendation import recommend as recommend_for
 from . import common
-from .common import CudaGraphFlag, DeviceFlag, JsonFlag, ModelArgument, RecipesFlag, TokensFlag
+from .common import CudaGraphFlag, DeviceFlag, JsonFlag, ModelArgument, RecipesFlag, TokensFlag, output_option
 
 
 def recommend(
@@ -20,7 +20,7 @@ def recommend(
     cuda_graph: CudaGraphFlag = False,
     seconds: Annotated[float, Option(min=0.0, help="Of measurement, about, beside compiling.")] = 2.0,
     bf16: Annotated[bool, Option("--bf16", help="Compute in bfloat16, as under autocast.")] = False,
-    output: Annotated[Path | None, Option(dir_okay=False, help="Write the configuration here, as JSON.")] = None,
+    output: Annotated[Path | None, output_option(help="Write the configuration here, as JSON.")] = None,
     device: DeviceFlag = None,
     json: JsonFlag = False,
 ) -> None:
@@ -42,7 +42,6 @@ def recommend(
       convert_to_switchback(model, config=json.load(open("switchback.json")))
     """
     where = common.chosen_device(device)
-    module, sample = common.load_model(model, where)
     found: Recommendation | None = None
 
     def begin(so_far: Recommendation, following: str) -> None:
@@ -50,10 +49,13 @@ def recommend(
         found = so_far
         steps.begin(following)
 
-    with common.Steps() as steps, torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16):
+    with common.Steps() as steps:
+        steps.begin(model)
+        module, sample = common.load_model(model, where)
         asked = common.sample_or_tokens(sample, tokens) | {"recipes": recipe or CANDIDATES, "cuda_graph": cuda_graph}
         dtype = torch.bfloat16 if bf16 else None
-        found = recommend_for(module, **asked, device=where, dtype=dtype, seconds=seconds, progress=begin)
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16):
+            found = recommend_for(module, **asked, device=where, dtype=dtype, seconds=seconds, progress=begin)
     if found is not None and found.layers:
         typer.echo(found.to_json() if json else found)
     if steps.stopped:

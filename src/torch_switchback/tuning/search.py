@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .._timing import WORTH_CHANGING, interleaved
+from .._timing import WORTH_CHANGING, interleaved, reason_of
 from . import allows_tma, matmul_config
 from ._tables import MatmulConfig, ProductShape, Row
 
@@ -54,7 +54,7 @@ def fastest(
             first[config] = clock(config)
         except Exception as error:  # whatever Triton, its backend or the driver raise for what they cannot run
             skipped += 1
-            reason = f"{type(error).__name__}: {error}"
+            reason = reason_of(error)
         advance()
     if not first:
         raise RuntimeError(f"none of {skipped} configurations ran; the last: {reason}")
