@@ -76,7 +76,7 @@ def test_the_real_library_keeps_its_other_parts():
     """)
 
 
-# Of bitsandbytes 0.41 to 0.49, what matters here. Up to 0.44 its kernels import what Triton no longer has.
+# Of bitsandbytes 0.41 to 0.49, what matters here. Up to 0.45 its kernels may import what Triton no longer has.
 OLD = {
     "__init__.py": "from . import nn; KEPT = 1",
     "nn/__init__.py": "from .modules import KEPT; from .triton_based_modules import SwitchBackLinear, StandardLinear",

@@ -39,7 +39,7 @@ def install_as_bitsandbytes() -> None:
     ``bitsandbytes.nn.triton_based_modules`` or ``bitsandbytes.triton``. If bitsandbytes is installed it is imported and
     all its other parts stay as they are; if not, modules of those names are made.
     """
-    # First, since a bitsandbytes of up to 0.44 imports its own of these, which need a Triton of its time.
+    # First, since a bitsandbytes of up to 0.45 may import its own of these, which need a Triton of its time.
     for name, members in _MODULES.items():
         _serve(sys.modules.get(name) or _make_module(name), members)
     for name in _PACKAGES:
