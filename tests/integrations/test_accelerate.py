@@ -17,7 +17,8 @@ from tasks import (
     regression_batches,
 )
 
-from torch_switchback import SwitchBackConfig
+import torch_switchback.integrations.accelerate as bridge
+from torch_switchback import SwitchBackConfig, convert_to_switchback
 from torch_switchback.integrations.accelerate import SwitchBackAccelerator
 
 
@@ -56,6 +57,29 @@ def test_accelerator(tmp_path):
     x = torch.randn(16, 32)
     trained = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert_reloads_and_reverts(trained, plain, lambda model: model(x))
+
+
+@pytest.mark.parametrize("prepare", ["prepare", "prepare_model"])
+def test_a_model_is_converted_once_whatever_prepares_it(prepare, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        bridge, "convert_to_switchback", lambda *args, **kw: calls.append(convert_to_switchback(*args, **kw))
+    )
+    accelerator = SwitchBackAccelerator(conversion={"module_filter_fn": all_but_the_head}, cpu=True)
+    model = Regressor()
+    prepared = getattr(accelerator, prepare)(model)
+    assert converted(model) == ["body.0", "body.2"]
+    getattr(accelerator, prepare)(prepared)
+    assert calls == [model]
+
+
+def test_an_unknown_keyword_is_named():
+    with pytest.raises(TypeError, match="recipe"):
+        SwitchBackAccelerator(recipe="rowwise", cpu=True)
+    accelerator = SwitchBackAccelerator(conversion={"recipe": "rowwise"}, cpu=True)
+    for prepare in (accelerator.prepare, accelerator.prepare_model):
+        with pytest.raises(TypeError, match="recipe"):
+            prepare(Regressor())
 
 
 def test_preparing_a_prepared_model_again_leaves_it():

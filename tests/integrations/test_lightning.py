@@ -64,6 +64,12 @@ def test_trainer(tmp_path):
     assert_reloads_and_reverts(model, plain, lambda model: model(x))
 
 
+@pytest.mark.parametrize("precision", [SwitchBackPrecision, FabricSwitchBackPrecision])
+def test_an_unknown_keyword_is_named(precision):
+    with pytest.raises(TypeError, match="recipe"):
+        precision("bf16-mixed", "cpu", recipe="rowwise").convert_module(Regressor())
+
+
 def test_fabric(tmp_path):
     fabric = Fabric(accelerator="cpu", plugins=FabricSwitchBackPrecision("bf16-mixed", "cpu", **CONVERSION))
     model = Regressor()

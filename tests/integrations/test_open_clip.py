@@ -75,11 +75,26 @@ def check_inference_mode_and_revert(plain):
     assert signal_to_noise(encode(plain), expected) > 25
 
 
-def test_synthetic_data(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
+def test_low_precision_weights_are_converted_by_name(precision, tmp_path):
+    """With them open_clip's own replacement fails: it makes float32 layers, whatever the layers' class."""
+    train_open_clip.tiny(tmp_path)
+    model = open_clip.create_model(f"local-dir:{tmp_path}", precision=precision)
+    tokens = open_clip.get_tokenizer("ViT-B-32")(["red"])[:, :16]
+    expected = model.encode_text(tokens)
+    ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: fqn in MLPS)
+    actual = model.encode_text(tokens)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert signal_to_noise(actual, expected) > 25
+    actual.sum().backward()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_synthetic_data(precision, tmp_path):
     train_open_clip.tiny(tmp_path)
     command = ["-m", "torch_switchback.integrations.bitsandbytes", "-m", "open_clip_train.main"]
     command += ["--model", f"local-dir:{tmp_path}", "--use-bnb-linear", "SwitchBackLinearVectorwise"]
     command += ["--dataset-type", "synthetic", "--train-num-samples", "16", "--batch-size", "8", "--epochs", "1"]
-    command += ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--log-every-n-steps", "1"]
+    command += ["--device", "cpu", "--precision", precision, "--workers", "0", "--log-every-n-steps", "1"]
     # All pairs are one pair: nothing can be learned, and the loss is log(8) whatever the model.
     assert losses(run(*command, cwd=tmp_path)) == pytest.approx([math.log(8)] * 2, abs=1e-3)

@@ -166,6 +166,13 @@ def test_what_trains_or_is_shared_stays():
 def test_refusals():
     with pytest.raises(ValueError, match="model has no adapter layers; call get_peft_model first"):
         freeze_base(ts.convert_to_switchback(Regressor(), module_filter_fn=all_but_the_head))
+    lora = LoraConfig(r=4, target_modules=TARGETS)
+    with pytest.raises(ValueError, match=r"no frozen SwitchBackLinear .* call convert_to_switchback"):
+        freeze_base(get_peft_model(Regressor(), lora))
+    with pytest.raises(ValueError, match="no frozen SwitchBackLinear"):
+        freeze_base(make_model().requires_grad_(True))
+    model = freeze_base(make_model())
+    assert freeze_base(model) is model, "frozen already"
     with pytest.raises(ValueError, match="computes with its base layer's weight"):
         freeze_base(make_model(use_dora=True))
     model = make_model()

@@ -19,7 +19,7 @@ from torchtitan.models.llama3 import model_registry
 from torchtitan_model import CONFIG, converter, model_spec
 
 from torch_switchback import SwitchBackConfig
-from torch_switchback.integrations.torchtitan import SwitchBackTitanLinear
+from torch_switchback.integrations.torchtitan import SwitchBackLinearConverter, SwitchBackTitanLinear
 
 
 def build(*converters):
@@ -113,6 +113,13 @@ def test_only_plain_linears_are_replaced_and_others_keep_their_fields():
 def test_arguments_have_the_names_that_sharding_configurations_know():
     ours, theirs = (inspect.signature(layer.forward).parameters for layer in (SwitchBackTitanLinear, Linear))
     assert list(ours) == list(theirs)
+
+
+def test_an_unknown_keyword_is_named():
+    with pytest.raises(TypeError, match="recipe"):
+        SwitchBackLinearConverter.Config(recipe="rowwise")
+    with pytest.raises(TypeError, match="recipe"):
+        model_registry("debugmodel", converters=[SwitchBackLinearConverter.Config(conversion={"recipe": "rowwise"})])
 
 
 def test_int8_all_gather_is_refused():

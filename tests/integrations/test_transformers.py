@@ -89,16 +89,35 @@ def test_callback_converts_trains_and_monitors(tmp_path):
 
 def test_callback_without_monitor_logs_nothing_and_a_writer_gets_all(tmp_path):
     rows = tmp_path / "noise.csv"
-    arguments = {"module_filter_fn": not_the_lm_head, "monitor_layers": "*.0.mlp.up_proj"}
-    for callback in (
-        SwitchBackCallback(**arguments),
-        SwitchBackCallback(**arguments, monitor_every=1, writer=CsvWriter(rows)),
-    ):
+    monitor = {"monitor_every": 1, "monitor_layers": "*.0.mlp.up_proj", "writer": CsvWriter(rows)}
+    for arguments in ({}, monitor):
+        callback = SwitchBackCallback(module_filter_fn=not_the_lm_head, **arguments)
         trainer = make_trainer(LlamaForCausalLM(CONFIG), tmp_path, [callback], max_steps=2)
         trainer.train()
         assert not any("switchback_step" in entry for entry in trainer.state.log_history)
     steps = {line.partition(",")[0] for line in rows.read_text().splitlines()[1:]}
     assert steps == {"0", "1"}
+
+
+def test_a_callbacks_keywords_are_used_or_named(tmp_path):
+    with pytest.raises(TypeError, match="recipe"):
+        make_trainer(LlamaForCausalLM(CONFIG), tmp_path, [SwitchBackCallback(recipe="rowwise")])
+    for arguments in ({"writer": CsvWriter(tmp_path / "noise.csv")}, {"monitor_layers": "*.up_proj"}):
+        with pytest.raises(ValueError, match="monitor_every"):
+            SwitchBackCallback(**arguments)
+
+
+@pytest.mark.parametrize("keyword", ["module_filter_fn", "recipe"])
+def test_what_a_config_json_cannot_keep_is_named(keyword):
+    with pytest.raises(TypeError, match=keyword):
+        SwitchBackQuantizationConfig(**{keyword: "rowwise"})
+    with pytest.raises(TypeError, match=keyword):
+        SwitchBackQuantizationConfig.from_dict({"quant_method": "switchback", keyword: "rowwise"})
+
+
+def test_a_name_instead_of_names_is_refused():
+    with pytest.raises(TypeError, match="modules_to_not_convert must be a list of names, got 'lm_head'"):
+        SwitchBackQuantizationConfig(modules_to_not_convert="lm_head")
 
 
 class Interrupt(TrainerCallback):
@@ -167,10 +186,19 @@ def test_quantizer_trains_and_round_trips(saved, tmp_path):
 
     again.dequantize()
     assert not converted(again)
+    assert again.dtype == torch.float32
     again.save_pretrained(tmp_path / "dequantized")
     assert "quantization_config" not in json.loads((tmp_path / "dequantized" / "config.json").read_text())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dequantized")
     assert_reloads_and_reverts(model, plain, logits)
+
+
+def test_dequantizing_gives_the_dtype_that_is_asked_for(saved):
+    quantization = SwitchBackQuantizationConfig(modules_to_not_convert=[])
+    model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=quantization)
+    model.dequantize(torch.bfloat16)
+    assert not converted(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_quantized_checkpoint_loads_as_nn_linear_without_this_library(saved, tmp_path, monkeypatch):

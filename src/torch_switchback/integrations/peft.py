@@ -35,8 +35,8 @@ def freeze_base(model: Model) -> Model:
         The same model. Its adapters save and load as ever; merge them after :func:`unfreeze_base`.
 
     Raises:
-        ValueError: the model has no adapters, or one is merged, or one (as DoRA) computes with the base's weight; or a
-            frozen layer rotates its features.
+        ValueError: the model has no adapters, or one is merged, or one (as DoRA) computes with the base's weight; or no
+            SwitchBack layer is frozen, or one rotates its features.
         RuntimeError: a frozen layer's weight is sharded over processes.
     """
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -56,6 +56,11 @@ def freeze_base(model: Model) -> Model:
         and not module.weight.requires_grad
         and owners[id(module.weight)] == 1
     ]
+    if not frozen and not any(getattr(module, "is_prepared", False) for module in model.modules()):
+        raise ValueError(
+            "freeze_base: model has no frozen SwitchBackLinear with a weight of its own; call convert_to_switchback "
+            "before get_peft_model"
+        )
     for module in frozen:  # prepare_for_eval would refuse them too, but after those before them have been freed
         if module.config.rotate_features is not None:
             raise ValueError(f"freeze_base: a frozen layer's rotated features cannot be kept as int8 values: {module}")

@@ -31,6 +31,9 @@ class SwitchBackCallback(TrainerCallback):
         monitor_layers: glob patterns of the layers to sample.
         writer: gets the samples; without one they are entries of ``trainer.state.log_history``, which checkpoints keep.
         conversion: keyword arguments of :func:`torch_switchback.convert_to_switchback`: config, module_filter_fn.
+
+    Raises:
+        ValueError: monitor_layers or writer come without monitor_every.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class SwitchBackCallback(TrainerCallback):
         writer: Writer | None = None,
         **conversion: Any,
     ) -> None:
+        if not monitor_every and (writer is not None or monitor_layers != "*"):
+            raise ValueError("SwitchBackCallback: monitor_layers and writer need monitor_every above 0, got 0")
         self._every, self._layers, self._writer = monitor_every, monitor_layers, writer
         self._conversion = conversion
         self._monitor: Monitor | None = None
@@ -87,10 +92,18 @@ class SwitchBackQuantizationConfig(QuantizationConfigMixin):
         config: :func:`torch_switchback.convert_to_switchback`'s.
         modules_to_not_convert: names, as Transformers matches them, of layers that stay nn.Linear; None: what
             convert_to_switchback leaves alone by itself.
+        quant_method: what config.json says beside the two.
+
+    Raises:
+        TypeError: modules_to_not_convert is a str.
     """
 
-    def __init__(self, config: Any = None, modules_to_not_convert: list[str] | None = None, **_: Any) -> None:
-        self.quant_method = _METHOD
+    def __init__(
+        self, config: Any = None, modules_to_not_convert: list[str] | None = None, *, quant_method: str = _METHOD
+    ) -> None:
+        if isinstance(modules_to_not_convert, str):  # whose letters Transformers would match
+            raise TypeError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}")
+        self.quant_method = quant_method
         self.config = _decoded(config)
         self.modules_to_not_convert = modules_to_not_convert
 
@@ -133,5 +146,7 @@ class SwitchBackHfQuantizer(HfQuantizer):
             conversion["module_filter_fn"] = lambda _, fqn: should_convert_module(fqn, skipped)
         convert_to_switchback(model, **conversion)
 
-    def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
-        return revert_switchback(model)
+    def dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
+        """Revert the model, in the dtype that it has if no other is asked for."""
+        self.remove_quantization_config(revert_switchback(model))
+        return model if dtype is None else model.to(dtype)
