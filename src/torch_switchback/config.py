@@ -70,7 +70,7 @@ class SwitchBackConfig:
                     raise ValueError(f"SwitchBackConfig: {rotation} needs {name}={needed!r}, got {value!r}")
 
     def scales_of(self, out_features: int) -> int:
-        """Return how many absmaxes a weight [out_features, in_features] has in the forward."""
+        """Return how many elements the absmax of a weight [out_features, in_features] has in the forward."""
         return 1 if self.weight_scaling == "global" else out_features
 
     @property

@@ -17,7 +17,11 @@ from .ops._numerics import Quantized
 
 
 class Scaling:
-    """Base of all schemes: one absmax per row of X and of G.
+    """Base of all schemes: one absmax per row of X, of G and of W.
+
+    A subclass sets in ``__init__`` what differs, and overrides the methods that raise
+    NotImplementedError. It calls operations as ``self.ops.name`` (docs/architecture.md, "Add a
+    weight scaling").
 
     Args:
         ops: the operations to call, :data:`.ops._library.direct` or :data:`.ops._library.dispatched`.
@@ -29,7 +33,12 @@ class Scaling:
     quantize_weight: Callable[[Tensor], Quantized]  # W [out, in] -> int8 [out, in], for the output
     matmul: Callable[..., Tensor]  # multiplies the rows of X or G with W or Wᵀ, and dequantizes
     fused_rowwise: bool | None = None
-    """The argument of ``int8_linear`` for this scheme, or None if it has none."""
+    """The argument ``rowwise`` of ``int8_linear``, or None if it cannot compute this scheme.
+
+    Unless it is None, ``int8_linear`` and ``int8_linear_grad_input`` quantize a plain weight, and
+    quantize_weight and quantize_weight_transpose are not called for it. A subclass inherits it, so
+    one that quantizes the weight differently must set None.
+    """
 
     def __init__(self, ops: SimpleNamespace) -> None:
         self.ops = ops
@@ -46,7 +55,7 @@ class Scaling:
         return quantized, self.quantize_weight_transpose(weight, quantized[1])
 
     def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
-        """Return Wᵀ quantized, given W quantized: int8 [in, out]."""
+        """Return Wᵀ quantized, given W quantized: int8 [in, out]. For grad_input of a prepared layer."""
         raise NotImplementedError
 
     def quantize_columns(self, x: Tensor, rotate_tokens: int | None) -> Quantized:

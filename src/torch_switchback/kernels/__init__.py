@@ -1,7 +1,7 @@
 """The Triton kernels, one file per family, each with the plans of its operations. The first CUDA call imports them.
 
 A plan takes an operation's arguments and then its empty outputs, which it fills, on the current device. It is made for
-arguments of one kind, and takes even those that it does not read, so that all plans are called alike.
+one specialization key, and takes even arguments that it does not read, so that all plans are called alike.
 """
 
 

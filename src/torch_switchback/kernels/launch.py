@@ -1,4 +1,4 @@
-"""The one place that launches kernels: plans, which are made once per kind of arguments, over Triton's launcher.
+"""The one place that launches kernels: plans, made once per specialization key, over Triton's launcher.
 
 A plan is a function that runs one operation on all arguments with the same :func:`specialization_key`. Tiles and
 compiled kernels are chosen when the plan is made. Running it computes grids and launches. ``kernel[grid](*args)`` takes
@@ -35,7 +35,7 @@ plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def plan_for(make: Callable[..., Plan], args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> Plan:
-    """Return the plan of an operation for arguments of this kind, and make it at the first.
+    """Return the plan of an operation for the specialization key of its arguments, and make it if there is none.
 
     Args:
         make: from the arguments and the outputs to a plan.
@@ -101,7 +101,7 @@ def bind(kernel: Any, args: tuple[Any, ...], **options: Any) -> Callable[..., No
 
     Args:
         kernel: a ``triton.jit`` function whose constexpr parameters come last.
-        args: values of all other parameters, of the kind that it will be launched with.
+        args: values of all other parameters, with the specialization that later launches will have.
         options: its constexprs, and Triton's options, such as ``num_warps``. A kernel whose ``PDL_WAIT`` is set is
             launched early. No kernel is compiled with fused multiply-adds: the bitwise guarantees rest on that.
 

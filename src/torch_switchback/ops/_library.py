@@ -33,7 +33,9 @@ def define(
     reference: Callable[..., Any],
     kernels: str,
 ) -> Callable[..., Any]:
-    """Register an operation, and return it.
+    """Register an operation, fill :data:`direct` and :data:`dispatched` with it, and return it.
+
+    ``ops/__init__.py`` imports every file that defines operations.
 
     Args:
         schema: the operation's signature in torch.library's language. Its first argument is a tensor.

@@ -1,5 +1,7 @@
 """A weight's quantization and its matmul in one operation: for compiled code, where every operation costs CPU time.
 
+The functions here are the references. The layer calls the operations of the same names.
+
 The input's quantization stays an operation of its own, so that a compiler can share it among the layers of one input.
 """
 
@@ -30,7 +32,7 @@ def int8_linear(
     rowwise: bool,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a weight, and multiply quantized rows with it.
+    """Quantize a weight, and multiply quantized rows with it: the reference.
 
     Args:
         x_int8: int8 [tokens, in].
@@ -66,7 +68,7 @@ def int8_linear_grad_input(
     rowwise: bool,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Quantize the transpose of a weight, and multiply quantized rows of a gradient with it.
+    """Quantize the transpose of a weight, and multiply quantized rows of a gradient with it: the reference.
 
     Args:
         grad_int8: int8 [tokens, out].
