@@ -62,7 +62,7 @@ def test_repr_says_the_strategy(config):
 
 
 def test_config_refuses_an_unknown_scaling():
-    with pytest.raises(ValueError, match="weight_scaling must be one of 'global', 'rowwise', got 'columnwise'"):
+    with pytest.raises(ValueError, match="weight_scaling"):
         SwitchBackConfig("columnwise")
 
 

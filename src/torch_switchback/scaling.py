@@ -74,8 +74,6 @@ class Scaling:
 class GlobalScaling(Scaling):
     """One absmax for all of W (algorithm 1)."""
 
-    fused_rowwise = False
-
     def __init__(self, ops: SimpleNamespace) -> None:
         super().__init__(ops)
         self.quantize_weight = ops.quantize_global
@@ -94,8 +92,6 @@ class GlobalScaling(Scaling):
 
 class RowwiseScaling(Scaling):
     """One absmax per row of W (out feature), and one per column (in feature) for grad_input (algorithm 3)."""
-
-    fused_rowwise = True
 
     def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)
@@ -129,11 +125,10 @@ class RotatedScaling(Scaling):
 
 
 def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
-    return {
-        ("global", None): GlobalScaling(ops),
-        ("rowwise", None): RowwiseScaling(ops),
-        **{("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS},
-    }
+    by_layer, by_row = GlobalScaling(ops), RowwiseScaling(ops)
+    by_layer.fused_rowwise, by_row.fused_rowwise = False, True  # of these alone: a subclass quantizes differently
+    schemes: dict[tuple[str, int | None], Scaling] = {("global", None): by_layer, ("rowwise", None): by_row}
+    return schemes | {("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS}
 
 
 _DIRECT, _DISPATCHED = _schemes(direct), _schemes(dispatched)

@@ -12,27 +12,16 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+from torch_switchback.tuning import _tables
 
-# Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities; CDNA 3
-# ISA guide).
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
+# All architectures that a shipped table lists, and what the table says of them (CUDA programming guide, table of
+# compute capabilities; CDNA 3 ISA guide).
+_SERVED = {name: limits for table in _tables.shipped_tables().values() for name, limits in table.serves.items()}
+TARGETS = {
+    name: GPUTarget("cuda", int(name.removeprefix("sm_")), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    for name in _SERVED
 }
+SHARED_MEMORY = {name: limits.shared_memory_kib * 1024 for name, limits in _SERVED.items()}  # of one program
 
 _TYPES = {
     torch.int8: "i8",

@@ -24,7 +24,7 @@ def _fake_int8_linear(
     return empty(x_int8, (x_int8.shape[0], out_features), out_dtype), empty(x_int8, (scales,), torch.float32)
 
 
-def int8_linear(
+def _int8_linear_reference(
     x_int8: torch.Tensor,
     x_absmax: torch.Tensor,
     weight: torch.Tensor,
@@ -55,12 +55,12 @@ define(
     "int8_linear(Tensor x_int8, Tensor x_absmax, Tensor weight, Tensor? bias, bool rowwise, ScalarType out_dtype)"
     " -> (Tensor, Tensor)",
     fake=_fake_int8_linear,
-    reference=int8_linear,
+    reference=_int8_linear_reference,
     kernels="int8_linear",
 )
 
 
-def int8_linear_grad_input(
+def _int8_linear_grad_input_reference(
     grad_int8: torch.Tensor,
     grad_absmax: torch.Tensor,
     weight: torch.Tensor,
@@ -99,6 +99,6 @@ define(
     fake=lambda grad_int8, grad_absmax, weight, weight_absmax, rowwise, out_dtype: empty(
         grad_int8, (grad_int8.shape[0], weight.shape[1]), out_dtype
     ),
-    reference=int8_linear_grad_input,
+    reference=_int8_linear_grad_input_reference,
     kernels="int8_linear",
 )

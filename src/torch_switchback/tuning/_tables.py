@@ -165,8 +165,8 @@ def user_table_path(architecture: str) -> Path:
 
 @functools.cache
 def shipped_tables() -> Mapping[str, Table]:
-    """Return every shipped table by its file's name."""
-    return {path.stem: read(path) for path in Path(__file__).parent.glob("*.json")}
+    """Return every shipped table by its file's name, in the order of names."""
+    return {path.stem: read(path) for path in sorted(Path(__file__).parent.glob("*.json"))}
 
 
 def shipped_table(architecture: str) -> tuple[str, Table]:
