@@ -82,6 +82,65 @@ def test_a_head_that_shape_alone_does_not_tell(how):
     ]
 
 
+class PeftCopy(nn.Module):
+    """A layer and the copy that trains in its stead, as PEFT keeps modules_to_save."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.original_module = layer
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(layer)})
+
+
+class SaysItsHead(nn.Module):
+    """A model that knows its head, as Transformers' do."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH, device="meta")
+        self.out = head
+
+    def get_output_embeddings(self):
+        return self.out
+
+
+def head():
+    return nn.Linear(WIDTH, VOCABULARY, device="meta")
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        lambda: head(),
+        lambda: nn.ModuleList(head() for _ in range(4)),
+        lambda: PeftCopy(head()),
+        lambda: PeftCopy(PeftCopy(head())),
+        lambda: nn.ModuleDict({"base_layer": head(), "lora_A": nn.ModuleDict(), "lora_B": nn.ModuleDict()}),
+    ],
+    ids=["layer", "list", "copy", "copy of a copy", "LoRA"],
+)
+def test_what_a_model_says_is_its_head_stays(out):
+    model = nn.ModuleDict({"part": SaysItsHead(out())})
+    assert converted(ts.convert_to_switchback(model)) == ["part.up"]
+    assert len(reasons(model)) >= 1 and all("LM head" in reason for reason in reasons(model).values())
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, None])
+def test_a_model_without_a_head_has_none(error):
+    class Backbone(SaysItsHead):
+        def get_output_embeddings(self):
+            if error is not None:
+                raise error("no head")
+
+    assert converted(ts.convert_to_switchback(Backbone(nn.Identity()))) == ["up"]
+
+
+@pytest.mark.parametrize("name", ["lm_head", "output"])
+def test_copies_of_a_head_that_its_name_or_shape_tells_stay(name):
+    model = language_model(name)
+    model[name] = PeftCopy(model[name])
+    assert converted(ts.convert_to_switchback(model)) == WINNING
+
+
 def test_the_threshold():
     layers = [(WIDTH, WIDTH), (WIDTH - 1, WIDTH), (WIDTH, WIDTH - 1)]
     model = nn.Sequential(*(nn.Linear(*sizes, device="meta") for sizes in layers))
