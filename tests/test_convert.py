@@ -1,10 +1,13 @@
 """Which layers of a model become SwitchBackLinear, with which configuration, and what the report says of the others."""
 
 import copy
+import io
 import json
+import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import torch_switchback as ts
@@ -299,9 +302,9 @@ def test_the_report():
         ts.conversion_report(model)
     ts.convert_to_switchback(model, config="rowwise")
     report = ts.conversion_report(nn.Sequential(model))
-    assert report is ts.conversion_report(copy.copy(model))
+    assert report == ts.conversion_report(copy.deepcopy(model))
     text = str(report)
-    assert text.startswith("4 of 11 layers are SwitchBackLinear\n")
+    assert text.startswith("4 of 11 linear layers, 60 % of their parameters\n")
     assert ["blocks.0.up", "1024", "2048", "rowwise"] in [line.split() for line in text.splitlines()]
     assert "left      the LM head" in text
     rows = json.loads(report.to_json())
@@ -310,6 +313,150 @@ def test_the_report():
     ts.revert_switchback(model)
     with pytest.raises(ValueError, match="has not been"):
         ts.conversion_report(model)
+
+
+class Conv1D(nn.Module):
+    """Transformers' linear layer of GPT-2: its weight is transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(WIDTH, 3 * WIDTH, device="meta"))
+        self.bias = nn.Parameter(torch.empty(3 * WIDTH, device="meta"))
+
+
+class Experts(nn.Module):
+    """As Transformers packs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(8, 2 * WIDTH, WIDTH, device="meta"))
+        self.activation = nn.SiLU()
+
+
+def test_modules_with_weights_of_their_own_are_reported():
+    model = nn.ModuleDict({"linear": nn.Linear(WIDTH, WIDTH, device="meta"), "experts": Experts(), "conv1d": Conv1D()})
+    model["lstm"] = nn.LSTM(8, 8)
+    ts.convert_to_switchback(model)
+    assert {fqn: reason.partition(" ")[0] for fqn, reason in reasons(model).items()} == {
+        "experts": "Experts",
+        "conv1d": "Conv1D",
+        "lstm": "LSTM",
+    }
+    report = ts.conversion_report(model)
+    sizes = {layer.fqn: layer.in_features * layer.out_features for layer in report.layers}
+    assert sizes == {"linear": WIDTH**2, "experts": 16 * WIDTH**2, "conv1d": 3 * WIDTH**2, "lstm": 2 * 4 * 8 * 8}
+    assert report.summary == "1 of 4 linear layers, 5 % of their parameters"
+    assert ["experts", "1024", "16384", "left", "Experts"] in [line.split()[:5] for line in str(report).splitlines()]
+
+
+def test_what_multiplies_by_no_matrix_is_not_reported():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Parameter(torch.empty(1, 197, 32))
+            self.patches = nn.Conv2d(3, 32, 4)
+            self.tokens = nn.Embedding(8, 32)
+            self.scale = nn.ParameterList([torch.empty(4, 4)])
+            self.norm = nn.LayerNorm((4, 4))
+            self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+            self.lazy = nn.LazyConv2d(4, 3)
+
+    with pytest.warns(UserWarning, match=r"\(1 × ParametrizedLinear"):
+        ts.convert_to_switchback(model := Vision())
+    assert [layer.fqn for layer in ts.conversion_report(model).layers] == ["layer"]
+
+
+class ReadsWeight(nn.Module):
+    """An attention that multiplies by its layer's weight itself, as timm's BEiT, EVA-02 and SwinV2 do."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.q_bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x):
+        return self.proj(F.linear(x, self.qkv.weight, self.q_bias)[..., :8])
+
+
+def uncalled(model):
+    return [layer.fqn for layer in ts.conversion_report(model).converted if "no call seen" in layer.reason]
+
+
+def test_layers_that_are_never_called_are_reported():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8), ReadsWeight()))
+    assert uncalled(model) == [], "nothing has been called"
+    model(torch.randn(2, 8))
+    assert uncalled(model) == uncalled(copy.deepcopy(model)) == ["1.qkv"]
+    assert "no call seen" in str(ts.conversion_report(model))
+    model[1].qkv(torch.randn(2, 8))
+    assert uncalled(model) == []
+
+
+def test_calls_in_compiled_code_are_not_taken_for_missing():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))))
+    model[1].compile(backend="eager", fullgraph=True)
+    model(torch.randn(2, 8))
+    assert uncalled(model) == []
+    whole = torch.compile(convert_all(nn.Sequential(nn.Linear(8, 8))), backend="eager", fullgraph=True)
+    whole(torch.randn(2, 8))
+    assert uncalled(whole) == []
+
+
+def test_the_report_is_of_the_model_as_it_is():
+    model = convert_all(language_model())
+    assert not reasons(model)
+    model["output"] = nn.Linear(WIDTH, VOCABULARY + 8, device="meta")  # as resize_token_embeddings does
+    model["blocks"][0]["up"] = nn.Sequential(model["blocks"][0]["up"], nn.Linear(8, 8))  # as an adapter does
+    ts.revert_switchback(model["blocks"][1])
+    left = reasons(model)
+    assert {reason.partition(",")[0] for reason in left.values()} == {"added"}
+    assert {"output", "blocks.0.up.1", "blocks.1.up"} < left.keys()
+    assert "blocks.0.up.0" in converted(model) and "blocks.0.up.0" not in left
+    convert_all(model)
+    assert not reasons(model)
+
+
+def test_a_converted_model_is_saved_and_copied_whole():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8)))
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    assert ts.conversion_report(torch.load(file, weights_only=False)) == ts.conversion_report(model)
+
+
+@pytest.fixture
+def logged(caplog):
+    caplog.set_level(logging.INFO, logger="torch_switchback")
+    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_one_line_is_logged(logged):
+    model = ts.convert_to_switchback(language_model())
+    line = "INFO", "SwitchBack: 4 of 11 linear layers, 60 % of their parameters"
+    assert logged() == [line]
+    ts.convert_to_switchback(model)
+    assert logged() == [line]
+
+
+def test_a_conversion_of_nothing_is_told_once(logged):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="converts no layer") as caught:
+        for _ in range(2):
+            ts.convert_to_switchback(model)
+    assert len(caught) == 1
+    assert logged() == [("INFO", "SwitchBack: 0 of 1 linear layers, 0 % of their parameters")]
+    with pytest.warns(UserWarning, match="module_filter_fn leaves it out"):  # another reason
+        ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: False)
+
+
+def test_only_the_first_process_logs(logged, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ts.convert_to_switchback(language_model())
+    assert logged() == []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        ts.convert_to_switchback(language_model())
+    assert len(logged()) == 1
 
 
 # The class swap
