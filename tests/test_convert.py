@@ -240,12 +240,30 @@ def test_a_root_linear_is_asked_for():
     assert ts.conversion_report(layer).converted[0].fqn == ""
 
 
+@pytest.mark.filterwarnings("error")
 def test_twice_is_once():
-    model = ts.convert_to_switchback(language_model())
+    model = ts.convert_to_switchback(language_model(), config="rowwise")
     first = converted(model)
-    ts.convert_to_switchback(model, config="rowwise")
-    assert converted(model) == first
+    for config in (None, "rowwise", {"*.up": "rowwise"}):
+        ts.convert_to_switchback(model, config=config)
+        assert converted(model) == first
+        assert {layer.config for layer in ts.conversion_report(model).converted} == {RECIPES["rowwise"]}
+
+
+@pytest.mark.parametrize("config", ["rowwise", {"*.up": "rowwise"}, {"blocks.0.up": None}])
+def test_another_config_for_converted_layers_is_not_ignored_in_silence(config):
+    model = ts.convert_to_switchback(language_model())
+    with pytest.warns(UserWarning, match=r"config: .*'blocks.0.up' .*; revert_switchback\(model\) before") as caught:
+        ts.convert_to_switchback(model, config=config)
+    assert len(caught) == 1 and caught[0].filename == __file__
     assert {layer.config for layer in ts.conversion_report(model).converted} == {SwitchBackConfig()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_filter_says_that_another_config_is_not_for_converted_layers():
+    model = ts.convert_to_switchback(language_model())
+    ts.convert_to_switchback(model, config="rowwise", module_filter_fn=lambda module, fqn: fqn == "output")
+    assert model["output"].config == RECIPES["rowwise"] and model["blocks"][0]["up"].config == SwitchBackConfig()
 
 
 def test_layers_with_one_weight():
@@ -459,6 +477,24 @@ def test_only_the_first_process_logs(logged, monkeypatch):
     assert len(logged()) == 1
 
 
+NO_MODULES = ["model", [nn.Linear(8, 8)], nn.Linear, None]
+
+
+@pytest.mark.parametrize("model", NO_MODULES)
+@pytest.mark.parametrize("function", [ts.convert_to_switchback, ts.revert_switchback, ts.conversion_report])
+def test_a_model_that_is_no_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=f"{function.__name__}: model must be"):
+        function(model)
+
+
+@pytest.mark.parametrize("arguments", [{"module_filter_fn": ["0"]}, {"config": {0: "rowwise"}}])
+def test_arguments_of_another_type_are_refused(arguments):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=f"convert_to_switchback: {next(iter(arguments))} must"):
+        ts.convert_to_switchback(model, **arguments)
+    assert converted(model) == []
+
+
 # The class swap
 
 
@@ -517,6 +553,20 @@ def test_convert_leaves_a_replaced_forward_alone_and_says_so():
         convert_all(model)
     assert type(model[0]) is nn.Linear
     assert type(model[2]) is SwitchBackLinear
+
+
+@pytest.mark.parametrize("name", ["config", "weight_absmax", "is_prepared"])
+def test_convert_leaves_a_layer_with_an_attribute_of_that_name_alone(name):
+    model = make_model()
+    setattr(model[0], name, "mine")
+    model[0].extra = "mine"
+    model[2].extra = "mine"
+    with pytest.warns(UserWarning, match=f"leaves '0' alone: it has an attribute '{name}' of its own"):
+        convert_all(model)
+    assert type(model[0]) is nn.Linear and f"attribute '{name}'" in reasons(model)["0"]
+    assert type(model[2]) is SwitchBackLinear
+    ts.revert_switchback(model)
+    assert vars(model[0])[name] == vars(model[0])["extra"] == vars(model[2])["extra"] == "mine"
 
 
 def test_convert_refuses_another_config():

@@ -33,6 +33,8 @@ _UNCALLED = "no call seen yet outside compiled code: a module that multiplies by
 # What has matrices but does not multiply by them, or is a convolution.
 _UNLISTED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.utils.parametrize.ParametrizationList)
+# What a SwitchBackLinear has beside nn.Linear's attributes.
+_OURS = {*dir(SwitchBackLinear), "config", "weight_int8", "weight_absmax"} - {*dir(nn.Linear)}
 
 
 @dataclass(frozen=True)
@@ -121,24 +123,37 @@ def convert_to_switchback(
         The same model.
 
     Warns:
-        UserWarning: no layer of the model is a SwitchBackLinear afterwards, though config asks for it; or a mapping has
-            names or patterns that no linear layer of the model has.
+        UserWarning: no layer of the model is a SwitchBackLinear afterwards, though config asks for it; config asks for
+            another configuration of a layer that is converted already, which keeps its own; a layer is left alone since
+            its forward has been replaced or it has an attribute ``config`` of its own; or a mapping has names or
+            patterns that no linear layer of the model has.
 
     Raises:
-        TypeError: config is something else.
+        TypeError: model, config or module_filter_fn is something else.
         ValueError: there is no recipe of that name; a layer with several names gets several configurations; or
             all_gather is "int8" and a layer shares its weight with a module that needs it in full.
         RuntimeError: a layer to convert is in a compiled module; or all_gather is "int8" and fully_shard has been
             called already, or a weight is held by a view or by the graph of a forward.
     """
+    _check_module("convert_to_switchback", model)
+    if module_filter_fn is not None and not callable(module_filter_fn):
+        raise TypeError(f"convert_to_switchback: module_filter_fn must be a function, got {module_filter_fn!r}")
     by_pattern = config if isinstance(config, Mapping) else {"*": SwitchBackConfig() if config is None else config}
+    for pattern in by_pattern:
+        if not isinstance(pattern, str):
+            raise TypeError(f"convert_to_switchback: config must map layers' names, which are strings, got {pattern!r}")
     patterns = {pattern: None if asked is None else config_of(asked) for pattern, asked in by_pattern.items()}
     default = default_filter(model)
     names = module_names(model)
+    kept: list[str] = []  # layers that have another configuration than config asks for
 
     def choose(layer: nn.Module, fqns: list[str]) -> SwitchBackConfig | str:
         """Return a layer's configuration, or why it is left alone."""
         if isinstance(layer, SwitchBackLinear):
+            wanted = {look_up(patterns, fqn, layer.config) for fqn in fqns}
+            if config is not None and wanted != {layer.config}:
+                if module_filter_fn is None or all(module_filter_fn(layer, fqn) for fqn in fqns):
+                    kept.append(fqns[0])
             return layer.config
         if reason := _why_never(layer):
             return reason
@@ -158,6 +173,9 @@ def convert_to_switchback(
                     return reason
         if "forward" in vars(layer):
             reason = "its forward has been replaced on the instance, so another class would change nothing"
+        elif own := sorted(name for name in _OURS if hasattr(layer, name)):
+            reason = f"it has an attribute {own[0]!r} of its own, and SwitchBackLinear needs that name"
+        if reason:
             warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=3)
             return reason
         return asked
@@ -177,6 +195,12 @@ def convert_to_switchback(
     if unmatched and isinstance(config, Mapping):
         called = " or ".join(map(repr, unmatched))
         warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
+    if kept:
+        warnings.warn(
+            f"convert_to_switchback: config: {' and '.join(map(repr, kept[:3]))}{' and others' * (len(kept) > 3)} "
+            "are converted already and keep their configuration; revert_switchback(model) before gives them another",
+            stacklevel=2,
+        )
     before = vars(model).get(_REPORT)
     is_news = before is None or reasons != {layer.fqn: layer.reason for layer in before.layers}
     if is_news and any(patterns.values()) and all(reasons.values()):
@@ -212,7 +236,9 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
     Raises:
         ValueError: it was called on none of them.
+        TypeError: model is something else.
     """
+    _check_module("conversion_report", model)
     for owner in model.modules():
         if _REPORT in vars(owner):
             reasons = {layer.fqn: layer.reason for layer in vars(owner)[_REPORT].layers}
@@ -253,7 +279,9 @@ def revert_switchback(model: Model) -> Model:
     Raises:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
             the graph of a forward.
+        TypeError: model is something else.
     """
+    _check_module("revert_switchback", model)
     extensions.distributed.undo_int8_all_gather(model)
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
@@ -328,3 +356,8 @@ def _is_first_process() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"  # torchrun's
+
+
+def _check_module(caller: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, got {model!r}")

@@ -60,8 +60,8 @@ def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
         yield from found.modules()
 
 
-def look_up(patterns: Mapping[str, Value], fqn: str) -> Value | None:
-    """Return what stands under a layer's very name, else under the first fnmatch pattern that matches it, else None."""
+def look_up(patterns: Mapping[str, Value], fqn: str, default: Value | None = None) -> Value | None:
+    """Return what stands under a layer's very name, else under the first fnmatch pattern that matches it."""
     if fqn in patterns:
         return patterns[fqn]
-    return next((value for pattern, value in patterns.items() if fnmatchcase(fqn, pattern)), None)
+    return next((value for pattern, value in patterns.items() if fnmatchcase(fqn, pattern)), default)
