@@ -1,10 +1,13 @@
 """Which layers of a model become SwitchBackLinear, with which configuration, and what the report says of the others."""
 
 import copy
+import io
 import json
+import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import torch_switchback as ts
@@ -80,6 +83,65 @@ def test_a_head_that_shape_alone_does_not_tell(how):
     assert [fqn for fqn, reason in reasons(model).items() if "LM head" in reason] == [
         "lm_head" if how == "named" else "output"
     ]
+
+
+class PeftCopy(nn.Module):
+    """A layer and the copy that trains in its stead, as PEFT keeps modules_to_save."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.original_module = layer
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(layer)})
+
+
+class SaysItsHead(nn.Module):
+    """A model that knows its head, as Transformers' do."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH, device="meta")
+        self.out = head
+
+    def get_output_embeddings(self):
+        return self.out
+
+
+def head():
+    return nn.Linear(WIDTH, VOCABULARY, device="meta")
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        lambda: head(),
+        lambda: nn.ModuleList(head() for _ in range(4)),
+        lambda: PeftCopy(head()),
+        lambda: PeftCopy(PeftCopy(head())),
+        lambda: nn.ModuleDict({"base_layer": head(), "lora_A": nn.ModuleDict(), "lora_B": nn.ModuleDict()}),
+    ],
+    ids=["layer", "list", "copy", "copy of a copy", "LoRA"],
+)
+def test_what_a_model_says_is_its_head_stays(out):
+    model = nn.ModuleDict({"part": SaysItsHead(out())})
+    assert converted(ts.convert_to_switchback(model)) == ["part.up"]
+    assert len(reasons(model)) >= 1 and all("LM head" in reason for reason in reasons(model).values())
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, None])
+def test_a_model_without_a_head_has_none(error):
+    class Backbone(SaysItsHead):
+        def get_output_embeddings(self):
+            if error is not None:
+                raise error("no head")
+
+    assert converted(ts.convert_to_switchback(Backbone(nn.Identity()))) == ["up"]
+
+
+@pytest.mark.parametrize("name", ["lm_head", "output"])
+def test_copies_of_a_head_that_its_name_or_shape_tells_stay(name):
+    model = language_model(name)
+    model[name] = PeftCopy(model[name])
+    assert converted(ts.convert_to_switchback(model)) == WINNING
 
 
 def test_the_threshold():
@@ -178,12 +240,30 @@ def test_a_root_linear_is_asked_for():
     assert ts.conversion_report(layer).converted[0].fqn == ""
 
 
+@pytest.mark.filterwarnings("error")
 def test_twice_is_once():
-    model = ts.convert_to_switchback(language_model())
+    model = ts.convert_to_switchback(language_model(), config="rowwise")
     first = converted(model)
-    ts.convert_to_switchback(model, config="rowwise")
-    assert converted(model) == first
+    for config in (None, "rowwise", {"*.up": "rowwise"}):
+        ts.convert_to_switchback(model, config=config)
+        assert converted(model) == first
+        assert {layer.config for layer in ts.conversion_report(model).converted} == {RECIPES["rowwise"]}
+
+
+@pytest.mark.parametrize("config", ["rowwise", {"*.up": "rowwise"}, {"blocks.0.up": None}])
+def test_another_config_for_converted_layers_is_not_ignored_in_silence(config):
+    model = ts.convert_to_switchback(language_model())
+    with pytest.warns(UserWarning, match=r"config: .*'blocks.0.up' .*; revert_switchback\(model\) before") as caught:
+        ts.convert_to_switchback(model, config=config)
+    assert len(caught) == 1 and caught[0].filename == __file__
     assert {layer.config for layer in ts.conversion_report(model).converted} == {SwitchBackConfig()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_filter_says_that_another_config_is_not_for_converted_layers():
+    model = ts.convert_to_switchback(language_model())
+    ts.convert_to_switchback(model, config="rowwise", module_filter_fn=lambda module, fqn: fqn == "output")
+    assert model["output"].config == RECIPES["rowwise"] and model["blocks"][0]["up"].config == SwitchBackConfig()
 
 
 def test_layers_with_one_weight():
@@ -240,9 +320,9 @@ def test_the_report():
         ts.conversion_report(model)
     ts.convert_to_switchback(model, config="rowwise")
     report = ts.conversion_report(nn.Sequential(model))
-    assert report is ts.conversion_report(copy.copy(model))
+    assert report == ts.conversion_report(copy.deepcopy(model))
     text = str(report)
-    assert text.startswith("4 of 11 layers are SwitchBackLinear\n")
+    assert text.startswith("4 of 11 linear layers, 60 % of their parameters\n")
     assert ["blocks.0.up", "1024", "2048", "rowwise"] in [line.split() for line in text.splitlines()]
     assert "left      the LM head" in text
     rows = json.loads(report.to_json())
@@ -251,6 +331,168 @@ def test_the_report():
     ts.revert_switchback(model)
     with pytest.raises(ValueError, match="has not been"):
         ts.conversion_report(model)
+
+
+class Conv1D(nn.Module):
+    """Transformers' linear layer of GPT-2: its weight is transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(WIDTH, 3 * WIDTH, device="meta"))
+        self.bias = nn.Parameter(torch.empty(3 * WIDTH, device="meta"))
+
+
+class Experts(nn.Module):
+    """As Transformers packs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(8, 2 * WIDTH, WIDTH, device="meta"))
+        self.activation = nn.SiLU()
+
+
+def test_modules_with_weights_of_their_own_are_reported():
+    model = nn.ModuleDict({"linear": nn.Linear(WIDTH, WIDTH, device="meta"), "experts": Experts(), "conv1d": Conv1D()})
+    model["lstm"] = nn.LSTM(8, 8)
+    ts.convert_to_switchback(model)
+    assert {fqn: reason.partition(" ")[0] for fqn, reason in reasons(model).items()} == {
+        "experts": "Experts",
+        "conv1d": "Conv1D",
+        "lstm": "LSTM",
+    }
+    report = ts.conversion_report(model)
+    sizes = {layer.fqn: layer.in_features * layer.out_features for layer in report.layers}
+    assert sizes == {"linear": WIDTH**2, "experts": 16 * WIDTH**2, "conv1d": 3 * WIDTH**2, "lstm": 2 * 4 * 8 * 8}
+    assert report.summary == "1 of 4 linear layers, 5 % of their parameters"
+    assert ["experts", "1024", "16384", "left", "Experts"] in [line.split()[:5] for line in str(report).splitlines()]
+
+
+def test_what_multiplies_by_no_matrix_is_not_reported():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Parameter(torch.empty(1, 197, 32))
+            self.patches = nn.Conv2d(3, 32, 4)
+            self.tokens = nn.Embedding(8, 32)
+            self.scale = nn.ParameterList([torch.empty(4, 4)])
+            self.norm = nn.LayerNorm((4, 4))
+            self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+            self.lazy = nn.LazyConv2d(4, 3)
+
+    with pytest.warns(UserWarning, match=r"\(1 × ParametrizedLinear"):
+        ts.convert_to_switchback(model := Vision())
+    assert [layer.fqn for layer in ts.conversion_report(model).layers] == ["layer"]
+
+
+class ReadsWeight(nn.Module):
+    """An attention that multiplies by its layer's weight itself, as timm's BEiT, EVA-02 and SwinV2 do."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.q_bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x):
+        return self.proj(F.linear(x, self.qkv.weight, self.q_bias)[..., :8])
+
+
+def uncalled(model):
+    return [layer.fqn for layer in ts.conversion_report(model).converted if "no call seen" in layer.reason]
+
+
+def test_layers_that_are_never_called_are_reported():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8), ReadsWeight()))
+    assert uncalled(model) == [], "nothing has been called"
+    model(torch.randn(2, 8))
+    assert uncalled(model) == uncalled(copy.deepcopy(model)) == ["1.qkv"]
+    assert "no call seen" in str(ts.conversion_report(model))
+    model[1].qkv(torch.randn(2, 8))
+    assert uncalled(model) == []
+
+
+def test_calls_in_compiled_code_are_not_taken_for_missing():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))))
+    model[1].compile(backend="eager", fullgraph=True)
+    model(torch.randn(2, 8))
+    assert uncalled(model) == []
+    whole = torch.compile(convert_all(nn.Sequential(nn.Linear(8, 8))), backend="eager", fullgraph=True)
+    whole(torch.randn(2, 8))
+    assert uncalled(whole) == []
+
+
+def test_the_report_is_of_the_model_as_it_is():
+    model = convert_all(language_model())
+    assert not reasons(model)
+    model["output"] = nn.Linear(WIDTH, VOCABULARY + 8, device="meta")  # as resize_token_embeddings does
+    model["blocks"][0]["up"] = nn.Sequential(model["blocks"][0]["up"], nn.Linear(8, 8))  # as an adapter does
+    ts.revert_switchback(model["blocks"][1])
+    left = reasons(model)
+    assert {reason.partition(",")[0] for reason in left.values()} == {"added"}
+    assert {"output", "blocks.0.up.1", "blocks.1.up"} < left.keys()
+    assert "blocks.0.up.0" in converted(model) and "blocks.0.up.0" not in left
+    convert_all(model)
+    assert not reasons(model)
+
+
+def test_a_converted_model_is_saved_and_copied_whole():
+    model = convert_all(nn.Sequential(nn.Linear(8, 8)))
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    assert ts.conversion_report(torch.load(file, weights_only=False)) == ts.conversion_report(model)
+
+
+@pytest.fixture
+def logged(caplog):
+    caplog.set_level(logging.INFO, logger="torch_switchback")
+    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_one_line_is_logged(logged):
+    model = ts.convert_to_switchback(language_model())
+    line = "INFO", "SwitchBack: 4 of 11 linear layers, 60 % of their parameters"
+    assert logged() == [line]
+    ts.convert_to_switchback(model)
+    assert logged() == [line]
+
+
+def test_a_conversion_of_nothing_is_told_once(logged):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="converts no layer") as caught:
+        for _ in range(2):
+            ts.convert_to_switchback(model)
+    assert len(caught) == 1
+    assert logged() == [("INFO", "SwitchBack: 0 of 1 linear layers, 0 % of their parameters")]
+    with pytest.warns(UserWarning, match="module_filter_fn leaves it out"):  # another reason
+        ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: False)
+
+
+def test_only_the_first_process_logs(logged, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ts.convert_to_switchback(language_model())
+    assert logged() == []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        ts.convert_to_switchback(language_model())
+    assert len(logged()) == 1
+
+
+NO_MODULES = ["model", [nn.Linear(8, 8)], nn.Linear, None]
+
+
+@pytest.mark.parametrize("model", NO_MODULES)
+@pytest.mark.parametrize("function", [ts.convert_to_switchback, ts.revert_switchback, ts.conversion_report])
+def test_a_model_that_is_no_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=f"{function.__name__}: model must be"):
+        function(model)
+
+
+@pytest.mark.parametrize("arguments", [{"module_filter_fn": ["0"]}, {"config": {0: "rowwise"}}])
+def test_arguments_of_another_type_are_refused(arguments):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=f"convert_to_switchback: {next(iter(arguments))} must"):
+        ts.convert_to_switchback(model, **arguments)
+    assert converted(model) == []
 
 
 # The class swap
@@ -311,6 +553,20 @@ def test_convert_leaves_a_replaced_forward_alone_and_says_so():
         convert_all(model)
     assert type(model[0]) is nn.Linear
     assert type(model[2]) is SwitchBackLinear
+
+
+@pytest.mark.parametrize("name", ["config", "weight_absmax", "is_prepared"])
+def test_convert_leaves_a_layer_with_an_attribute_of_that_name_alone(name):
+    model = make_model()
+    setattr(model[0], name, "mine")
+    model[0].extra = "mine"
+    model[2].extra = "mine"
+    with pytest.warns(UserWarning, match=f"leaves '0' alone: it has an attribute '{name}' of its own"):
+        convert_all(model)
+    assert type(model[0]) is nn.Linear and f"attribute '{name}'" in reasons(model)["0"]
+    assert type(model[2]) is SwitchBackLinear
+    ts.revert_switchback(model)
+    assert vars(model[0])[name] == vars(model[0])["extra"] == vars(model[2])["extra"] == "mine"
 
 
 def test_convert_refuses_another_config():

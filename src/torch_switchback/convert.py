@@ -2,13 +2,15 @@
 
 import json
 import logging
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from . import extensions
@@ -21,16 +23,27 @@ Model = TypeVar("Model", bound=nn.Module)
 ConfigOrMap = SwitchBackConfig | str | Mapping[str, SwitchBackConfig | str | None]
 
 _log = logging.getLogger(__name__)
-_REPORT = "_switchback_report"
+_REPORT = "_switchback_report"  # of a model that was converted, as it was then
 _ATTENTION = (
     "nn.MultiheadAttention multiplies by its projections' weights itself, out_proj's too; int8 needs an attention "
     "whose projections are nn.Linear layers that it calls"
 )
+_SINCE = "added, renamed, replaced or reverted after the conversion"
+_UNCALLED = "no call seen yet outside compiled code: a module that multiplies by the weight itself gets no int8"
+# What has matrices but does not multiply by them, or is a convolution.
+_UNLISTED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.utils.parametrize.ParametrizationList)
+# What a SwitchBackLinear has beside nn.Linear's attributes.
+_OURS = {*dir(SwitchBackLinear), "config", "weight_int8", "weight_absmax"} - {*dir(nn.Linear)}
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of a layer, of class ``kind``. If it was left alone, ``config`` is None and ``reason`` says why."""
+    """What became of a layer, of class ``kind``. If it was left alone, ``config`` is None and ``reason`` says why.
+
+    A converted layer has a reason if others have been called and it has not. What is no linear layer has its size in
+    ``in_features`` and ``out_features``: the last dimension of its largest matrix, and how many such rows there are.
+    """
 
     fqn: str
     kind: str
@@ -42,7 +55,11 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every linear layer of a model, and every nn.MultiheadAttention, whose projections are no layers."""
+    """Every linear layer of a model, and every module that has matrices of its own, which no layer multiplies by.
+
+    The latter are nn.MultiheadAttention, recurrent layers, Transformers' Conv1D, packed experts, and whatever else has
+    matrices but no parts with parameters. Embeddings, norms and convolutions are not listed.
+    """
 
     layers: tuple[ConvertedLayer, ...]
 
@@ -55,6 +72,15 @@ class ConversionReport:
     def left(self) -> tuple[ConvertedLayer, ...]:
         return tuple(layer for layer in self.layers if layer.config is None)
 
+    @property
+    def summary(self) -> str:
+        """Return how many layers are converted, and the share of the parameters that they have."""
+        total, converted = (
+            sum(layer.in_features * layer.out_features for layer in layers) for layers in (self.layers, self.converted)
+        )
+        share = 100 * converted / max(total, 1)
+        return f"{len(self.converted)} of {len(self.layers)} linear layers, {share:.0f} % of their parameters"
+
     def to_json(self) -> str:
         """Return a list of the layers' fields."""
         return json.dumps([asdict(layer) for layer in self.layers])
@@ -65,8 +91,7 @@ class ConversionReport:
             strategy = "left" if layer.config is None else layer.config.strategy
             sizes = str(layer.in_features), str(layer.out_features)
             rows.append((layer.fqn or "(the model)", *sizes, strategy, layer.reason))
-        summary = f"{len(self.converted)} of {len(self.layers)} layers are SwitchBackLinear"
-        return f"{summary}\n{table(('layer', 'in', 'out', 'strategy', 'why left'), rows)}"
+        return f"{self.summary}\n{table(('layer', 'in', 'out', 'strategy', 'why left, or not called'), rows)}"
 
 
 def convert_to_switchback(
@@ -80,6 +105,9 @@ def convert_to_switchback(
     Only the layer's class changes: parameters, hooks and state_dict keys stay the same objects, so optimizers
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
     in float64 are refused when the layer is called. If a model is refused, nothing of it has been changed.
+
+    The first process logs one line, at level INFO: how many layers are converted, and the share of the parameters that
+    they have. A call that changes nothing about that says nothing again.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
@@ -95,31 +123,41 @@ def convert_to_switchback(
         The same model.
 
     Warns:
-        UserWarning: no layer of the model is a SwitchBackLinear afterwards, though config asks for it; or a mapping has
-            names or patterns that no linear layer of the model has.
+        UserWarning: no layer of the model is a SwitchBackLinear afterwards, though config asks for it; config asks for
+            another configuration of a layer that is converted already, which keeps its own; a layer is left alone since
+            its forward has been replaced or it has an attribute ``config`` of its own; or a mapping has names or
+            patterns that no linear layer of the model has.
 
     Raises:
-        TypeError: config is something else.
+        TypeError: model, config or module_filter_fn is something else.
         ValueError: there is no recipe of that name; a layer with several names gets several configurations; or
             all_gather is "int8" and a layer shares its weight with a module that needs it in full.
         RuntimeError: a layer to convert is in a compiled module; or all_gather is "int8" and fully_shard has been
             called already, or a weight is held by a view or by the graph of a forward.
     """
-    if config is None:
-        config = SwitchBackConfig()
-    by_pattern = config if isinstance(config, Mapping) else {"*": config}
+    _check_module("convert_to_switchback", model)
+    if module_filter_fn is not None and not callable(module_filter_fn):
+        raise TypeError(f"convert_to_switchback: module_filter_fn must be a function, got {module_filter_fn!r}")
+    by_pattern = config if isinstance(config, Mapping) else {"*": SwitchBackConfig() if config is None else config}
+    for pattern in by_pattern:
+        if not isinstance(pattern, str):
+            raise TypeError(f"convert_to_switchback: config must map layers' names, which are strings, got {pattern!r}")
     patterns = {pattern: None if asked is None else config_of(asked) for pattern, asked in by_pattern.items()}
     default = default_filter(model)
     names = module_names(model)
+    kept: list[str] = []  # layers that have another configuration than config asks for
 
     def choose(layer: nn.Module, fqns: list[str]) -> SwitchBackConfig | str:
         """Return a layer's configuration, or why it is left alone."""
-        if isinstance(layer, nn.MultiheadAttention):
-            return _ATTENTION
         if isinstance(layer, SwitchBackLinear):
+            wanted = {look_up(patterns, fqn, layer.config) for fqn in fqns}
+            if config is not None and wanted != {layer.config}:
+                if module_filter_fn is None or all(module_filter_fn(layer, fqn) for fqn in fqns):
+                    kept.append(fqns[0])
             return layer.config
-        if type(layer) is not nn.Linear:
-            return f"{type(layer).__name__} is a subclass of nn.Linear and computes in its own way"
+        if reason := _why_never(layer):
+            return reason
+        assert isinstance(layer, nn.Linear)
         found = {look_up(patterns, fqn) for fqn in fqns}
         asked = found.pop()
         if asked is None or None in found:
@@ -135,33 +173,38 @@ def convert_to_switchback(
                     return reason
         if "forward" in vars(layer):
             reason = "its forward has been replaced on the instance, so another class would change nothing"
+        elif own := sorted(name for name in _OURS if hasattr(layer, name)):
+            reason = f"it has an attribute {own[0]!r} of its own, and SwitchBackLinear needs that name"
+        if reason:
             warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=3)
             return reason
         return asked
 
-    rows: list[ConvertedLayer] = []
+    reasons: dict[str, str] = {}
     chosen: dict[nn.Module, SwitchBackConfig] = {}
-    for module, fqns in names.items():
-        if isinstance(module, nn.MultiheadAttention):
-            sizes = module.embed_dim, 3 * module.embed_dim
-        elif isinstance(module, nn.Linear):
-            sizes = module.in_features, module.out_features
-        else:
+    for module, (fqn, *others) in names.items():
+        if _sizes(module) is None:
             continue
-        choice = choose(module, fqns)
-        outcome = (None, choice) if isinstance(choice, str) else (choice, "")
-        rows.append(ConvertedLayer(fqns[0], type(module).__name__, *sizes, *outcome))
+        choice = choose(module, [fqn, *others])
+        reasons[fqn] = choice if isinstance(choice, str) else ""
         if not isinstance(choice, str) and not isinstance(module, SwitchBackLinear):
             chosen[module] = choice
     refuse_compiled("convert_to_switchback", model, chosen)
-    report = ConversionReport(tuple(rows))
     linear_fqns = {fqn for module, fqns in names.items() if isinstance(module, nn.Linear) for fqn in fqns}
     unmatched = [p for p in patterns if p not in linear_fqns and not any(fnmatchcase(fqn, p) for fqn in linear_fqns)]
     if unmatched and isinstance(config, Mapping):
         called = " or ".join(map(repr, unmatched))
         warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
-    if not report.converted and any(patterns.values()):
-        counted = Counter(layer.reason for layer in report.left).most_common()
+    if kept:
+        warnings.warn(
+            f"convert_to_switchback: config: {' and '.join(map(repr, kept[:3]))}{' and others' * (len(kept) > 3)} "
+            "are converted already and keep their configuration; revert_switchback(model) before gives them another",
+            stacklevel=2,
+        )
+    before = vars(model).get(_REPORT)
+    is_news = before is None or reasons != {layer.fqn: layer.reason for layer in before.layers}
+    if is_news and any(patterns.values()) and all(reasons.values()):
+        counted = Counter(reasons.values()).most_common()
         why = "; ".join(f"{count} × {reason}" for reason, count in counted) or "it has no nn.Linear"
         warnings.warn(
             f"convert_to_switchback converts no layer of the model ({why}); conversion_report(model) lists them",
@@ -172,27 +215,52 @@ def convert_to_switchback(
     for module, layer_config in chosen.items():  # from here on nothing raises: a model that is refused is as it was
         module.__class__ = SwitchBackLinear
         module.config = layer_config  # type: ignore[assignment]
+    report = _report(model, reasons)
     object.__setattr__(model, _REPORT, report)
-    _log.info("%s", report)
+    if is_news and _is_first_process():
+        _log.info("SwitchBack: %s", report.summary)
     return model
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """Return what :func:`convert_to_switchback` last did to a model, or to the first of its modules it was called on.
+    """Return which layers of a model are SwitchBackLinear, and why :func:`convert_to_switchback` left the others.
+
+    The report is of the model as it is: layers that were replaced after the conversion, as
+    ``resize_token_embeddings`` replaces the LM head, are among those that are left.
 
     Args:
-        model: any module.
+        model: what convert_to_switchback was called on, or what has that as a part: then of the first such part.
 
     Returns:
         A row for every linear layer, converted or not. Printed, it is a table.
 
     Raises:
         ValueError: it was called on none of them.
+        TypeError: model is something else.
     """
-    for module in model.modules():
-        if _REPORT in vars(module):
-            return vars(module)[_REPORT]
+    _check_module("conversion_report", model)
+    for owner in model.modules():
+        if _REPORT in vars(owner):
+            reasons = {layer.fqn: layer.reason for layer in vars(owner)[_REPORT].layers}
+            compiled = {part for _, module in compiled_modules(model) for part in module.modules()}
+            return _report(owner, reasons, compiled)
     raise ValueError("conversion_report: model has not been through convert_to_switchback")
+
+
+def _report(
+    owner: nn.Module, reasons: Mapping[str, str], compiled: Container[nn.Module] | None = None
+) -> ConversionReport:
+    """Return the report of a model, given why layers were left, and which parts are compiled; None: just converted."""
+    listed = [(fqn, module) for fqn, module in owner.named_modules() if _sizes(module) is not None]
+    is_run = any(isinstance(module, SwitchBackLinear) and module._was_called for _, module in listed)
+    rows: list[ConvertedLayer] = []
+    for fqn, module in listed:
+        config, reason = None, _why_never(module) or reasons.get(fqn) or _SINCE
+        if isinstance(module, SwitchBackLinear):
+            is_missed = is_run and compiled is not None and not module._was_called and module not in compiled
+            config, reason = module.config, _UNCALLED if is_missed else ""
+        rows.append(ConvertedLayer(fqn, type(module).__name__, *(_sizes(module) or (0, 0)), config, reason))
+    return ConversionReport(tuple(rows))
 
 
 def revert_switchback(model: Model) -> Model:
@@ -211,7 +279,9 @@ def revert_switchback(model: Model) -> Model:
     Raises:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
             the graph of a forward.
+        TypeError: model is something else.
     """
+    _check_module("revert_switchback", model)
     extensions.distributed.undo_int8_all_gather(model)
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
@@ -224,7 +294,8 @@ def revert_switchback(model: Model) -> Model:
             continue
         module.prepare_for_training()
         del module.config
-        module.__dict__.pop("_weight_cache", None)
+        for name in ("_weight_cache", "_was_called"):
+            vars(module).pop(name, None)
         module.__class__ = reverts_to
     return model
 
@@ -239,9 +310,54 @@ def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def refuse_compiled(caller: str, model: nn.Module, layers: Container[nn.Module]) -> None:
     """Raise RuntimeError if a layer is in a compiled module: what is traced keeps the class that the layer had."""
-    for fqn, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-        if compiled and any(part in layers for part in module.modules()):
+    for fqn, module in compiled_modules(model):
+        if any(part in layers for part in module.modules()):
             raise RuntimeError(
                 f"{caller}: {fqn or 'the model'} is compiled already; {caller} goes before torch.compile"
             )
+
+
+def compiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model that are compiled, by name."""
+    for fqn, module in model.named_modules():
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            yield fqn, module
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return in_features and out_features of what has a row in the report, else None."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
+    has_parts = any(True for part in module.children() for _ in part.parameters())
+    if has_parts or isinstance(module, _UNLISTED + _CONTAINERS):
+        return None
+    own = (each for each in module.parameters(recurse=False) if not nn.parameter.is_lazy(each))
+    matrices = [each for each in own if each.numel() and sum(size > 1 for size in each.shape) > 1]
+    if not matrices:
+        return None
+    columns = max(matrices, key=torch.numel).shape[-1]
+    return columns, sum(map(torch.numel, matrices)) // columns
+
+
+def _why_never(module: nn.Module) -> str:
+    """Return why no layer of this class can be converted, or ""."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _ATTENTION
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} holds its weights itself: only nn.Linear layers are converted"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear and computes in its own way"
+    return ""
+
+
+def _is_first_process() -> bool:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # torchrun's
+
+
+def _check_module(caller: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, got {model!r}")

@@ -40,6 +40,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
     """What :func:`torch_switchback.revert_switchback` makes of this very class."""
 
     config: SwitchBackConfig
+    _was_called: bool = False  # outside compiled code
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         if isinstance(input, torch.fx.Proxy):  # a leaf of the traced graph, as layers of torch.nn are
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         weight, config = self.weight, self.config
+        if not torch.compiler.is_compiling():
+            self.__dict__["_was_called"] = True  # conversion_report says which layers never were
         if weight is not None and not config.cache_quantized_weight:
             return linear(input, weight, self.bias, config)
         absmax = cache = None
