@@ -12,6 +12,7 @@ import functools
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -150,7 +151,10 @@ def first_calls(document: Record) -> str:
 
 def launch_costs(document: Record) -> str:
     """The CPU time of an operation's parts."""
-    rows = [(record["label"], *(text(value, "{:.1f}") for value in record["us"])) for record in document["results"]]
+    rows = []
+    for record in document["results"]:
+        label = f"`{record['label']}`" if "[" in record["label"] else record["label"]  # else Markdown sees a link
+        rows.append((label, *(text(value, "{:.1f}") for value in record["us"])))
     return markdown(("call", "µs, median", "lowest", "highest"), rows)
 
 
@@ -191,10 +195,11 @@ def noise(document: Record) -> str:
 
 
 def grad_weight(document: Record) -> str:
-    """Signal to noise of grad_weight."""
+    """Signal to noise of grad_weight, for the largest number of tokens."""
     records = [record for record in document["results"] if record["matmul"] == "grad_weight"]
+    most = max(record["tokens"] for record in records)
     rows = []
-    for record in records:
+    for record in (record for record in records if record["tokens"] == most):
         cells = (f"{value:.1f}" for value in record["snr"].values())
         rows.append((record["x"], record["grad"], str(record["tokens"]), *cells))
     return markdown(("X", "G", "tokens", *records[0]["snr"]), rows)
@@ -224,14 +229,18 @@ def gpt(document: Record) -> str:
     table = markdown(("recipe", "runs", "final loss, mean", "lowest to highest", "to nn.Linear", "0.2 %"), rows)
     run = runs[0]
     validated = protocol["final_batches"] * run["tokens"] / protocol["steps"]
-    return (
+    sizes = (
         f"{run['parameters'] / 1e6:.1f} M parameters, {run['tokens'] / 1e6:.1f} M tokens (bytes) per run in "
         f"{protocol['steps']} steps, from {protocol['train_bytes'] / 1e6:.0f} MB of text in {protocol['files']} files; "
-        f"validated on {validated / 1e6:.1f} M of {protocol['validation_bytes'] / 1e6:.1f} MB held out.\n\n{table}\n"
+        f"validated on {validated / 1e6:.1f} M of {protocol['validation_bytes'] / 1e6:.1f} MB held out."
+    )
+    chance = (
         f"One run scatters by {text(found.scatter / found.baseline, '{:.2%}')} by chance ({found.degrees_of_freedom} "
         f"degrees of freedom), so a difference to nn.Linear below {text(found.resolution / found.baseline, '{:.2%}')} "
-        f"(two standard errors) is within noise.\n{skipped(document['results'])}"
+        "(two standard errors) is within noise."
     )
+    fill_in = functools.partial(textwrap.fill, width=100)
+    return f"{fill_in(sizes)}\n\n{table}\n{fill_in(chance)}\n{skipped(document['results'])}"
 
 
 def verdict(relative: float, error: float) -> str:
