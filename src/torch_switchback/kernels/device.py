@@ -23,7 +23,7 @@ def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tor
     """Return a contiguous tensor on the device of another, uninitialized.
 
     For a plain CUDA tensor, whose device must be the current one, it skips PyTorch's dispatcher as torch.compile's code
-    does: 3.2 µs instead of 5.7 (H200 host; docs/performance.md).
+    does: 3.2 µs instead of 5.7 (H200 host; docs/performance-log.md).
     """
     if like.is_cuda and type(like) in (torch.Tensor, torch.nn.Parameter) and _empty_strided_cuda is not None:
         if len(shape) == 2:

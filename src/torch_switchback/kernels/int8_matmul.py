@@ -138,7 +138,7 @@ def _copy_padded(x: torch.Tensor, width: int) -> torch.Tensor:
     """Return a copy of x [rows, inner], padded with zeros to the width.
 
     Zeros add nothing. Without them every byte is a load of its own: 16384 × 4095 → 4096 took 3.5 ms and takes 0.5
-    (docs/performance.md).
+    (docs/performance-log.md).
     """
     rows, inner = x.shape
     copy = x.new_empty(rows, width)

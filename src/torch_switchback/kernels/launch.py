@@ -2,7 +2,7 @@
 
 A plan is a function that runs one operation on all arguments with the same :func:`specialization_key`. Tiles and
 compiled kernels are chosen when the plan is made. Running it computes grids and launches. ``kernel[grid](*args)`` takes
-28 µs, most of it to find the compiled kernel; a bound launch takes 10 (H200 host, Triton 3.6; docs/performance.md).
+28 µs, most of it to find the compiled kernel; a bound launch takes 10 (H200 host, Triton 3.6; docs/performance-log.md).
 """
 
 from collections.abc import Callable

@@ -11,8 +11,8 @@ from ._numerics import ONE_OVER_127, bits_to_float, inverse_scale, magnitude_bit
 from .device import supports_pdl
 from .launch import Plan, bind, ceil_div, next_power_of_2
 
-# Measured on an H200 (docs/performance.md): one row a program, few warps with much to do each, and rows whose length is
-# no power of two in blocks that fit it.
+# Fastest on an H200 (docs/performance-log.md): one row per program, few warps with much to do each, and rows whose
+# length is no power of two in blocks that fit it.
 SMALLEST_TILE = 1024  # elements of x that a program holds at least; shorter rows share one
 MAX_BLOCK_COLS = 16384  # longer rows are read twice, in blocks of this
 MAX_CHUNKS = 8  # blocks that a row is held in at most,

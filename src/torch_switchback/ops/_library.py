@@ -22,7 +22,7 @@ dispatched = SimpleNamespace()
 direct = SimpleNamespace()
 """The CUDA implementations by name, for tensors on the current device.
 
-Skipping the dispatcher saves 4 to 12 µs per call (docs/performance.md).
+Skipping the dispatcher saves 4 to 12 µs per call (docs/performance-log.md).
 """
 
 
