@@ -1,4 +1,4 @@
-"""A step's output and input gradient are the stated arithmetic bit for bit (docs/determinism.md), every time."""
+"""A step's output and input gradient are the stated arithmetic bit for bit (docs/numerics.md), every time."""
 
 import pytest
 import torch
