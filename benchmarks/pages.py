@@ -284,7 +284,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "layers_h100": ("h100/bench_linear", layers),
     "kept": ("h200/bench_linear", kept),
     "all_models": ("h200/bench_model", models(*OURS, "switchback_int8_grad_weight", *FLOAT8, "torchao int8")),
-    "models": ("h200/bench_model", models(*OURS)),
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
     "overhead": ("h200/bench_overhead", overhead),
     "overhead_ratios": ("h200/bench_overhead", overhead_ratios),
