@@ -55,9 +55,11 @@ def main(
         llama = LlamaForCausalLM(config)
     else:
         llama = AutoModelForCausalLM.from_pretrained(model)
+    monitoring: dict[str, Any] = {}
+    if monitor_every and not lora:  # a frozen layer has no weight gradient to compare with
+        monitoring = {"monitor_every": monitor_every, "monitor_layers": "*.mlp.down_proj"}
     callback = SwitchBackCallback(
-        monitor_every=0 if lora else monitor_every,
-        monitor_layers="*.mlp.down_proj",
+        **monitoring,
         module_filter_fn=lambda module, fqn: "layers." in fqn and "lora_" not in fqn,
     )
     arguments = TrainingArguments(
