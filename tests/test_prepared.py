@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import torch_switchback as ts
 from testing import assert_same, dtypes, gradients, make_layer, revert_copy, signal_to_noise, unrotated
@@ -21,7 +22,7 @@ def test_prepare_for_eval_changes_no_output(config, dtype, device):
     layer.eval()
     layer.prepare_for_eval()
     assert layer.is_prepared
-    assert layer.weight is None
+    assert not hasattr(layer, "weight")
     assert layer.weight_int8.dtype == torch.int8
     assert_same(layer(x), before)
     layer.prepare_for_eval()  # idempotent
@@ -55,7 +56,7 @@ def test_preparing_is_reversible(config, dtype, device):
     assert layer.is_prepared, "train() is called by every trainer on frozen layers too: it must not undo anything"
     layer.prepare_for_training()
     layer.prepare_for_training()
-    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     assert isinstance(layer.weight, nn.Parameter)
     assert layer.weight.dtype == dtype
     assert not layer.weight.requires_grad
@@ -63,6 +64,78 @@ def test_preparing_is_reversible(config, dtype, device):
     assert ((layer.weight - before).abs() <= step * (0.5 + 127 * torch.finfo(dtype).eps)).all()
     layer.prepare_for_eval()
     assert torch.equal(layer.weight_int8, qdata)
+
+
+def with_another_weight(layer):
+    layer.weight = nn.Parameter(torch.ones(48, 64))
+
+
+def with_none(layer):
+    layer.weight = None
+
+
+def with_functional_call(layer):
+    torch.func.functional_call(layer, {"weight": torch.ones(48, 64)}, torch.ones(2, 64))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer.weight.dtype,
+        SwitchBackLinear.reset_parameters,
+        with_another_weight,
+        with_none,
+        with_functional_call,
+    ],
+)
+def test_a_prepared_layer_says_where_its_weight_is(use):
+    layer = SwitchBackLinear(64, 48)
+    layer.prepare_for_eval()
+    x = torch.randn(5, 64)
+    expected = layer(x)
+    with pytest.raises(AttributeError, match=r"prepare_for_training\(\).*revert_switchback"):
+        use(layer)
+    assert "weight" not in dict(layer.named_parameters()) | vars(layer)
+    assert layer.is_prepared
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_prepared_weight_is_not_parametrized_or_pruned():
+    layer = SwitchBackLinear(64, 48)
+    layer.prepare_for_eval()
+    for change in (nn.utils.parametrizations.spectral_norm, lambda layer: prune.identity(layer, "weight")):
+        with pytest.raises((ValueError, AttributeError), match="weight"):
+            change(layer)
+    assert type(layer) is SwitchBackLinear
+    layer.prepare_for_training()
+    assert isinstance(layer.weight, nn.Parameter)
+
+
+def test_looking_at_a_layer_does_not_compute_its_weight():
+    layer = nn.utils.parametrizations.spectral_norm(SwitchBackLinear(8, 8))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    repr(layer)
+    layer.to(torch.float64).float()
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    assert not layer.is_prepared
+    with pytest.raises(RuntimeError, match="weight is no parameter of this layer"):
+        layer.prepare_for_eval()
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("remove", [lambda layer: delattr(layer, "weight"), with_none], ids=["deleted", "None"])
+def test_a_layer_without_a_weight_is_not_prepared(remove):
+    layer = SwitchBackLinear(8, 8)
+    remove(layer)
+    assert not layer.is_prepared
+    assert "prepared" not in repr(layer.to(torch.bfloat16))
+    assert list(layer.state_dict()) == ["bias"]
+    layer.prepare_for_training()
+    with pytest.raises(RuntimeError, match="weight is no parameter of this layer"):
+        layer.prepare_for_eval()
+    layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    assert layer(torch.ones(2, 8)).shape == (2, 8)
 
 
 @unrotated

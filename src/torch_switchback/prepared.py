@@ -13,6 +13,10 @@ from .ops import dequantize_rowwise
 
 _PREPARED = "weight_int8", "weight_absmax"
 _OF_BITSANDBYTES = "W_int8", "state_W"
+_NO_WEIGHT = (
+    "{} has no weight while it is prepared, only weight_int8 and weight_absmax: prepare_for_training() gives it one "
+    "back, and revert_switchback(model) makes it nn.Linear"
+)
 
 
 class PreparedWeight(nn.Module):
@@ -22,15 +26,33 @@ class PreparedWeight(nn.Module):
     out_features: int
     config: SwitchBackConfig
     weight: torch.Tensor
-    weight_int8: torch.Tensor  # while prepared, as are the next three
+    weight_int8: torch.Tensor  # while prepared, as are the next two
     weight_absmax: torch.Tensor
-    _weight_dtype: torch.dtype
     _weight_requires_grad: bool
+    _weight_dtype: torch.dtype | None = None
+    """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
 
     @property
     def is_prepared(self) -> bool:
         """Return whether the weight has been replaced by its int8 values."""
-        return self.weight is None
+        return self._weight_dtype is not None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is registered, as nn.Module does, and say where the weight of a prepared layer is."""
+        parameters = self.__dict__.get("_parameters")  # first, and here: every forward reads two of them
+        if parameters is not None and name in parameters:
+            return parameters[name]
+        if name == "weight" and self.is_prepared:
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Drop the cache with a weight: FSDP2 puts a gathered one often in the same memory, at the same version."""
+        if name == "weight":
+            if self.is_prepared:
+                raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+            self.__dict__.pop("_weight_cache", None)
+        super().__setattr__(name, value)
 
     def prepare_for_eval(self) -> None:
         """Quantize the weight for good and free it: the same output bit for bit, less time and memory.
@@ -65,14 +87,20 @@ class PreparedWeight(nn.Module):
         self._become_unprepared(dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype))
 
     def _become_prepared(self, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
-        self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
-        self.weight = None  # type: ignore[assignment]
+        dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
+        self.__dict__.pop("_weight_cache", None)
+        del self.weight
+        self._weight_dtype = dtype
         self.register_buffer("weight_int8", qdata)
         self.register_buffer("weight_absmax", absmax)
 
     def _become_unprepared(self, weight: torch.Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
+        parameter = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
         del self.weight_int8, self.weight_absmax, self._weight_dtype, self._weight_requires_grad
+        others = dict(self._parameters)
+        self._parameters.clear()  # the weight comes first again: optimizers tell parameters by their order
+        self.weight = parameter
+        self._parameters |= others
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PreparedWeight":
         """Move buffers between devices, but keep their dtypes through ``.half()``, ``.bfloat16()`` and ``.type()``."""
@@ -113,8 +141,9 @@ class PreparedWeight(nn.Module):
         if problems := list(self._problems(found, prefix, becomes_prepared)):
             error_msgs.extend(problems)
             return
-        if "weight" in found and local_metadata.get("assign_to_params_buffers"):
-            state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], self.weight)
+        weight = self._parameters.get("weight")
+        if weight is not None and "weight" in found and local_metadata.get("assign_to_params_buffers"):
+            state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], weight)
         if becomes_prepared and not self.is_prepared:
             qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=self.weight.device)
             absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
