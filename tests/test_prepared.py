@@ -185,16 +185,20 @@ HOSTILE_STATES = {
     "int8 values and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
     "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
     "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
-    "integer weight": {"weight": torch.ones(48, 64, dtype=torch.int8), "bias": BIAS},
-    "complex bias": {"weight": torch.ones(48, 64), "bias": BIAS.to(torch.complex64)},
     "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
 }
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("hostile", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
+@pytest.mark.parametrize(
+    ("state", "prepared"),
+    [
+        *((name, True) for name in HOSTILE_STATES),
+        *((name, False) for name, state in HOSTILE_STATES.items() if "weight_int8" in state),
+    ],
+)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prepared, assign, device):
+def test_int8_values_that_do_not_fit_leave_the_layer_as_it_was(state, prepared, assign, device):
+    hostile = HOSTILE_STATES[state]
     layer = SwitchBackLinear(64, 48, device=device)
     if prepared:
         layer.prepare_for_eval()
@@ -219,6 +223,67 @@ def test_a_state_dict_that_bitsandbytes_prepared_is_refused_by_name(absmaxes, st
     with pytest.raises(RuntimeError, match=r"0\.weight was prepared for evaluation by bitsandbytes"):
         model.load_state_dict(state, strict=strict)
     assert torch.equal(model(x), before)
+
+
+TRAINING_STATES = {
+    "float64 and bfloat16": {"weight": torch.ones(48, 64, dtype=torch.float64), "bias": BIAS.bfloat16()},
+    "int64": {"weight": torch.ones(48, 64, dtype=torch.int64), "bias": BIAS.int()},
+    "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
+    "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
+    "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
+    "another": {"kernel": torch.ones(48, 64), "bias": BIAS},
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("state", TRAINING_STATES.values(), ids=TRAINING_STATES)
+def test_a_training_state_dict_loads_as_into_nn_linear(state, hooked):
+    def transpose(module, state_dict, prefix, *_):
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t()
+
+    results = []
+    for kind in (nn.Linear, SwitchBackLinear):
+        torch.manual_seed(0)
+        layer, loaded = kind(64, 48), dict(state)
+        if hooked and isinstance(loaded.get("weight"), torch.Tensor):
+            layer.register_load_state_dict_pre_hook(transpose)
+            loaded["weight"] = loaded["weight"].t()
+        try:
+            outcome = repr(layer.load_state_dict(loaded))
+        except RuntimeError as error:
+            outcome = str(error).replace("SwitchBackLinear", "Linear")
+        results.append((outcome, layer.weight.tolist(), layer.bias.tolist()))
+    assert results[0] == results[1]
+
+
+@unrotated
+def test_a_hook_may_transpose_or_rename_int8_values(config):
+    layer = make_layer(config)
+    layer.prepare_for_eval()
+    state = layer.state_dict()
+    state["kernel"] = state.pop("weight_int8").t()
+
+    def transpose(module, state_dict, prefix, *_):
+        calls.append(prefix)
+        state_dict[f"{prefix}weight_int8"] = state_dict.pop(f"{prefix}kernel").t()
+
+    for prepared in (False, True):
+        calls = []
+        fresh = nn.Sequential(make_layer(config))
+        if prepared:
+            fresh[0].prepare_for_eval()
+        fresh[0].register_load_state_dict_pre_hook(transpose)
+        for _ in range(2):
+            fresh.load_state_dict({f"0.{name}": value for name, value in state.items()})
+        assert calls == ["0.", "0."]
+        assert torch.equal(fresh[0].weight_int8, layer.weight_int8)
+
+
+def test_int8_values_do_not_replace_a_computed_weight():
+    layer = nn.utils.parametrizations.weight_norm(SwitchBackLinear(64, 48))
+    with pytest.raises(RuntimeError, match="mismatch for weight: it comes as int8 values, and weight is no parameter"):
+        layer.load_state_dict({"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS})
+    assert not layer.is_prepared
 
 
 def test_a_state_dict_in_another_float_dtype_is_cast(device):
