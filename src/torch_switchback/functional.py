@@ -53,7 +53,17 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
             f"rotate_features={config.rotate_features}: a rotated weight cannot be quantized for good, as nothing "
             "would tell its int8 values from plain ones; use a config with rotate_features=None"
         )
-    return scaling_for(config, weight).quantize_weight(weight)
+    return _quantize(scaling_for(config, weight), weight)
+
+
+def _quantize(scheme: Scaling, weight: torch.Tensor) -> Quantized:
+    try:
+        return scheme.quantize_weight(weight)
+    except NotImplementedError as error:  # of a tensor subclass, such as torchao's quantize_ puts in a weight's place
+        raise NotImplementedError(
+            f"SwitchBackLinear cannot compute with a weight of class {type(weight).__name__}: "
+            "revert_switchback(model) makes its layers nn.Linear, with the weights they have"
+        ) from error
 
 
 def switchback_linear(
@@ -217,7 +227,7 @@ class SwitchBackFunction(torch.autograd.Function):
             elif weight_absmax is not None:
                 weight_int8, absmax = weight, weight_absmax
             else:
-                weight_int8, absmax = scheme.quantize_weight(weight)
+                weight_int8, absmax = _quantize(scheme, weight)
             y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
 
         if needs_input:

@@ -1,5 +1,6 @@
 """SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
 
+import warnings
 from functools import partial
 from typing import Any, ClassVar
 
@@ -82,6 +83,13 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         if config.cache_quantized_weight and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
         return linear(input, weight, self.bias, config, absmax, cache)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # torch.ao.quantization gives one to all modules, and takes nn.Linear by its exact class
+            warnings.warn(
+                "torch.ao.quantization leaves SwitchBackLinear as it is: revert_switchback(model) first", stacklevel=2
+            )
+        super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which calls this."""
