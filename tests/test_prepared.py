@@ -100,6 +100,25 @@ def test_a_prepared_layer_says_where_its_weight_is(use):
     assert torch.equal(layer(x), expected)
 
 
+def test_a_prepared_layer_in_training_says_once_that_its_weight_does_not_train(recwarn):
+    ts.nn._warn_that_it_does_not_train.cache_clear()
+    layer, frozen = SwitchBackLinear(64, 48), SwitchBackLinear(64, 48)
+    frozen.weight.requires_grad_(False)
+    for each in (layer, frozen):
+        each.prepare_for_eval()
+    x = torch.randn(5, 64)
+    frozen(x)
+    layer.eval()(x)
+    with torch.no_grad():
+        layer.train()(x)
+    assert not recwarn
+    for _ in range(2):
+        layer(x)
+    (said,) = recwarn
+    assert "its weight does not train" in str(said.message)
+    assert "prepare_for_training()" in str(said.message)
+
+
 def test_a_prepared_weight_is_not_parametrized_or_pruned():
     layer = SwitchBackLinear(64, 48)
     layer.prepare_for_eval()

@@ -1,5 +1,6 @@
 """SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
 
+import functools
 import warnings
 from functools import partial
 from typing import Any, ClassVar
@@ -78,6 +79,9 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         absmax = cache = None
         if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
+            if self.training and self._weight_requires_grad and torch.is_grad_enabled():
+                if not torch.compiler.is_compiling():
+                    _warn_that_it_does_not_train()
         else:
             weight = self.weight
         if config.cache_quantized_weight and WeightCache.can_hold(weight):
@@ -102,6 +106,15 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")
+
+
+@functools.cache
+def _warn_that_it_does_not_train() -> None:
+    warnings.warn(
+        "SwitchBackLinear is prepared and called in training mode, with gradients: its weight does not train; call "
+        "prepare_for_training(), or eval()",
+        stacklevel=3,
+    )
 
 
 SwitchBackLinearGlobal = partial(SwitchBackLinear, vector_wise_quantization=False)
