@@ -272,3 +272,12 @@ def test_every_layer_without_int8_has_a_reason():
     assert found.int8_share == pytest.approx(2 / (2 + 3 + 1 + 1))
     assert str(found).splitlines()[-1] == "1 of 4 layers run in int8, 29% of their weights"
     assert all(reason in str(found) for reason in ("not converted", "MultiheadAttention multiplies"))
+
+
+def test_a_parametrized_weight_is_not_changed():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(ts.SwitchBackLinear(8, 8)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ts.explain(model, torch.randn(2, 8))
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

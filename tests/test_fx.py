@@ -1,5 +1,6 @@
-"""torch.fx.symbolic_trace: a layer is a leaf, as nn.Linear is. torch.jit.script: it is refused by name."""
+"""torch.fx, torch.jit and torch.onnx: a layer is a leaf as nn.Linear is, or one operation, or it is refused by name."""
 
+import io
 import pickle
 
 import pytest
@@ -41,3 +42,33 @@ def test_a_traced_model_computes_the_same(config, prepared, device):
 def test_torch_jit_script_is_refused_by_name(wrap):
     with pytest.raises(NotImplementedError, match=r"SwitchBackLinear.*revert_switchback"):
         torch.jit.script(wrap(convert_all(nn.Linear(8, 16))))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("prepared", [False, True], ids=["training", "prepared"])
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_a_model_of_torch_jit_trace_is_saved_and_trains(config, prepared, device):
+    model = convert_all(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)), config).to(device)
+    if prepared:
+        model[0].prepare_for_eval()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, torch.randn(2, 5, 8, device=device)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    results = []
+    for program in (model, loaded):
+        y = program(x)
+        results.append((y, *torch.autograd.grad(y.sum(), [x, *program.parameters()])))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript)")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_torch_onnx_export_is_refused_by_name(dynamo):
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    model = convert_all(nn.Sequential(nn.Linear(8, 16))).eval()
+    with pytest.raises(Exception, match=r"SwitchBackLinear.*revert_switchback"):
+        torch.onnx.export(model, (torch.randn(2, 8),), io.BytesIO(), dynamo=dynamo)

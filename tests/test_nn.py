@@ -96,3 +96,48 @@ def test_meta_initialization(config, device):
     layer = layer.to_empty(device=device)
     layer.reset_parameters()
     assert layer(torch.randn(2, 64, device=device)).isfinite().all()
+
+
+# Quantization by others
+
+
+class Quantized(torch.Tensor):
+    """As torchao's: a wrapper of another tensor, with an F.linear of its own and little else."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, requires_grad=False)
+
+    def __init__(self, values):
+        self.values_ = values
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(args[0], args[1].values_, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Quantized(args[0].values_)
+        raise NotImplementedError(f"unimplemented: {function}")
+
+
+@strategies
+def test_a_weight_that_another_library_quantized_is_refused_by_name(config):
+    model = nn.Sequential(make_layer(config))
+    model[0].weight = nn.Parameter(Quantized(model[0].weight.detach()), requires_grad=False)
+    x = torch.randn(2, 64)
+    with pytest.raises(NotImplementedError, match=r"weight of class Quantized: revert_switchback\(model\)"):
+        model(x)
+    ts.revert_switchback(model)
+    assert torch.equal(model(x), nn.functional.linear(x, model[0].weight.values_, model[0].bias))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_torch_ao_quantization_says_what_it_leaves():
+    model = nn.Sequential(SwitchBackLinear(8, 8), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=r"leaves SwitchBackLinear as it is: revert_switchback\(model\) first"):
+        quantized = torch.ao.quantization.quantize_dynamic(model)
+    assert [type(layer).__module__.startswith("torch.ao") for layer in quantized] == [False, True]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import torch_switchback as ts
 from testing import assert_same, dtypes, gradients, make_layer, revert_copy, signal_to_noise, unrotated
@@ -21,7 +22,7 @@ def test_prepare_for_eval_changes_no_output(config, dtype, device):
     layer.eval()
     layer.prepare_for_eval()
     assert layer.is_prepared
-    assert layer.weight is None
+    assert not hasattr(layer, "weight")
     assert layer.weight_int8.dtype == torch.int8
     assert_same(layer(x), before)
     layer.prepare_for_eval()  # idempotent
@@ -55,7 +56,7 @@ def test_preparing_is_reversible(config, dtype, device):
     assert layer.is_prepared, "train() is called by every trainer on frozen layers too: it must not undo anything"
     layer.prepare_for_training()
     layer.prepare_for_training()
-    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     assert isinstance(layer.weight, nn.Parameter)
     assert layer.weight.dtype == dtype
     assert not layer.weight.requires_grad
@@ -63,6 +64,97 @@ def test_preparing_is_reversible(config, dtype, device):
     assert ((layer.weight - before).abs() <= step * (0.5 + 127 * torch.finfo(dtype).eps)).all()
     layer.prepare_for_eval()
     assert torch.equal(layer.weight_int8, qdata)
+
+
+def with_another_weight(layer):
+    layer.weight = nn.Parameter(torch.ones(48, 64))
+
+
+def with_none(layer):
+    layer.weight = None
+
+
+def with_functional_call(layer):
+    torch.func.functional_call(layer, {"weight": torch.ones(48, 64)}, torch.ones(2, 64))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer.weight.dtype,
+        SwitchBackLinear.reset_parameters,
+        with_another_weight,
+        with_none,
+        with_functional_call,
+    ],
+)
+def test_a_prepared_layer_says_where_its_weight_is(use):
+    layer = SwitchBackLinear(64, 48)
+    layer.prepare_for_eval()
+    x = torch.randn(5, 64)
+    expected = layer(x)
+    with pytest.raises(AttributeError, match=r"prepare_for_training\(\).*revert_switchback"):
+        use(layer)
+    assert "weight" not in dict(layer.named_parameters()) | vars(layer)
+    assert layer.is_prepared
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_prepared_layer_in_training_says_once_that_its_weight_does_not_train(recwarn):
+    ts.nn._warn_that_it_does_not_train.cache_clear()
+    layer, frozen = SwitchBackLinear(64, 48), SwitchBackLinear(64, 48)
+    frozen.weight.requires_grad_(False)
+    for each in (layer, frozen):
+        each.prepare_for_eval()
+    x = torch.randn(5, 64)
+    frozen(x)
+    layer.eval()(x)
+    with torch.no_grad():
+        layer.train()(x)
+    assert not recwarn
+    for _ in range(2):
+        layer(x)
+    (said,) = recwarn
+    assert "its weight does not train" in str(said.message)
+    assert "prepare_for_training()" in str(said.message)
+
+
+def test_a_prepared_weight_is_not_parametrized_or_pruned():
+    layer = SwitchBackLinear(64, 48)
+    layer.prepare_for_eval()
+    for change in (nn.utils.parametrizations.spectral_norm, lambda layer: prune.identity(layer, "weight")):
+        with pytest.raises((ValueError, AttributeError), match="weight"):
+            change(layer)
+    assert type(layer) is SwitchBackLinear
+    layer.prepare_for_training()
+    assert isinstance(layer.weight, nn.Parameter)
+
+
+def test_looking_at_a_layer_does_not_compute_its_weight():
+    layer = nn.utils.parametrizations.spectral_norm(SwitchBackLinear(8, 8))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    repr(layer)
+    layer.to(torch.float64).float()
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    assert not layer.is_prepared
+    with pytest.raises(RuntimeError, match="weight is no parameter of this layer"):
+        layer.prepare_for_eval()
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("remove", [lambda layer: delattr(layer, "weight"), with_none], ids=["deleted", "None"])
+def test_a_layer_without_a_weight_is_not_prepared(remove):
+    layer = SwitchBackLinear(8, 8)
+    remove(layer)
+    assert not layer.is_prepared
+    assert "prepared" not in repr(layer.to(torch.bfloat16))
+    assert list(layer.state_dict()) == ["bias"]
+    layer.prepare_for_training()
+    with pytest.raises(RuntimeError, match="weight is no parameter of this layer"):
+        layer.prepare_for_eval()
+    layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    assert layer(torch.ones(2, 8)).shape == (2, 8)
 
 
 @unrotated
@@ -112,16 +204,20 @@ HOSTILE_STATES = {
     "int8 values and a short bias": {"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS[:47]},
     "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
     "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
-    "integer weight": {"weight": torch.ones(48, 64, dtype=torch.int8), "bias": BIAS},
-    "complex bias": {"weight": torch.ones(48, 64), "bias": BIAS.to(torch.complex64)},
     "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
 }
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("hostile", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
+@pytest.mark.parametrize(
+    ("state", "prepared"),
+    [
+        *((name, True) for name in HOSTILE_STATES),
+        *((name, False) for name, state in HOSTILE_STATES.items() if "weight_int8" in state),
+    ],
+)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(hostile, prepared, assign, device):
+def test_int8_values_that_do_not_fit_leave_the_layer_as_it_was(state, prepared, assign, device):
+    hostile = HOSTILE_STATES[state]
     layer = SwitchBackLinear(64, 48, device=device)
     if prepared:
         layer.prepare_for_eval()
@@ -146,6 +242,67 @@ def test_a_state_dict_that_bitsandbytes_prepared_is_refused_by_name(absmaxes, st
     with pytest.raises(RuntimeError, match=r"0\.weight was prepared for evaluation by bitsandbytes"):
         model.load_state_dict(state, strict=strict)
     assert torch.equal(model(x), before)
+
+
+TRAINING_STATES = {
+    "float64 and bfloat16": {"weight": torch.ones(48, 64, dtype=torch.float64), "bias": BIAS.bfloat16()},
+    "int64": {"weight": torch.ones(48, 64, dtype=torch.int64), "bias": BIAS.int()},
+    "short weight": {"weight": torch.ones(47, 64), "bias": BIAS},
+    "short bias": {"weight": torch.ones(48, 64), "bias": BIAS[:47]},
+    "a list": {"weight": torch.ones(48, 64).tolist(), "bias": BIAS},
+    "another": {"kernel": torch.ones(48, 64), "bias": BIAS},
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("state", TRAINING_STATES.values(), ids=TRAINING_STATES)
+def test_a_training_state_dict_loads_as_into_nn_linear(state, hooked):
+    def transpose(module, state_dict, prefix, *_):
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t()
+
+    results = []
+    for kind in (nn.Linear, SwitchBackLinear):
+        torch.manual_seed(0)
+        layer, loaded = kind(64, 48), dict(state)
+        if hooked and isinstance(loaded.get("weight"), torch.Tensor):
+            layer.register_load_state_dict_pre_hook(transpose)
+            loaded["weight"] = loaded["weight"].t()
+        try:
+            outcome = repr(layer.load_state_dict(loaded))
+        except RuntimeError as error:
+            outcome = str(error).replace("SwitchBackLinear", "Linear")
+        results.append((outcome, layer.weight.tolist(), layer.bias.tolist()))
+    assert results[0] == results[1]
+
+
+@unrotated
+def test_a_hook_may_transpose_or_rename_int8_values(config):
+    layer = make_layer(config)
+    layer.prepare_for_eval()
+    state = layer.state_dict()
+    state["kernel"] = state.pop("weight_int8").t()
+
+    def transpose(module, state_dict, prefix, *_):
+        calls.append(prefix)
+        state_dict[f"{prefix}weight_int8"] = state_dict.pop(f"{prefix}kernel").t()
+
+    for prepared in (False, True):
+        calls = []
+        fresh = nn.Sequential(make_layer(config))
+        if prepared:
+            fresh[0].prepare_for_eval()
+        fresh[0].register_load_state_dict_pre_hook(transpose)
+        for _ in range(2):
+            fresh.load_state_dict({f"0.{name}": value for name, value in state.items()})
+        assert calls == ["0.", "0."]
+        assert torch.equal(fresh[0].weight_int8, layer.weight_int8)
+
+
+def test_int8_values_do_not_replace_a_computed_weight():
+    layer = nn.utils.parametrizations.weight_norm(SwitchBackLinear(64, 48))
+    with pytest.raises(RuntimeError, match="mismatch for weight: it comes as int8 values, and weight is no parameter"):
+        layer.load_state_dict({"weight_int8": CODES, "weight_absmax": ABSMAX, "bias": BIAS})
+    assert not layer.is_prepared
 
 
 def test_a_state_dict_in_another_float_dtype_is_cast(device):

@@ -155,14 +155,26 @@ def test_a_change_is_seen(layers, change, device):
     check_same(caching, plain, x)
 
 
-def test_the_int8_values_of_a_frozen_weight_outlive_the_steps_of_others(layers, device):
-    caching, plain, calls = layers
-    caching.weight.requires_grad_(False)
+def with_data(layer):
+    layer.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("change", [with_data, with_edit, with_new_parameter])
+@pytest.mark.parametrize("cached_before", [False, True])
+def test_a_frozen_weight_is_never_cached(layers, change, cached_before, device):
+    """Nothing tells of a broadcast, or of what writes to a teacher's weights through ``.data``."""
+    caching, plain, _ = layers
     x = torch.randn(5, 64, device=device)
+    if cached_before:
+        check_same(caching, plain, x)
+    for layer in (caching, plain):
+        layer.weight.requires_grad_(False)
     for _ in range(2):
         assert_same(caching(x), plain(x))
-        with_optimizer(nn.Linear(64, 1, device=device))
-    assert calls == ["quantize_weight"]
+        for layer in (caching, plain):
+            change(layer)
+            layer.weight.requires_grad_(False)
+    assert_same(caching(x), plain(x))
 
 
 def test_a_change_of_config_is_seen(layers, device):

@@ -21,9 +21,10 @@ class SwitchBackConfig:
             where it can compute it again from what is kept anyway, as after a GELU or a norm.
         cache_quantized_weight: keep the int8 weight and its transpose, 2 bytes per element, until the weight changes:
             gradient accumulation then quantizes it once per optimizer step. Compiled code and the functional form
-            ignore it. A change is seen by the parameter's version counter and data pointer, and if it requires grad by
-            the ``step`` of any ``torch.optim.Optimizer``. What else writes through ``weight.data`` or raw memory
-            (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph) must say so:
+            ignore it, as does a frozen weight (prepare its layer instead). A change is seen by the parameter's version
+            counter and data pointer, and by the ``step`` of any ``torch.optim.Optimizer``. Between optimizer steps a
+            broadcast of a trainable weight must be announced, as must all that writes through ``weight.data`` or raw
+            memory (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph):
             ``torch.autograd.graph.increment_version(weight)``. A layer prepared for evaluation keeps the transpose
             alone, and only if it propagates gradients.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's

@@ -1,6 +1,6 @@
-"""The operation that stands for a layer in a program of torch.export, and that such a program trains through.
+"""The operation that stands for a layer in a program of torch.export or torch.jit.trace, which train through it.
 
-An exported program holds operations alone, without the autograd Function around them. This one has it inside.
+Such a program holds operations alone, without the autograd Function around them. This one has it inside.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from . import _grad_weight
 from .config import SwitchBackConfig
-from .functional import Call, SwitchBackFunction
+from .functional import Call, SwitchBackFunction, check
 from .ops._library import LIBRARY
 
 
@@ -31,6 +31,11 @@ def _linear(
         rotate_tokens=rotate_tokens,
         rotate_features=rotate_features,
     )
+    check(x, weight, bias, weight_absmax, config)
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "ONNX has no operation for SwitchBackLinear: revert_switchback(model) makes its layers nn.Linear"
+        )
     # The exporter runs this as well, with symbolic shapes, and would keep a choice by the token count as a guard.
     int8_grad_weight = not torch.compiler.is_exporting() and _grad_weight.runs_in_int8(config, x, weight)
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, Call(config, None, None, int8_grad_weight))

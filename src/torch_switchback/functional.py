@@ -32,6 +32,8 @@ DYNAMO_KNOWS_EXPORTS = torch.__version__ >= "2.13"
 """Whether ``torch.compiler.is_exporting`` is exact in Dynamo, which traces strict exports. Until then it is always true
 there, in torch.compile as well."""
 
+_PLAIN = torch.Tensor, torch.nn.Parameter
+
 
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """Quantize a weight for good, for a layer that keeps no other.
@@ -53,7 +55,17 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
             f"rotate_features={config.rotate_features}: a rotated weight cannot be quantized for good, as nothing "
             "would tell its int8 values from plain ones; use a config with rotate_features=None"
         )
-    return scaling_for(config, weight).quantize_weight(weight)
+    return _quantize(scaling_for(config, weight), weight)
+
+
+def _quantize(scheme: Scaling, weight: torch.Tensor) -> Quantized:
+    try:
+        return scheme.quantize_weight(weight)
+    except NotImplementedError as error:  # of a tensor subclass, such as torchao's quantize_ puts in a weight's place
+        raise NotImplementedError(
+            f"SwitchBackLinear cannot compute with a weight of class {type(weight).__name__}: "
+            "revert_switchback(model) makes its layers nn.Linear, with the weights they have"
+        ) from error
 
 
 def switchback_linear(
@@ -107,10 +119,14 @@ def linear(
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
-    _check(x, weight, bias, weight_absmax, config)
-    if _is_distributed(x) or _is_distributed(weight):
-        return extensions.distributed.linear(x, weight, bias, config)
-    if torch.compiler.is_exporting() and (DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling()):
+    tracing = torch._C._get_tracing_state()  # of torch.jit.trace, which cannot save an autograd Function
+    if not tracing:  # it warns of every comparison; the operation below checks, too
+        check(x, weight, bias, weight_absmax, config)
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        if hasattr(x, "device_mesh") or hasattr(weight, "device_mesh"):  # a DTensor, whose module may not be loaded
+            return extensions.distributed.linear(x, weight, bias, config)
+    exporting = torch.compiler.is_exporting() and (DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
+    if exporting or tracing:
         flags = config.weight_scaling, config.mem_efficient, config.grad_weight
         rotations = config.rotate_tokens, config.rotate_features
         return torch.ops.torch_switchback.linear(x, weight, weight_absmax, bias, *flags, *rotations)
@@ -118,12 +134,7 @@ def linear(
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
 
 
-def _is_distributed(x: torch.Tensor) -> bool:
-    """Return whether x is a DTensor, without importing torch.distributed.tensor."""
-    return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
-
-
-def _check(
+def check(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -217,7 +228,7 @@ class SwitchBackFunction(torch.autograd.Function):
             elif weight_absmax is not None:
                 weight_int8, absmax = weight, weight_absmax
             else:
-                weight_int8, absmax = scheme.quantize_weight(weight)
+                weight_int8, absmax = _quantize(scheme, weight)
             y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
 
         if needs_input:
@@ -341,11 +352,7 @@ def _engine_runs(node: Any) -> bool:
 
 def _fuses(scheme: Scaling, weight: torch.Tensor) -> bool:
     """Return whether the weight is quantized within the matmul's operation."""
-    return (
-        scheme.fused_rowwise is not None
-        and weight.dtype != torch.int8
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)
-    )
+    return scheme.fused_rowwise is not None and weight.dtype != torch.int8 and type(weight) in _PLAIN
 
 
 def _int8_to_keep(x: torch.Tensor, x_int8: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

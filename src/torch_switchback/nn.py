@@ -1,5 +1,7 @@
 """SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
 
+import functools
+import warnings
 from functools import partial
 from typing import Any, ClassVar
 
@@ -65,27 +67,33 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.config = config_of(config)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Drop the cache with a weight: FSDP2 puts a gathered one often in the same memory, at the same version."""
-        if name == "weight":
-            self.__dict__.pop("_weight_cache", None)
-        super().__setattr__(name, value)
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
         if isinstance(input, torch.fx.Proxy):  # a leaf of the traced graph, as layers of torch.nn are
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-        weight, config = self.weight, self.config
+        config = self.config
         if not torch.compiler.is_compiling():
             self.__dict__["_was_called"] = True  # conversion_report says which layers never were
-        if weight is not None and not config.cache_quantized_weight:
-            return linear(input, weight, self.bias, config)
+        if self._weight_dtype is None and not config.cache_quantized_weight:
+            return linear(input, self.weight, self.bias, config)
         absmax = cache = None
-        if weight is None:
+        if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
+            if self.training and self._weight_requires_grad and torch.is_grad_enabled():
+                if not torch.compiler.is_compiling():
+                    _warn_that_it_does_not_train()
+        else:
+            weight = self.weight
         if config.cache_quantized_weight and WeightCache.can_hold(weight):
             cache = self.__dict__.setdefault("_weight_cache", WeightCache())
         return linear(input, weight, self.bias, config, absmax, cache)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # torch.ao.quantization gives one to all modules, and takes nn.Linear by its exact class
+            warnings.warn(
+                "torch.ao.quantization leaves SwitchBackLinear as it is: revert_switchback(model) first", stacklevel=2
+            )
+        super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which calls this."""
@@ -98,6 +106,15 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")
+
+
+@functools.cache
+def _warn_that_it_does_not_train() -> None:
+    warnings.warn(
+        "SwitchBackLinear is prepared and called in training mode, with gradients: its weight does not train; call "
+        "prepare_for_training(), or eval()",
+        stacklevel=3,
+    )
 
 
 SwitchBackLinearGlobal = partial(SwitchBackLinear, vector_wise_quantization=False)

@@ -1,5 +1,6 @@
 """The prepared state of a layer: its weight replaced by int8 values, and state_dicts with either of the two."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,10 @@ from .ops import dequantize_rowwise
 
 _PREPARED = "weight_int8", "weight_absmax"
 _OF_BITSANDBYTES = "W_int8", "state_W"
+_NO_WEIGHT = (
+    "{} has no weight while it is prepared, only weight_int8 and weight_absmax: prepare_for_training() gives it one "
+    "back, and revert_switchback(model) makes it nn.Linear"
+)
 
 
 class PreparedWeight(nn.Module):
@@ -22,15 +27,33 @@ class PreparedWeight(nn.Module):
     out_features: int
     config: SwitchBackConfig
     weight: torch.Tensor
-    weight_int8: torch.Tensor  # while prepared, as are the next three
+    weight_int8: torch.Tensor  # while prepared, as are the next two
     weight_absmax: torch.Tensor
-    _weight_dtype: torch.dtype
     _weight_requires_grad: bool
+    _weight_dtype: torch.dtype | None = None
+    """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
 
     @property
     def is_prepared(self) -> bool:
         """Return whether the weight has been replaced by its int8 values."""
-        return self.weight is None
+        return self._weight_dtype is not None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is registered, as nn.Module does, and say where the weight of a prepared layer is."""
+        parameters = self.__dict__.get("_parameters")  # first, and here: every forward reads two of them
+        if parameters is not None and name in parameters:
+            return parameters[name]
+        if name == "weight" and self.is_prepared:
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Drop the cache with a weight: FSDP2 puts a gathered one often in the same memory, at the same version."""
+        if name == "weight":
+            if self.is_prepared:
+                raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+            self.__dict__.pop("_weight_cache", None)
+        super().__setattr__(name, value)
 
     def prepare_for_eval(self) -> None:
         """Quantize the weight for good and free it: the same output bit for bit, less time and memory.
@@ -45,10 +68,8 @@ class PreparedWeight(nn.Module):
         """
         if self.is_prepared:
             return
-        if self._parameters.get("weight") is None:
-            raise RuntimeError("prepare_for_eval: weight is no parameter of this layer: parametrized, or pruned?")
-        if hasattr(self.weight, "device_mesh"):
-            raise RuntimeError("prepare_for_eval: weight is sharded over processes; load its state into a plain model")
+        if reason := self._why_not_prepared():
+            raise RuntimeError(f"prepare_for_eval: {reason}")
         with torch.inference_mode(False), torch.no_grad():
             qdata, absmax = quantize_weight(self.weight, self.config)
         self._become_prepared(qdata, absmax)
@@ -65,14 +86,20 @@ class PreparedWeight(nn.Module):
         self._become_unprepared(dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype))
 
     def _become_prepared(self, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
-        self._weight_dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
-        self.weight = None  # type: ignore[assignment]
+        dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
+        self.__dict__.pop("_weight_cache", None)
+        del self.weight
+        self._weight_dtype = dtype
         self.register_buffer("weight_int8", qdata)
         self.register_buffer("weight_absmax", absmax)
 
     def _become_unprepared(self, weight: torch.Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
+        parameter = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
         del self.weight_int8, self.weight_absmax, self._weight_dtype, self._weight_requires_grad
+        others = dict(self._parameters)
+        self._parameters.clear()  # the weight comes first again: optimizers tell parameters by their order
+        self.weight = parameter
+        self._parameters |= others
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PreparedWeight":
         """Move buffers between devices, but keep their dtypes through ``.half()``, ``.bfloat16()`` and ``.type()``."""
@@ -104,52 +131,74 @@ class PreparedWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take a training state_dict or a prepared one, whichever of the two this layer is; or leave it as it is.
+        """Take a training state_dict or a prepared one, whichever of the two this layer is.
 
-        nn.Linear copies what fits before it complains of what does not. Here nothing is copied then.
+        nn.Linear does the plain case, and copies what fits before it complains of what does not. Where int8 values
+        come or go, all is checked first, and nothing is copied if anything does not fit.
         """
-        found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        becomes_prepared = not found.keys().isdisjoint(_PREPARED)
-        if problems := list(self._problems(found, prefix, becomes_prepared)):
-            error_msgs.extend(problems)
-            return
-        if "weight" in found and local_metadata.get("assign_to_params_buffers"):
-            state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], self.weight)
-        if becomes_prepared and not self.is_prepared:
-            qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=self.weight.device)
-            absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
-            self._become_prepared(qdata, absmax)
-        elif "weight" in found and self.is_prepared:
-            self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            for hook in hooks.values():  # run here, as they may rename or reshape what decides
+                hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+            becomes_prepared = not found.keys().isdisjoint(_PREPARED)
+            if problems := list(self._problems(found, prefix, becomes_prepared)):
+                error_msgs.extend(problems)
+                return
+            weight = self._parameters.get("weight")
+            if weight is not None and "weight" in found and local_metadata.get("assign_to_params_buffers"):
+                state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], weight)
+            if becomes_prepared and weight is not None:
+                qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=weight.device)
+                absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
+                self._become_prepared(qdata, absmax)
+            elif "weight" in found and self.is_prepared:
+                self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._load_state_dict_pre_hooks = hooks
 
     def _problems(self, found: dict[str, Any], prefix: str, becomes_prepared: bool) -> Iterator[str]:
-        """Yield why this layer cannot take the entries of a state_dict."""
-        features = self.out_features, self.in_features
-        # Shapes and dtypes by name. None stands for any float, to be cast.
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {"weight": (features, None)}
-        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-            if tensor is not None and name not in self._non_persistent_buffers_set:
-                expected[name] = tuple(tensor.shape), None if tensor.is_floating_point() else tensor.dtype
-        expected["weight_int8"] = features, torch.int8
-        expected["weight_absmax"] = (self.config.scales_of(self.out_features),), torch.float32
-        for name in expected.keys() & found.keys():
-            tensor, (shape, dtype) = found[name], expected[name]
-            mismatch = f"mismatch for {prefix}{name}: got"
-            if not isinstance(tensor, torch.Tensor):
-                yield f"type {mismatch} {type(tensor).__name__}, the layer has torch.Tensor."
-            elif tuple(tensor.shape) != shape:
-                yield f"size {mismatch} {tuple(tensor.shape)}, the layer has {shape}."
-            elif tensor.dtype != dtype and not (dtype is None and tensor.is_floating_point()):
-                yield f"dtype {mismatch} {tensor.dtype}, the layer has {dtype or 'a float'}."
+        """Yield why the int8 values cannot come, or go, as a state_dict asks."""
         if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
             yield f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do."
         elif becomes_prepared and self.config.rotate_features is not None:
             yield f"mismatch for {prefix}weight: it comes as int8 values, which rotate_features cannot use."
-        elif not found.keys().isdisjoint(_OF_BITSANDBYTES):
+        elif becomes_prepared and not self.is_prepared and (reason := self._why_not_prepared()):
+            yield f"mismatch for {prefix}weight: it comes as int8 values, and {reason}"
+        elif not becomes_prepared and not found.keys().isdisjoint(_OF_BITSANDBYTES):
             yield (
                 f"{prefix}weight was prepared for evaluation by bitsandbytes: take a state_dict from before that, and "
                 "call prepare_for_eval() here."
             )
+        if not becomes_prepared and not (self.is_prepared and "weight" in found):
+            return
+        features = self.out_features, self.in_features
+        shapes: dict[str, tuple[int, ...]] = {"weight": features, "weight_int8": features}
+        shapes["weight_absmax"] = (self.config.scales_of(self.out_features),)
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if tensor is not None and name not in self._non_persistent_buffers_set:
+                shapes.setdefault(name, tuple(tensor.shape))
+        dtypes = {"weight_int8": torch.int8, "weight_absmax": torch.float32}
+        for name in shapes.keys() & found.keys():
+            tensor = found[name]
+            if not isinstance(tensor, torch.Tensor):
+                yield f"type mismatch for {prefix}{name}: expected torch.Tensor, got {type(tensor).__name__}."
+            elif tuple(tensor.shape) != shapes[name]:
+                yield (
+                    f"size mismatch for {prefix}{name}: copying a param with shape {tensor.shape} from checkpoint, "
+                    f"the shape in current model is {torch.Size(shapes[name])}."
+                )
+            elif tensor.dtype != dtypes.get(name, tensor.dtype):
+                yield f"dtype mismatch for {prefix}{name}: got {tensor.dtype}, the layer has {dtypes[name]}."
+
+    def _why_not_prepared(self) -> str:
+        """Return why the weight cannot give way to int8 values, or ""."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            return "weight is no parameter of this layer: parametrized, or pruned?"
+        if hasattr(weight, "device_mesh"):
+            return "weight is sharded over processes; load its state into a plain model"
+        return ""

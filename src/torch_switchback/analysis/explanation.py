@@ -15,7 +15,7 @@ from ..convert import _REPORT, ConvertedLayer
 from ..functional import linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, ProductShape
-from .layer_calls import Call, describe, device_of, layer_calls
+from .layer_calls import Call, describe, device_of, every_layer_called, layer_calls
 
 HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "remarks")
 
@@ -145,10 +145,11 @@ def explain(
                 fallback = "not called: the model uses its weight directly, or not for this input"
             else:
                 key = (call, layer.config, layer.in_features, layer.out_features, layer.is_prepared)
-                if where.type == "cuda" and key not in tried:
-                    _try(layer, call, where)
-                    tried.add(key)
-                products = tuple(_products(layer, call, where))
+                with every_layer_called(layer):  # or asking for a parametrized weight may change its buffers
+                    if where.type == "cuda" and key not in tried:
+                        _try(layer, call, where)
+                        tried.add(key)
+                    products = tuple(_products(layer, call, where))
                 fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
         else:
             reason = (fqn in converted and converted[fqn].reason) or "not converted"
