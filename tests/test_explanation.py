@@ -281,3 +281,10 @@ def test_a_parametrized_weight_is_not_changed():
     assert all(module.training for module in model.modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("function", [ts.explain, ts.recommend])
+@pytest.mark.parametrize(("arguments", "name"), [((nn.Linear(4, 4), [[1.0]]), "sample_input"), (("model", 3), "model")])
+def test_arguments_of_another_type_are_named(function, arguments, name):
+    with pytest.raises(TypeError, match=name):
+        function(*arguments)

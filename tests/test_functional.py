@@ -426,6 +426,13 @@ def test_transforms_of_torch_func_are_refused_by_name(transform, device):
         transform(make_layer(SwitchBackConfig(), device=device), torch.randn(3, 64, device=device))
 
 
+def test_a_layer_without_a_weight_is_refused_by_name(device):
+    layer = SwitchBackLinear(64, 48, device=device)
+    layer.weight = None
+    with pytest.raises(TypeError, match="weight"):
+        layer(torch.randn(3, 64, device=device))
+
+
 def test_a_sparse_weight_is_refused(device):
     weight = torch.eye(64, device=device).to_sparse()
     with pytest.raises(TypeError, match="weight"):

@@ -143,6 +143,8 @@ def check(
 ) -> None:
     """Raise if the arguments do not fit. What fits costs no function call: it is CPU time of every forward."""
     op = "switchback_linear"
+    if weight is None:
+        raise TypeError(f"{op}: weight must be a tensor, got None")
     if x.is_nested:
         raise TypeError(f"{op}: x must not be a NestedTensor, got layout {x.layout}; pass its values()")
     if x.layout != torch.strided:

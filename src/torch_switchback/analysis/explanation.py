@@ -129,6 +129,7 @@ def explain(
 
     Raises:
         FallbackError: strict, and there is a fall-back; it names all of them.
+        TypeError: model is no module, or sample_input is something else.
         ValueError: not exactly one of sample_input and tokens is given, or tokens is not positive.
     """
     where = device_of(model, device)

@@ -26,6 +26,9 @@ def layer_calls(
     The arguments are those of :func:`explain`. With tokens every layer is taken to be called once, in its weight's
     dtype.
     """
+    if not isinstance(sample_input, torch.Tensor | tuple | Mapping | None):
+        kind = type(sample_input).__name__
+        raise TypeError(f"sample_input must be a tensor, a tuple of arguments or a mapping of keywords, got {kind}")
     if (sample_input is None) == (tokens is None):
         raise ValueError("give either sample_input or tokens")
     if tokens is not None and tokens < 1:
@@ -100,7 +103,13 @@ def every_layer_called(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Return where a model lies, or of one on the meta device where it would run: device, else the GPU if any."""
+    """Return where a model lies, or of one on the meta device where it would run: device, else the GPU if any.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
     own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if own.type != "meta":
         return own

@@ -192,12 +192,14 @@ def recommend(
         The measurements; ``config`` is what follows, for ``convert_to_switchback``. Printed, it is a table.
 
     Raises:
+        TypeError: model is no module, or sample_input is something else.
         ValueError: the model is converted, has no linear layer that could be measured, or returns no tensor that
             requires a gradient; there is no such recipe, recipes is empty, or not exactly one of sample_input and
             tokens is given.
         RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile;
             or a layer's step fails.
     """
+    where = device_of(model, device)
     model = model._modules.get("_orig_mod") or model
     refuse_compiled("recommend", model, {module for module in model.modules() if isinstance(module, nn.Linear)})
     if any(isinstance(module, SwitchBackLinear) for module in model.modules()):
@@ -206,7 +208,6 @@ def recommend(
         raise ValueError("recommend: recipes is empty")
     for recipe in recipes:
         config_of(recipe)  # refuses an unknown one
-    where = device_of(model, device)
     found = Recommendation(describe(where), (), {}, {}, None)
     if sample_input is not None:
         progress(found, "the model on its sample")
