@@ -42,11 +42,11 @@ from gpt import GPT
 from presets import PRESETS, RECIPES
 from report import COMPARED, compared, environment, peak_memory_bytes
 from torch_switchback import convert_to_switchback
-from torch_switchback.config import AllGather
+from torch_switchback.config import Precision
 from torch_switchback.distributed import precompute_absmax_for_fsdp
 from training import UNTIMED_STEPS, Curve, DivergedError, Settings, descend, learning_rate_at, new_optimizer
 
-ALL_GATHERS: tuple[AllGather, ...] = get_args(AllGather)
+ALL_GATHERS: tuple[Precision, ...] = get_args(Precision)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -56,7 +56,7 @@ class Result:
     """One finished recipe, of all ranks together."""
 
     recipe: str
-    all_gather: AllGather
+    all_gather: Precision
     parameters: int
     final_validation_loss: float  # nats a byte
     tokens_per_second: float | None  # of the median step; None if every step was warm-up
@@ -69,7 +69,7 @@ class ShardedRun:
     """One recipe's model, optimizer, position and curve, sharded over all processes."""
 
     def __init__(
-        self, recipe: str, all_gather: AllGather, settings: Settings, corpus: Corpus, *, reshard: bool
+        self, recipe: str, all_gather: Precision, settings: Settings, corpus: Corpus, *, reshard: bool
     ) -> None:
         self.recipe, self.all_gather, self.settings, self.corpus = recipe, all_gather, settings, corpus
         self.preset = PRESETS[settings.preset]
