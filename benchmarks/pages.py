@@ -139,14 +139,6 @@ def overhead(document: Record) -> str:
     return markdown(("layers", "tokens", "mode", *labels), rows)
 
 
-def overhead_ratios(document: Record) -> str:
-    """The time per training step over nn.Linear's, by the code whose results come first."""
-    records = [record for record in document["results"] if "ratio" in record]
-    of_first = [record for record in records if record["label"] == records[0]["label"]]
-    rows = [(str(one["layers"]), one["tokens"], one["mode"], f"{one['ratio'][0]:.2f}") for one in of_first]
-    return markdown(("layers", "tokens", "mode", "time over nn.Linear's"), rows)
-
-
 def first_calls(document: Record) -> str:
     by_shape: dict[str, dict[str, str]] = {}
     for record in document["results"]:
@@ -286,7 +278,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "all_models": ("h200/bench_model", models(*OURS, "switchback_int8_grad_weight", *FLOAT8, "torchao int8")),
     "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
     "overhead": ("h200/bench_overhead", overhead),
-    "overhead_ratios": ("h200/bench_overhead", overhead_ratios),
     "launch_costs": ("h200/bench_launch", launch_costs),
     "first_calls": ("h200/bench_overhead", first_calls),
     "shards_narrow": ("h200/fsdp/large", shards),
