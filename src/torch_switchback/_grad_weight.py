@@ -1,4 +1,4 @@
-"""Where an int8 weight gradient Gᵀ X is faster than one in high precision (docs/architecture.md)."""
+"""Decide whether an int8 weight gradient Gᵀ X is faster than one in high precision (docs/architecture.md)."""
 
 import functools
 import math

@@ -39,10 +39,11 @@ _OURS = {*dir(SwitchBackLinear), "config", "weight_int8", "weight_absmax"} - {*d
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of a layer, of class ``kind``. If it was left alone, ``config`` is None and ``reason`` says why.
+    """Records what happened to a layer of class ``kind``.
 
-    A converted layer has a reason if others have been called and it has not. What is no linear layer has its size in
-    ``in_features`` and ``out_features``: the last dimension of its largest matrix, and how many such rows there are.
+    If the layer was not converted, ``config`` is None and ``reason`` says why. A converted layer has a reason if others
+    have been called and it has not. For a module that is not a linear layer, ``in_features`` is the last dimension of
+    its largest matrix, and ``out_features`` is the number of such rows.
     """
 
     fqn: str
@@ -266,9 +267,9 @@ def _report(
 def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
-    A layer that was prepared for evaluation gets a new ``weight``, dequantized. Subclasses of SwitchBackLinear, such as
-    torch.nn.utils.parametrize and fully_shard make, stay, with a warning each, but for those that set ``reverts_to``
-    themselves.
+    A layer that was prepared for evaluation gets a new ``weight``, dequantized. A subclass of SwitchBackLinear, such as
+    torch.nn.utils.parametrize and fully_shard make, is not reverted, and causes a warning. A subclass that sets
+    ``reverts_to`` itself is reverted.
 
     Args:
         model: any module, converted or built with SwitchBackLinear.

@@ -1,4 +1,7 @@
-"""What the core calls for tensors of torch.distributed. It does not import ``distributed``, which registers here."""
+"""Hold the functions that the core calls for tensors of torch.distributed.
+
+The core does not import ``distributed``, which registers itself here.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which layers convert_to_switchback leaves alone unless it is told to convert them, and why; layers by name."""
+"""Decide which layers convert_to_switchback leaves alone by default, and why; look layers up by name."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

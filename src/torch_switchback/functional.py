@@ -29,8 +29,8 @@ from .scaling import Quantized, Scaling, scaling_for
 from .weight_cache import WeightCache
 
 DYNAMO_KNOWS_EXPORTS = torch.__version__ >= "2.13"
-"""Whether ``torch.compiler.is_exporting`` is exact in Dynamo, which traces strict exports. Until then it is always true
-there, in torch.compile as well."""
+"""True if ``torch.compiler.is_exporting`` is exact in Dynamo, which traces strict exports. In older versions it is
+always true there, in torch.compile as well."""
 
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
@@ -186,7 +186,7 @@ class Call(NamedTuple):
 
     config: SwitchBackConfig
     weight_cache: WeightCache | None
-    """Where the weight's int8 values are kept, or None."""
+    """Cache of the weight's int8 values, or None."""
     scaling: Scaling | None
     """None for the config's own; tensor-parallel layers bring another."""
     int8_grad_weight: bool

@@ -39,7 +39,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
     """
 
     reverts_to: ClassVar[type[nn.Linear]] = nn.Linear
-    """What :func:`torch_switchback.revert_switchback` makes of this very class."""
+    """Class that :func:`torch_switchback.revert_switchback` restores. It applies to exactly this class."""
 
     config: SwitchBackConfig
     _was_called: bool = False  # outside compiled code

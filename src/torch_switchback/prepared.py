@@ -195,7 +195,7 @@ class PreparedWeight(nn.Module):
                 yield f"dtype mismatch for {prefix}{name}: got {tensor.dtype}, the layer has {dtypes[name]}."
 
     def _why_not_prepared(self) -> str:
-        """Return why the weight cannot give way to int8 values, or ""."""
+        """Return why the weight cannot be replaced by int8 values, or ""."""
         weight = self._parameters.get("weight")
         if weight is None:
             return "weight is no parameter of this layer: parametrized, or pruned?"

@@ -1,1 +1,1 @@
-"""What runs in a model's layers, and which are worth converting on this machine."""
+"""Explain what runs in a model's layers, and recommend which to convert on this machine."""

@@ -1,4 +1,4 @@
-"""What runs in each layer of a model, and where it is not what was meant to."""
+"""Explain what runs in each layer of a model, and where a layer falls back."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ class Product:
     kernel: str
     """A kernel of this library, or the function of PyTorch's that runs instead."""
     tile: MatmulConfig | None
-    """How the kernel cuts the product up; None where PyTorch decides."""
+    """Tile configuration of the kernel; None if PyTorch chooses it."""
     fallback: str
     """Why a slower way was taken; empty if none was."""
 
@@ -55,11 +55,11 @@ class ExplainedLayer:
     out_features: int
     calls: int
     tokens: int | None
-    """Of the largest call; None if the layer was not called."""
+    """Tokens of the largest call; None if the layer was not called."""
     dtype: str
-    """That it computes in, as "bfloat16"."""
+    """Dtype of the computation, such as "bfloat16"."""
     products: tuple[Product, ...]
-    """Of a SwitchBackLinear that was called."""
+    """Matmuls of a SwitchBackLinear that was called; empty for any other layer."""
     fallback: str
     """Why the layer, or some of its products, takes a slower way; empty if none does."""
     reason: str
@@ -79,7 +79,7 @@ class Explanation:
 
     @property
     def int8_share(self) -> float:
-        """Of the layers' weights, by size, that are multiplied in int8."""
+        """Return the share of the layers' weight elements that are multiplied in int8."""
         sizes = [(layer.in_features * layer.out_features, bool(layer.products)) for layer in self.layers]
         return sum(size for size, in_int8 in sizes if in_int8) / max(1, sum(size for size, _ in sizes))
 
@@ -108,11 +108,16 @@ def explain(
 ) -> Explanation:
     """Say how each layer of a converted model computes: strategy, kernels and tiles, and what falls back and why.
 
-    On a GPU the forward and backward of each distinct layer run once, so that a kernel that does not compile here is
-    found. A fall-back is a plainer kernel than the tuned one, an output that TMA cannot store where the GPU has it,
-    operands whose width has them copied, a weight gradient that stays at high precision where int8 was asked for, a
-    CPU without exact ``torch._int_mm``, and a SwitchBackLinear that the model does not call (it may use the weight
-    directly, or not for this input).
+    On a GPU the forward and backward of each distinct layer run once, which finds kernels that do not compile there.
+
+    These are fall-backs:
+
+    - a plainer kernel than the tuned one
+    - an output that TMA cannot store, on a GPU that has TMA
+    - operands that are copied because of their width
+    - a weight gradient that stays at high precision although int8 was asked for
+    - a CPU without exact ``torch._int_mm``
+    - a SwitchBackLinear that the model does not call; it may use the weight directly, or not for this input
 
     Args:
         model: converted, in part or not at all; run once on the sample, in evaluation mode and without gradients.

@@ -1,4 +1,4 @@
-"""How much noise quantizing adds to a model's layers while it trains.
+"""Measure how much noise quantizing adds to a model's layers while it trains.
 
 with Monitor(model, every=100, layers="*.mlp.*", writer=CsvWriter("noise.csv")) as monitor:
     for batch in data:
@@ -28,7 +28,7 @@ Record = dict[str, float]
 
 
 class Writer(Protocol):
-    """Where records go: torch.utils.tensorboard's SummaryWriter is one, :class:`CsvWriter` another."""
+    """Receives the records. torch.utils.tensorboard's SummaryWriter and :class:`CsvWriter` are writers."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> Any: ...
 

@@ -1,4 +1,4 @@
-"""Whether SwitchBack is worth it for a model on this machine, by measurement, and the configuration that follows."""
+"""Measure whether SwitchBack is faster for a model on this machine, and recommend a configuration."""
 
 import dataclasses
 import json
@@ -30,17 +30,17 @@ CANDIDATES = ("switchback", "switchback_memory_efficient")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """All of a layer's call that decides how long it takes."""
+    """Holds the properties of a layer's call that decide how long it takes."""
 
     tokens: int
     in_features: int
     out_features: int
     bias: bool
     dtype: str
-    """That it computes in, as "bfloat16"."""
+    """Dtype of the computation, such as "bfloat16"."""
     weight_dtype: str
     trains: bool
-    """Whether its weight wants a gradient; a frozen one's backward has one product, not two."""
+    """True if the weight requires a gradient. The backward of a frozen weight has one matmul instead of two."""
 
     def new_layer(self, recipe: str, device: torch.device) -> nn.Linear:
         """Return an nn.Linear of this shape, or what a recipe makes of it."""
@@ -57,15 +57,15 @@ class MeasuredLayer(LayerShape):
     fqns: tuple[str, ...]
     """The layers that have it, once for each of their calls."""
     milliseconds: dict[str, float]
-    """By recipe, and of nn.Linear."""
+    """Time of a training step for each recipe, and for nn.Linear."""
     saved_bytes: dict[str, int]
-    """What one layer keeps for its backward."""
+    """Bytes that one layer keeps for its backward, for each recipe and for nn.Linear."""
     recipe: str | None
     """The fastest, if it is 2 % faster than nn.Linear."""
 
     @property
     def speed_up(self) -> float:
-        """Of the best recipe over nn.Linear, recommended or not."""
+        """Return the speed-up of the fastest recipe over nn.Linear, recommended or not."""
         return self.milliseconds[LINEAR] / min(ms for name, ms in self.milliseconds.items() if name != LINEAR)
 
 
@@ -76,7 +76,7 @@ class MeasuredModel:
     milliseconds: float
     milliseconds_converted: float
     saved_bytes: int
-    """What it keeps for its backward, all layers together."""
+    """Bytes that all layers of the model together keep for the backward."""
     saved_bytes_converted: int
 
     @property
@@ -86,7 +86,7 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What was measured, and the configuration that follows. Printed, it is a table."""
+    """Holds the measurements and the recommended configuration. Printed, it is a table."""
 
     device: str
     layers: tuple[MeasuredLayer, ...]
@@ -108,13 +108,16 @@ class Recommendation:
 
     @property
     def linear_speed_up(self) -> float:
-        """Of all linear layers that were measured, together."""
+        """Return the speed-up of all measured linear layers together, as recommended over nn.Linear."""
         before, after = self._totals("milliseconds")
         return before / after
 
     @property
     def linear_saved_bytes(self) -> tuple[int, int]:
-        """What they keep for their backward as nn.Linear and as recommended; an input of several counts for each."""
+        """Return the bytes that they keep for the backward, as nn.Linear and as recommended.
+
+        An input that several layers share counts once per layer.
+        """
         return self._totals("saved_bytes")
 
     def _totals(self, quantity: str) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""What the commands share: flags, models from the command line, and progress."""
+"""Define what the commands share: flags, models from the command line, and progress."""
 
 import importlib
 import json

@@ -35,8 +35,8 @@ class Finding(NamedTuple):
 def doctor(json: JsonFlag = False) -> None:
     """Say what is installed, which kernels run on this GPU, and test them against the CPU, in seconds.
 
-    The INT8 matmuls and quantizers must give the very bits that the CPU's definition gives. Without a GPU the CPU's
-    own path is tested. Exits with 1 if anything failed; a note is nothing to worry about.
+    The INT8 matmuls and quantizers must be bit-identical to the CPU's definition. Without a GPU the CPU's own path is
+    tested. Exits with 1 if anything failed; a note is nothing to worry about.
 
     Examples:
 

@@ -50,7 +50,7 @@ def all_reduce_max(bits: torch.Tensor, groups: Iterable[dist.ProcessGroup]) -> t
 
 @dataclass
 class WeightAbsmax:
-    """How a weight is scaled and, until the weight changes, its absmax. All views of the weight share it.
+    """Holds how a weight is scaled and, until the weight changes, its absmax. All views of the weight share it.
 
     Two are equal if they scale alike.
     """
@@ -61,9 +61,9 @@ class WeightAbsmax:
     tensor_parallel: dist.ProcessGroup | None = None
     """The group of the other parts, if one absmax covers them too."""
     tensor_parallel_dims: int = 0
-    """How many dimensions of the sharded weight's mesh are tensor parallelism's."""
+    """Number of dimensions of the sharded weight's mesh that belong to tensor parallelism."""
     writes: int = field(default=0, init=False, compare=False)
-    """Through wrappers. Autograd's version counter does not run below them, and counts those past them."""
+    """Number of writes through wrappers. Autograd's version counter does not run below them; it counts other writes."""
     _known: torch.Tensor | None = field(default=None, init=False, compare=False)
     _seen: tuple[int, int] = field(default=(-1, -1), init=False, compare=False)
 
@@ -98,7 +98,7 @@ class WeightShard(NamedTuple):
 
     @property
     def rows(self) -> slice:
-        """Those of the whole weight that this shard has, or has parts of."""
+        """Return the rows of the whole weight that this shard holds, or holds parts of."""
         is_cut_by_rows = self.padded_rows < self.absmax.shape[0]
         start = self.padded_rows * self.mesh.get_local_rank(self.mesh_dim) if is_cut_by_rows else 0
         return slice(start, start + self.data.shape[0])

@@ -1,4 +1,4 @@
-"""How a bridge imports the library that it is for."""
+"""Import the library that an integration is for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

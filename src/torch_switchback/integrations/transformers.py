@@ -86,7 +86,7 @@ class _LogHistory:
 
 @register_quantization_config(_METHOD)
 class SwitchBackQuantizationConfig(QuantizationConfigMixin):
-    """What a model's config.json says of its conversion. The checkpoint itself stays nn.Linear's.
+    """Describes a model's conversion in its config.json. The checkpoint itself stays nn.Linear's.
 
     Args:
         config: :func:`torch_switchback.convert_to_switchback`'s.

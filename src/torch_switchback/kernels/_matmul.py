@@ -1,4 +1,4 @@
-"""What the matmul kernels share: their operands, and the arithmetic of scales, bias and one rounding."""
+"""Define what the matmul kernels share: their operands, and the arithmetic of scales, bias and one rounding."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ K_CHUNK = 131072
 
 
 class Operands(NamedTuple):
-    """What a kernel reads, and the output that it fills."""
+    """Holds the tensors that a kernel reads, and the output that it fills."""
 
     a: torch.Tensor  # [M, K] int8, K contiguous
     b: torch.Tensor  # [K, N] int8, K contiguous

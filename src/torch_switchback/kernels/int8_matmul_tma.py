@@ -100,7 +100,7 @@ def plan_tma(operands: Operands, absmax_per_col: bool, config: MatmulConfig) -> 
 
 
 class Box(NamedTuple):
-    """What a tensor descriptor says of a block that TMA moves."""
+    """Describes a block that TMA moves, as a tensor descriptor needs it."""
 
     kind: type  # of descriptor: Triton's or Gluon's
     shape: list[int]

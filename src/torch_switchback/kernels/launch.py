@@ -26,7 +26,7 @@ MAX_PLANS = 10_000
 """A few per layer shape are in use. All are forgotten at once before they could grow without bound."""
 
 RUN_IS_KNOWN = triton.__version__.startswith("3.")
-"""Whether ``CompiledKernel.run`` takes the arguments that it takes in Triton 3.6 to 3.9."""
+"""True if ``CompiledKernel.run`` takes the arguments that it takes in Triton 3.6 to 3.9."""
 
 Plan = Callable[..., None]
 """It takes an operation's arguments and then its empty outputs, which it fills."""

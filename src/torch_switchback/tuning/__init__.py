@@ -1,4 +1,4 @@
-"""Which tiles a matmul runs with: measured data, one table per architecture, each row with what measured it."""
+"""Choose the tiles of a matmul from measured data: one table per architecture, each row with what measured it."""
 
 import functools
 import math

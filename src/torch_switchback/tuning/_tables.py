@@ -18,7 +18,7 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """How an INT8 matmul is cut up. Results do not depend on it, only the time does.
+    """Tile configuration of an INT8 matmul. It changes the time, not the results.
 
     Raises:
         ValueError: kernel is none of the three, another field is no positive int, or a block or num_warps is no
@@ -90,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Served:
-    """What the tiles of an architecture may count on."""
+    """Describes the hardware that the tiles of an architecture may rely on."""
 
     shared_memory_kib: int  # for one program
     tma: bool  # whether rows with tma run there; they rely on Hopper's wgmma and its shared memory
