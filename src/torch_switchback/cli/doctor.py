@@ -23,7 +23,10 @@ CONFIGS = (
     MatmulConfig("tma", 128, 128, 128, 8, num_stages=3, num_warps=4),
     MatmulConfig("warp_specialized", 128, 256, 128, 8, num_stages=3, num_warps=8),
 )
-PACKAGES = "triton torchao matplotlib safetensors bitsandbytes transformers peft lightning accelerate".split()
+PACKAGES = (
+    "triton torchao matplotlib safetensors bitsandbytes transformers peft lightning accelerate torchtitan "
+    "open_clip_torch"
+).split()
 
 
 class Finding(NamedTuple):
