@@ -624,3 +624,25 @@ def test_revert_takes_a_subclass_only_to_what_it_names_itself():
     assert len(warned) == 2
     assert [type(module) for module in model] == [Plain, *kept]
     assert vars(model[0]).keys() == vars(nn.Linear(8, 8)).keys()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda heads: dict(enumerate(heads))], ids=["list", "tuple", "dict"])
+def test_heads_in_a_python_container_stay(kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(1024, 2048, device="meta") for _ in range(2)])
+
+        def get_output_embeddings(self):
+            return kind(self.heads)
+
+    model = ts.convert_to_switchback(Model())
+    assert [type(head) for head in model.heads] == [nn.Linear, nn.Linear]
+
+
+def test_a_model_whose_output_embeddings_cannot_be_asked_for_is_converted():
+    class Model(nn.Sequential):
+        def get_output_embeddings(self):
+            raise RuntimeError("no head")
+
+    assert type(ts.convert_to_switchback(Model(nn.Linear(1024, 1024)))[0]) is SwitchBackLinear

@@ -288,3 +288,33 @@ def test_a_parametrized_weight_is_not_changed():
 def test_arguments_of_another_type_are_named(function, arguments, name):
     with pytest.raises(TypeError, match=name):
         function(*arguments)
+
+
+class Scaled(nn.Linear):
+    def forward(self, scale, x):
+        return super().forward(x) * scale
+
+
+class UsesScaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain, self.scaled = nn.Linear(32, 32), Scaled(32, 32)
+
+    def forward(self, x):
+        return self.scaled(2, self.plain(x))
+
+
+def test_a_subclass_of_linear_may_take_other_arguments():
+    assert ts.explain(UsesScaled(), torch.randn(4, 32))
+    assert ts.recommend(UsesScaled(), torch.randn(4, 32), seconds=0.01)
+
+
+def test_a_model_on_the_meta_device_is_explained():
+    layer = ts.SwitchBackLinear(32, 32, device="meta")
+    assert ts.explain(layer, torch.empty(4, 32, device="meta")).layers[0].tokens == 4
+
+
+def test_a_prepared_layer_computes_in_the_dtype_of_its_weight():
+    layer = ts.SwitchBackLinear(64, 64, bias=False, dtype=torch.bfloat16)
+    layer.prepare_for_eval()
+    assert ts.explain(layer, tokens=8).layers[0].dtype == "bfloat16"

@@ -426,6 +426,24 @@ def test_transforms_of_torch_func_are_refused_by_name(transform, device):
         transform(make_layer(SwitchBackConfig(), device=device), torch.randn(3, 64, device=device))
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@strategies
+def test_an_output_without_a_gradient_gives_the_weight_none(config, device):
+    layer = make_layer(config, device=device)
+    NoGradient.apply(layer(torch.randn(3, 64, device=device))).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
+
+
 def test_a_layer_without_a_weight_is_refused_by_name(device):
     layer = SwitchBackLinear(64, 48, device=device)
     layer.weight = None

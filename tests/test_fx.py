@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from testing import convert_all
-from torch_switchback import SwitchBackConfig
+from torch_switchback import SwitchBackConfig, SwitchBackLinear
 
 CONFIGS = [
     SwitchBackConfig(),
@@ -72,3 +72,25 @@ def test_torch_onnx_export_is_refused_by_name(dynamo):
     model = convert_all(nn.Sequential(nn.Linear(8, 16))).eval()
     with pytest.raises(Exception, match=r"SwitchBackLinear.*revert_switchback"):
         torch.onnx.export(model, (torch.randn(2, 8),), io.BytesIO(), dynamo=dynamo)
+
+
+class Shifted(SwitchBackLinear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def hooked():
+    layer = SwitchBackLinear(8, 8)
+    layer.register_forward_pre_hook(lambda module, args: args[0] * 2)
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [hooked, lambda: nn.Sequential(Shifted(8, 8)), lambda: SwitchBackLinear(8, 8)],
+    ids=["hooks", "subclass", "root"],
+)
+def test_what_surrounds_the_forward_runs_once(model):
+    model, x = model(), torch.randn(2, 8)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

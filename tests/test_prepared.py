@@ -380,3 +380,17 @@ def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, dev
     assert layer.weight_int8.dtype == torch.int8
     layer.prepare_for_training()
     assert layer.weight.dtype == layer.bias.dtype
+
+
+@pytest.mark.parametrize("config", ["switchback", "rowwise"])
+def test_a_layer_made_ready_in_inference_mode_trains(config):
+    prepared, plain = (SwitchBackLinear(32, 32, config=config) for _ in range(2))
+    prepared.prepare_for_eval()
+    with torch.inference_mode():
+        plain.load_state_dict(prepared.state_dict())
+        prepared.prepare_for_training()
+    x = torch.randn(4, 32, requires_grad=True)
+    plain.eval()(x).sum().backward()
+    assert x.grad is not None
+    prepared(x).sum().backward()
+    assert prepared.weight.grad is not None

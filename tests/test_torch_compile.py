@@ -160,6 +160,32 @@ def test_an_exported_program_trains(config, strict, device):
             assert torch.equal(parameter.grad, expected.grad)
 
 
+@strategies
+def test_a_decomposed_program_trains(config, device):
+    model, x = make_model(config, device), torch.randn(8, 64, device=device)
+    decomposed = torch.export.export(model, (x,)).run_decompositions().module()
+    model(x).square().sum().backward()
+    decomposed(x).square().sum().backward()
+    for parameter, expected in zip(decomposed.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_program_runs_under_autocast(device):
+    layer = convert_all(nn.Linear(64, 32)).to(device)
+    x = torch.randn(8, 64, device=device)
+    exported = torch.export.export(layer, (x,)).module()
+    with torch.autocast(device, torch.bfloat16):
+        assert exported(x).dtype == torch.bfloat16
+        assert torch.equal(exported(x), layer(x))
+
+
+def test_transforms_of_an_exported_program_are_refused_by_name(device):
+    x = torch.randn(8, 64, device=device)
+    exported = torch.export.export(convert_all(nn.Linear(64, 32)).to(device), (x,)).module()
+    with pytest.raises(NotImplementedError, match="revert_switchback"):
+        torch.func.grad(lambda x: exported(x).sum())(x)
+
+
 def test_an_exported_program_of_prepared_layers_passes_gradients_on(device):
     model = make_model(ts.SwitchBackConfig("rowwise"), device)
     for module in (model[1], model[3]):

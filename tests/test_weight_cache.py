@@ -316,3 +316,14 @@ def test_other_int8_values_are_seen(scaling, device):
     assert_same(torch.autograd.grad(layer(x).sum(), x)[0], 2 * torch.autograd.grad(other(x).sum(), x)[0])
     layer.prepare_for_training()
     assert layer(x).requires_grad
+
+
+def test_a_weight_that_was_frozen_meanwhile_is_quantized_anew():
+    layer = ts.SwitchBackLinear(32, 32, config=ts.SwitchBackConfig(cache_quantized_weight=True))
+    x = torch.randn(4, 32)
+    layer(x)
+    layer.requires_grad_(False)
+    layer.weight.data.mul_(2)
+    layer(x)
+    layer.requires_grad_(True)
+    assert torch.equal(layer(x), ts.switchback_linear(x, layer.weight, layer.bias))

@@ -9,7 +9,7 @@ import torch
 
 from . import _grad_weight
 from .config import SwitchBackConfig
-from .functional import Call, SwitchBackFunction, check
+from .functional import Call, SwitchBackFunction, autocast_input, check, refuse_transforms
 from .ops._library import LIBRARY
 
 
@@ -24,6 +24,9 @@ def _linear(
     rotate_tokens: int | None,
     rotate_features: int | None,
 ) -> torch.Tensor:
+    if torch._C._are_functorch_transforms_active():
+        refuse_transforms()
+    x = autocast_input(x)
     config = SwitchBackConfig(
         weight_scaling=weight_scaling,
         mem_efficient=mem_efficient,
@@ -41,14 +44,23 @@ def _linear(
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, Call(config, None, None, int8_grad_weight))
 
 
+def _trainable_linear(*args: Any) -> torch.Tensor:
+    """Run the layer with its gradients, or pass the operation on where there are none: decompositions keep it whole."""
+    if torch.is_grad_enabled():
+        return _linear(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.torch_switchback.linear.default(*args)
+
+
 LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? weight_absmax, Tensor? bias, str weight_scaling, bool mem_efficient, "
     "str grad_weight, int? rotate_tokens, int? rotate_features) -> Tensor"
 )
-for _key in ("CPU", "CUDA", "Autograd"):
+for _key in ("CPU", "CUDA"):
     LIBRARY.impl("linear", _linear, _key)
+LIBRARY.impl("linear", _trainable_linear, "Autograd")
 torch.library.register_fake(
     "torch_switchback::linear",
-    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, *_: autocast_input(x).new_empty((*x.shape[:-1], weight.shape[0])),
     lib=LIBRARY,
 )

@@ -54,10 +54,12 @@ def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
     method = getattr(module, "get_output_embeddings", None)
     try:
         found = method() if callable(method) else None
-    except (AttributeError, NotImplementedError):  # a model without a head can inherit the method of one that has it
+    except Exception:  # a model without a head can inherit the method of one that has it, or mean something else by it
         return
-    if isinstance(found, nn.Module):
-        yield from found.modules()
+    several = found.values() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else (found,)
+    for head in several:
+        if isinstance(head, nn.Module):
+            yield from head.modules()
 
 
 def look_up(patterns: Mapping[str, Value], fqn: str, default: Value | None = None) -> Value | None:

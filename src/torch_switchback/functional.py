@@ -110,15 +110,10 @@ def linear(
         weight_cache: where the int8 values of this weight stay until it changes.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "switchback_linear: transforms of torch.func (grad, vmap, jvp, …) cannot pass SwitchBackLinear; "
-            "revert_switchback(model) makes its layers nn.Linear"
-        )
+        refuse_transforms()
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = autocast_input(x)
     tracing = torch._C._get_tracing_state()  # of torch.jit.trace, which cannot save an autograd Function
     if not tracing:  # it warns of every comparison; the operation below checks, too
         check(x, weight, bias, weight_absmax, config)
@@ -132,6 +127,22 @@ def linear(
         return torch.ops.torch_switchback.linear(x, weight, weight_absmax, bias, *flags, *rotations)
     call = Call(config, weight_cache, None, _grad_weight.runs_in_int8(config, x, weight))
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
+
+
+def refuse_transforms() -> None:
+    """Raise NotImplementedError: a transform of torch.func is active."""
+    raise NotImplementedError(
+        "switchback_linear: transforms of torch.func (grad, vmap, jvp, …) cannot pass SwitchBackLinear; "
+        "revert_switchback(model) makes its layers nn.Linear"
+    )
+
+
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """Return x in autocast's dtype if autocast is on for its device, as it is for nn.Linear, else x itself."""
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype in FLOAT_DTYPES:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def check(
@@ -240,6 +251,8 @@ class SwitchBackFunction(torch.autograd.Function):
         else:
             ctx.save_for_backward(saved_x, x_absmax, None, None, None)
         ctx.call = call
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # no gradient of the output is none of the weight, and no zeros
         ctx.input_shape = x.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         # A view that autograd does not know as one, so that in-place operations on the output stay allowed.
@@ -248,6 +261,8 @@ class SwitchBackFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Compute the gradients of x, weight and bias that are needed."""
+        if grad_output is None:
+            return None, None, None, None, None
         saved = ctx.saved_tensors
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             grad_input, grad_weight, grad_bias = _gradients(ctx, grad_output, saved)

@@ -13,6 +13,8 @@ from .functional import linear
 from .prepared import PreparedWeight
 from .weight_cache import WeightCache
 
+torch.fx.wrap("linear")  # a node of its own in torch.fx's graphs where the layer is none
+
 
 class SwitchBackLinear(PreparedWeight, nn.Linear):
     """A drop-in nn.Linear for INT8 training (SwitchBack, arXiv 2304.13013).
@@ -69,7 +71,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (*, in_features) -> (*, out_features). Raises as :func:`switchback_linear` does."""
-        if isinstance(input, torch.fx.Proxy):  # a leaf of the traced graph, as layers of torch.nn are
+        if isinstance(input, torch.fx.Proxy) and self._is_leaf_of(input.tracer):
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         config = self.config
         if not torch.compiler.is_compiling():
@@ -84,9 +86,20 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
                     _warn_that_it_does_not_train()
         else:
             weight = self.weight
-        if config.cache_quantized_weight and WeightCache.can_hold(weight):
-            cache = self.__dict__.setdefault("_weight_cache", WeightCache())
+        if config.cache_quantized_weight and isinstance(input, torch.Tensor):
+            if WeightCache.can_hold(weight):
+                cache = self.__dict__.setdefault("_weight_cache", WeightCache())
+            else:  # it may be written to while it is frozen
+                self.__dict__.pop("_weight_cache", None)
         return linear(input, weight, self.bias, config, absmax, cache)
+
+    def _is_leaf_of(self, tracer: torch.fx.Tracer) -> bool:
+        """Return whether torch.fx may record this layer as a module, as it records layers of torch.nn.
+
+        What hooks and subclasses do around this forward is in the graph already, so they get a function's node.
+        """
+        has_hooks = self._forward_hooks or self._forward_pre_hooks
+        return not has_hooks and self is not tracer.root and type(self).forward is SwitchBackLinear.forward
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":  # torch.ao.quantization gives one to all modules, and takes nn.Linear by its exact class

@@ -82,8 +82,10 @@ class PreparedWeight(nn.Module):
         """
         if not self.is_prepared:
             return
-        absmax = self.weight_absmax.expand(self.out_features).contiguous()
-        self._become_unprepared(dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype))
+        with torch.inference_mode(False), torch.no_grad():
+            absmax = self.weight_absmax.expand(self.out_features).contiguous()
+            weight = dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype)
+            self._become_unprepared(weight)
 
     def _become_prepared(self, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
         dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
@@ -148,12 +150,13 @@ class PreparedWeight(nn.Module):
             weight = self._parameters.get("weight")
             if weight is not None and "weight" in found and local_metadata.get("assign_to_params_buffers"):
                 state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], weight)
-            if becomes_prepared and weight is not None:
-                qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=weight.device)
-                absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
-                self._become_prepared(qdata, absmax)
-            elif "weight" in found and self.is_prepared:
-                self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
+            with torch.inference_mode(False):  # whose tensors no later training could use
+                if becomes_prepared and weight is not None:
+                    qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=weight.device)
+                    absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
+                    self._become_prepared(qdata, absmax)
+                elif "weight" in found and self.is_prepared:
+                    self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )

@@ -40,7 +40,8 @@ def layer_calls(
     }
     if tokens is not None:
         for module, calls in found.values():
-            calls.append(Call(tokens, dtype_name(next(iter(module.parameters()), torch.empty(0)).dtype)))
+            dtype = getattr(module, "_weight_dtype", None)  # of a prepared layer, whose weight is int8
+            calls.append(Call(tokens, dtype_name(dtype or next(iter(module.parameters()), torch.empty(0)).dtype)))
         return found
     with contextlib.ExitStack() as hooks, every_layer_called(model), torch.no_grad():
         for module, calls in found.values():
@@ -50,9 +51,12 @@ def layer_calls(
 
 
 def _record(calls: list[Call], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    x = next(iter((*args, *kwargs.values())))
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_DTYPES
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    x = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)), None)
+    if x is None:  # a subclass of nn.Linear takes what it likes
+        return
+    where = x.device.type
+    autocast = where != "meta" and torch.is_autocast_enabled(where) and x.dtype in FLOAT_DTYPES
+    dtype = torch.get_autocast_dtype(where) if autocast else x.dtype
     calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype)))
 
 
