@@ -318,3 +318,10 @@ def test_a_prepared_layer_computes_in_the_dtype_of_its_weight():
     layer = ts.SwitchBackLinear(64, 64, bias=False, dtype=torch.bfloat16)
     layer.prepare_for_eval()
     assert ts.explain(layer, tokens=8).layers[0].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("tokens", [0, 2.5, "8", True], ids=repr)
+@pytest.mark.parametrize("function", [ts.explain, ts.recommend])
+def test_tokens_are_a_positive_int(function, tokens):
+    with pytest.raises(ValueError, match="tokens"):
+        function(nn.Linear(8, 8), tokens=tokens)

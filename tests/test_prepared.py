@@ -394,3 +394,11 @@ def test_a_layer_made_ready_in_inference_mode_trains(config):
     assert x.grad is not None
     prepared(x).sum().backward()
     assert prepared.weight.grad is not None
+
+
+def test_a_layer_that_was_cut_smaller_comes_back():
+    layer = SwitchBackLinear(64, 64, config="rowwise")
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:32].detach()), nn.Parameter(layer.bias[:32].detach())
+    layer.prepare_for_eval()
+    layer.prepare_for_training()
+    assert layer.weight.shape == (32, 64)

@@ -220,3 +220,15 @@ def test_progress_comes_before_the_model_runs(times):
     model.register_forward_pre_hook(lambda *_: steps.append("run") if steps[-1:] != ["run"] else None)
     ts.recommend(model, torch.randn(8, 32), seconds=0, progress=lambda found, following: steps.append(following))
     assert steps == ["the model on its sample", "run", "1/1  8 tokens, 32 → 16", "the model", "run"]
+
+
+def test_a_layer_in_float64_is_left():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.wide = nn.Linear(32, 32), nn.Linear(32, 4).double()
+
+        def forward(self, x):
+            return self.wide(self.plain(x).double())
+
+    assert "float64" in ts.recommend(Model(), torch.randn(4, 32), seconds=0.01).left["wide"]

@@ -83,7 +83,7 @@ class PreparedWeight(nn.Module):
         if not self.is_prepared:
             return
         with torch.inference_mode(False), torch.no_grad():
-            absmax = self.weight_absmax.expand(self.out_features).contiguous()
+            absmax = self.weight_absmax.expand(self.weight_int8.shape[0]).contiguous()
             weight = dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype)
             self._become_unprepared(weight)
 

@@ -31,8 +31,8 @@ def layer_calls(
         raise TypeError(f"sample_input must be a tensor, a tuple of arguments or a mapping of keywords, got {kind}")
     if (sample_input is None) == (tokens is None):
         raise ValueError("give either sample_input or tokens")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens must be positive, got {tokens}")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise ValueError(f"tokens must be a positive int, got {tokens!r}")
     found: dict[str, tuple[nn.Linear, list[Call]]] = {
         fqn.replace("_orig_mod.", ""): (module, [])
         for fqn, module in model.named_modules()

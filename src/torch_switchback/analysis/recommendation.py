@@ -18,6 +18,7 @@ from ..config import config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter
 from ..nn import SwitchBackLinear
+from ..ops._validation import FLOAT_DTYPES
 from .layer_calls import describe, device_of, dtype_name, every_layer_called, layer_calls, run
 from .layer_steps import compare_layers, random_inputs, saved_bytes
 
@@ -227,6 +228,8 @@ def recommend(
             reason = "a subclass of nn.Linear"
         if not calls:
             reason = "the model did not call it"
+        if odd := [call.dtype for call in calls if getattr(torch, call.dtype) not in FLOAT_DTYPES]:
+            reason = f"it computes in {odd[0]}"
         if reason:
             left[fqn] = reason
             continue
