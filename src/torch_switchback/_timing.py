@@ -10,7 +10,6 @@ import math
 import os
 import random
 import statistics
-import time
 import timeit
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -125,18 +124,23 @@ def interleaved(
 
 
 def elapsed_ms(calls: Iterator[Callable[[], object]], repeats: int, device: torch.device) -> float:
-    """Return the milliseconds of so many calls in a row, without Python's garbage collection.
+    """Return the milliseconds of so many calls in a row, the GPU's if there is one, without garbage collection.
 
     ``triton.testing.do_bench`` does not serve for whole layers: it clears the L2 cache in front of each call, behind
     which up to 60 µs of CPU overhead hide, and it needs a GPU.
     """
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return timeit.Timer(lambda: next(calls)(), timer=now).timeit(repeats) * 1e3
+    timer = timeit.Timer(lambda: next(calls)())
+    if device.type != "cuda":
+        return timer.timeit(repeats) * 1e3
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if repeats > 1:  # a call in front keeps the GPU busy while the CPU issues the timed ones
+        next(calls)()
+    start.record()
+    timer.timeit(repeats)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def speed_up(record: Record, over: Record | None) -> Record:
