@@ -144,7 +144,8 @@ def convert_to_switchback(
         if not isinstance(pattern, str):
             raise TypeError(f"convert_to_switchback: config must map layers' names, which are strings, got {pattern!r}")
     patterns = {pattern: None if asked is None else config_of(asked) for pattern, asked in by_pattern.items()}
-    default = default_filter(model)
+    # Looked up only where it decides: it asks the model for its output embeddings.
+    default = default_filter(model) if module_filter_fn is None else lambda layer, fqn: ""
     names = module_names(model)
     kept: list[str] = []  # layers that have another configuration than config asks for
 
@@ -252,15 +253,15 @@ def _report(
     owner: nn.Module, reasons: Mapping[str, str], compiled: Container[nn.Module] | None = None
 ) -> ConversionReport:
     """Return the report of a model, given why layers were left, and which parts are compiled; None: just converted."""
-    listed = [(fqn, module) for fqn, module in owner.named_modules() if _sizes(module) is not None]
-    is_run = any(isinstance(module, SwitchBackLinear) and module._was_called for _, module in listed)
+    listed = [(fqn, module, sizes) for fqn, module in owner.named_modules() if (sizes := _sizes(module))]
+    is_run = any(isinstance(module, SwitchBackLinear) and module._was_called for _, module, _ in listed)
     rows: list[ConvertedLayer] = []
-    for fqn, module in listed:
+    for fqn, module, sizes in listed:
         config, reason = None, _why_never(module) or reasons.get(fqn) or _SINCE
         if isinstance(module, SwitchBackLinear):
             is_missed = is_run and compiled is not None and not module._was_called and module not in compiled
             config, reason = module.config, _UNCALLED if is_missed else ""
-        rows.append(ConvertedLayer(fqn, type(module).__name__, *(_sizes(module) or (0, 0)), config, reason))
+        rows.append(ConvertedLayer(fqn, type(module).__name__, *sizes, config, reason))
     return ConversionReport(tuple(rows))
 
 

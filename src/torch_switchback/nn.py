@@ -1,8 +1,7 @@
 """SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
 
-import functools
 import warnings
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -121,7 +120,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")
 
 
-@functools.cache
+@cache
 def _warn_that_it_does_not_train() -> None:
     warnings.warn(
         "SwitchBackLinear is prepared and called in training mode, with gradients: its weight does not train; call "

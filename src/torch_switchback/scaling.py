@@ -35,9 +35,8 @@ class Scaling:
     fused_rowwise: bool | None = None
     """The argument ``rowwise`` of ``int8_linear``, or None if it cannot compute this scheme.
 
-    Unless it is None, ``int8_linear`` and ``int8_linear_grad_input`` quantize a plain weight, and
-    quantize_weight and quantize_weight_transpose are not called for it. A subclass inherits it, so
-    one that quantizes the weight differently must set None.
+    Unless it is None, ``int8_linear`` and ``int8_linear_grad_input`` quantize a plain weight, and quantize_weight and
+    quantize_weight_transpose are not called for it. Only :func:`_schemes` sets it, so that no subclass inherits it.
     """
 
     def __init__(self, ops: SimpleNamespace) -> None:
@@ -126,7 +125,7 @@ class RotatedScaling(Scaling):
 
 def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
     by_layer, by_row = GlobalScaling(ops), RowwiseScaling(ops)
-    by_layer.fused_rowwise, by_row.fused_rowwise = False, True  # of these alone: a subclass quantizes differently
+    by_layer.fused_rowwise, by_row.fused_rowwise = False, True
     schemes: dict[tuple[str, int | None], Scaling] = {("global", None): by_layer, ("rowwise", None): by_row}
     return schemes | {("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS}
 

@@ -2,7 +2,8 @@
 
 import importlib.util
 import warnings
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
@@ -71,35 +72,28 @@ def dequantize_rowwise(x: Tensor, state_x: Tensor) -> Tensor:
     return ops.dequantize_rowwise(x, _absmax("dequantize_rowwise", "state_x", state_x, x.shape[0]))
 
 
-def int8_matmul_mixed_dequantize(
-    a: Tensor,
-    b: Tensor,
-    state_x: Tensor,
-    state_w: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """Return :func:`torch_switchback.ops.int8_matmul_mixed_dequantize` by the first value of state_w."""
-    state_x = _absmax("int8_matmul_mixed_dequantize", "state_x", state_x, a.shape[0])
-    state_w = _absmax("int8_matmul_mixed_dequantize", "state_w", state_w, 1)
-    return ops.int8_matmul_mixed_dequantize(a, b, state_x, state_w, bias, out_dtype)
+def _with_states(matmul: Callable[..., Tensor], one_per_column: bool) -> Callable[..., Tensor]:
+    """Return a matmul of :mod:`torch_switchback.ops` that takes states of any dtype and shape."""
+
+    @wraps(matmul)
+    def call(
+        a: Tensor,
+        b: Tensor,
+        state_x: Tensor,
+        state_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float16,
+    ) -> Tensor:
+        state_x = _absmax(matmul.__name__, "state_x", state_x, a.shape[0])
+        state_w = _absmax(matmul.__name__, "state_w", state_w, b.shape[1] if one_per_column else 1)
+        return matmul(a, b, state_x, state_w, bias, out_dtype)
+
+    return call
 
 
+int8_matmul_mixed_dequantize = _with_states(ops.int8_matmul_mixed_dequantize, one_per_column=False)
 int8_matmul_mixed_dequanitze = int8_matmul_mixed_dequantize  # spelled so up to 0.41
-
-
-def int8_matmul_rowwise_dequantize(
-    a: Tensor,
-    b: Tensor,
-    state_x: Tensor,
-    state_w: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """Return :func:`torch_switchback.ops.int8_matmul_rowwise_dequantize`."""
-    state_x = _absmax("int8_matmul_rowwise_dequantize", "state_x", state_x, a.shape[0])
-    state_w = _absmax("int8_matmul_rowwise_dequantize", "state_w", state_w, b.shape[1])
-    return ops.int8_matmul_rowwise_dequantize(a, b, state_x, state_w, bias, out_dtype)
+int8_matmul_rowwise_dequantize = _with_states(ops.int8_matmul_rowwise_dequantize, one_per_column=True)
 
 
 def _absmax(op: str, name: str, state: Tensor, count: int) -> Tensor:
