@@ -1,4 +1,4 @@
-"""Where training ends: a GPT on Python sources, with every recipe from several seeds.
+"""Train a GPT on Python sources to the end, with every recipe from several seeds.
 
     python benchmarks/bench_training.py
     CUDA_VISIBLE_DEVICES=1 python benchmarks/bench_training.py --recipe switchback --recipe rowwise

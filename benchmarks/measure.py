@@ -56,7 +56,8 @@ __all__ = [  # what the benchmarks take from here; the timing is the package's
 Columns = dict[str, tuple[str, str]]  # by key of a record: header and format
 
 RESULTS = Path(__file__).parent / "results"
-SKIPPED = "Skipped: no time was left (--budget)"
+NO_TIME = "no time was left (--budget)"
+SKIPPED = f"Skipped: {NO_TIME}"  # the reason of a candidate that raised Skipped
 SPEED_UP: Columns = {
     "speed_up": ("over nn.Linear", "{:.2f} ×"),
     "speed_up_p10": ("10th", "{:.2f}"),
@@ -93,7 +94,7 @@ class Skipped(Exception):
 
 
 class Bench:
-    """What a benchmark's function for one case gets: where to measure, and how long."""
+    """Says where to measure and how long, to a benchmark's function for one case."""
 
     def __init__(self, device: str, seconds: float, tiny: bool) -> None:
         self.device, self.tiny = torch.device(device), tiny
@@ -116,7 +117,7 @@ class Bench:
     def build_in_time(self, candidate: Candidate) -> Cycle:
         """Build a candidate, unless the deadline is over."""
         if time.monotonic() > self.deadline:
-            raise Skipped(SKIPPED.removeprefix("Skipped: "))
+            raise Skipped(NO_TIME)
         return candidate.build()
 
 

@@ -244,7 +244,7 @@ def gpt(document: Record) -> str:
 
 
 def verdict(relative: float, error: float) -> str:
-    """Whether a difference is within TOLERANCE, and whether its standard error allows to say so."""
+    """Say if a difference is within TOLERANCE, and if its standard error allows to say so."""
     if math.isnan(error):
         return "–"
     if abs(relative) + 2 * error <= TOLERANCE:

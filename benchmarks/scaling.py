@@ -23,7 +23,7 @@ BANDWIDTHS_GB = (400.0, 100.0, 25.0, 10.0)
 
 
 class Model(NamedTuple):
-    """What FSDP2 shards, in numbers of elements."""
+    """Counts the elements that FSDP2 shards."""
 
     weights: int  # of the layers that can gather int8
     others: int  # of the same blocks: biases, norms
