@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def new_model(is_switchback: bool, widths: list[int], config: SwitchBackConfig, 
     layers = [nn.Linear(*pair, device=device, dtype=torch.bfloat16) for pair in itertools.pairwise(widths)]
     model = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
     if is_switchback:
-        convert_to_switchback(model, config=config, module_filter_fn=lambda module, name: True)
+        fields = {"min_tokens": 0} if hasattr(config, "min_tokens") else {}  # which sources to compare with may lack
+        convert_to_switchback(model, config=replace(config, **fields), module_filter_fn=lambda module, name: True)
     return model
 
 

@@ -14,36 +14,33 @@ import sysconfig
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import peers
 import results_file
-import torch_switchback as ts
 from demo import GPT, PRESETS, Corpus, Run, Settings, load_corpus
 from measure import RESULTS, reason_of
 from peers import compile_in_place, convert
 from results_file import Record
-from torch_switchback import SwitchBackConfig, _grad_weight
+from torch_switchback import SwitchBackConfig
 from training_statistics import AGAIN
 
 OURS: dict[str, SwitchBackConfig | None] = {
     "linear": None,
     AGAIN: None,  # from weights that are larger by a millionth, to see how far runs of one recipe end apart by chance
-    **{name: ts.RECIPES[name] for name in ("switchback", "switchback_memory_efficient", "rowwise")},
-    "all int8": SwitchBackConfig(grad_weight="int8"),
-    "all int8, not rotated": SwitchBackConfig(grad_weight="int8", rotate_tokens=None),
+    **{name: peers.RECIPES[name] for name in ("switchback", "switchback_memory_efficient", "rowwise")},
+    "all int8": peers.RECIPES["switchback_int8_grad_weight"],
+    "all int8, not rotated": SwitchBackConfig(grad_weight="int8", rotate_tokens=None, min_tokens=0),
 }
 RECIPES = (*OURS, "torchao float8 tensorwise")
 SNR_SEED = 0
 to_recipe = partial(convert, recipes=OURS)
 
 
-# The model's layers are so small that the rule would leave some of them in 16 bit.
-@patch.object(_grad_weight, "int8_grad_weight_wins", new=lambda tokens, in_features, out_features: True)
 def train(recipe: str, seed: int, corpus: Corpus, preset_name: str, steps: int, final_batches: int) -> Record:
     """Train once and return the record. If the run fails, the record has a ``reason``."""
     preset = PRESETS[preset_name]

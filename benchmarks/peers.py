@@ -1,6 +1,7 @@
 """The layers that are compared: nn.Linear, SwitchBack's recipes and torchao's layers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from shapes import Shape
 from torch_switchback import SwitchBackConfig, convert_to_switchback
 
 RECIPES: dict[str, SwitchBackConfig | None] = {"linear": None} | {
-    name: ts.RECIPES[name]
+    name: replace(ts.RECIPES[name], min_tokens=0)  # always int8, on small layers too
     for name in (
         "switchback",
         "switchback_memory_efficient",

@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 import results_file
 from measure import RESULTS
 from results_file import Record
-from torch_switchback import SwitchBackConfig, _grad_weight, switchback_linear
+from torch_switchback import SwitchBackConfig, switchback_linear
 
 SIZE = 2048  # tokens and features of the output and of grad_input
 IN, OUT = 2048, 256  # features of grad_weight
@@ -96,9 +95,7 @@ def int8_grad_input(rows: Tensor, weight: Tensor, config: SwitchBackConfig) -> T
 def int8_grad_weight(x: Tensor, grad: Tensor, rotate_tokens: int | None) -> Tensor:
     weight = torch.zeros(grad.shape[1], x.shape[1], requires_grad=True)
     config = SwitchBackConfig(grad_weight="int8", rotate_tokens=rotate_tokens)
-    with patch.object(_grad_weight, "int8_grad_weight_wins", return_value=True):  # for few features, too
-        y = switchback_linear(x, weight, config=config)
-    return torch.autograd.grad(y, weight, grad)[0]
+    return torch.autograd.grad(switchback_linear(x, weight, config=config), weight, grad)[0]
 
 
 GRAD_WEIGHT_FORMATS: dict[str, Matmul] = {

@@ -24,20 +24,21 @@ def device(request) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def int8_grad_weight_rule():
-    """Take ``grad_weight="int8"`` at its word on the tests' small shapes too, and return the rule that would not."""
-    from torch_switchback import _grad_weight
+def break_even_rule():
+    """Convert the tests' small layers too, always int8, and return the rule that would not."""
+    from torch_switchback import convert
 
-    rule = _grad_weight.int8_grad_weight_wins
+    rule = convert.with_min_tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_grad_weight, "int8_grad_weight_wins", lambda tokens, in_features, out_features: True)
+        patch.setattr(convert, "with_min_tokens", lambda config, layer: config)
         yield rule
 
 
 @pytest.fixture
-def int8_grad_weight_where_it_wins(int8_grad_weight_rule, monkeypatch):
-    """Leave it to the rule whether ``grad_weight="int8"`` computes in int8."""
-    monkeypatch.setattr("torch_switchback._grad_weight.int8_grad_weight_wins", int8_grad_weight_rule)
+def only_where_it_wins(break_even_rule, monkeypatch):
+    """Convert by the rule for an H200: which layers, and from how many tokens on they take int8."""
+    monkeypatch.setattr("torch_switchback.convert.with_min_tokens", break_even_rule)
+    monkeypatch.setattr("torch_switchback.filters._where", lambda device: "sm_90")
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,8 @@ def with_sample():
     return Builders.plain(), torch.randn(6, 16)
 
 def converted():
-    model = ts.convert_to_switchback(Builders.plain(), module_filter_fn=lambda module, fqn: fqn == "0")
+    first = {"0": ts.SwitchBackConfig(min_tokens=0)}
+    model = ts.convert_to_switchback(Builders.plain(), config=first)
     return model, {"input": torch.randn(6, 16)}
 
 def no_model():
@@ -170,12 +171,11 @@ def test_explain_converts_what_is_not_converted(folder):
     assert {row["tokens"] for row in rows} == {5}
 
 
-@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
 def test_explain_strictly(folder):
-    (folder / "map.json").write_text(json.dumps({"lm_head": "switchback_int8_grad_weight"}))
-    arguments = ("explain", "some_models:llama", "--config", "map.json", "--tokens", "5", "--device", "cpu")
-    assert "at high precision" in call(*arguments).stdout
-    assert "1 of 7 layers fall back" in call(*arguments, "--strict", code=1).stderr
+    (folder / "narrow.py").write_text("import torch\n\ndef model():\n    return torch.nn.Linear(1, 8)\n")
+    arguments = ("explain", "narrow:model", "--config", "switchback", "--tokens", "5", "--device", "cpu")
+    assert "is wrong at inner dimension 1" in call(*arguments).stdout
+    assert "1 of 1 layers fall back" in call(*arguments, "--strict", code=1).stderr
 
 
 # recommend

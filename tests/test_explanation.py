@@ -139,13 +139,15 @@ def test_int8_grad_weight_has_tokens_in_whole_blocks_of_the_rotation():
     assert layer.fallback == ""
 
 
-@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
-def test_int8_grad_weight_that_stays_is_a_fallback():
-    model = ts.convert_to_switchback(nn.Linear(24, 48), config=SwitchBackConfig(grad_weight="int8"))
-    (layer,) = ts.explain(model, torch.randn(70, 24)).layers
-    assert layer.fallback.startswith("grad_weight: at high precision: int8 wins from 2048 tokens")
-    with pytest.raises(explanation.FallbackError, match="the model: grad_weight: at high precision"):
-        ts.explain(model, torch.randn(70, 24), strict=True)
+def test_a_layer_with_too_few_tokens_says_that_it_computes_as_nn_linear():
+    model = ts.convert_to_switchback(nn.Linear(24, 48), config=SwitchBackConfig(min_tokens=71))
+    (layer,) = ts.explain(model, torch.randn(70, 24), strict=True).layers
+    assert layer.products == () and layer.fallback == ""
+    assert layer.reason == "computes as nn.Linear: fewer tokens than its min_tokens=71"
+    explained = ts.explain(model, torch.randn(71, 24))
+    assert explained.layers[0].reason == "" and explained.int8_share == 1
+    model.prepare_for_eval()
+    assert ts.explain(model, torch.randn(70, 24)).layers[0].reason == ""
 
 
 def test_a_layer_that_is_not_called_is_a_fallback(model):

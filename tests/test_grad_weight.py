@@ -1,15 +1,12 @@
 """The int8 weight gradient: how accurate it is, when it is taken, and what it costs where it is not asked for."""
 
-import warnings
-
 import pytest
 import torch
-from torch import nn
 
 import torch_switchback as ts
 from test_signal_to_noise import generator
 from testing import signal_to_noise
-from torch_switchback import SwitchBackConfig, _grad_weight
+from torch_switchback import SwitchBackConfig
 from torch_switchback.ops import _library
 
 INT8 = SwitchBackConfig(grad_weight="int8")
@@ -136,50 +133,6 @@ def test_nothing_is_rotated_where_there_is_no_weight_gradient(layer, calls, devi
     layer.prepare_for_eval()
     layer(x).sum().backward()
     assert calls == []
-
-
-@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
-@pytest.mark.parametrize(
-    ("tokens", "in_features", "out_features", "wins"),
-    [
-        (16_384, 4096, 14_336, True),
-        (65_536, 1280, 5120, True),
-        (65_536, 1280, 1280, False),
-        (2048, 4096, 4096, True),
-        (1024, 4096, 4096, False),
-        (65_536, 768, 768, False),
-        (65_536, 4096, 64, False),
-        (0, 4096, 4096, False),
-    ],
-)
-def test_where_it_wins(tokens, in_features, out_features, wins):
-    assert _grad_weight.int8_grad_weight_wins(tokens, in_features, out_features) == wins
-
-
-@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_small_layer_stays_at_high_precision_and_says_so_once(compiled, calls, device):
-    _grad_weight._warn_once.cache_clear()
-    layer = ts.convert_to_switchback(nn.Linear(64, 48), config=SwitchBackConfig(grad_weight="int8")).to(device)
-    x, grad = torch.randn(5, 64, device=device), torch.randn(5, 48, device=device)
-    forward = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    with pytest.warns(UserWarning, match="grad_weight='int8' stays at high precision"):
-        y = forward(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        layer(torch.randn(7, 64, device=device))
-    (grad_weight,) = torch.autograd.grad(y, layer.weight, grad)
-    torch.testing.assert_close(grad_weight, grad.t() @ x)
-    assert calls == []
-
-
-@pytest.mark.usefixtures("int8_grad_weight_where_it_wins")
-def test_a_large_layer_takes_it(calls, device, monkeypatch):
-    monkeypatch.setattr(_grad_weight, "LEAST_TOKENS", 5)
-    monkeypatch.setattr(_grad_weight, "LEAST_FEATURES", 20)
-    layer = ts.convert_to_switchback(nn.Linear(64, 48), config=SwitchBackConfig(grad_weight="int8")).to(device)
-    layer(torch.randn(2, 3, 64, device=device)).sum().backward()
-    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ import io, sys
 sys.modules["triton"] = None  # importing it raises ImportError
 import torch, torch_switchback as ts
 from torch.nn import Linear, ReLU, Sequential
-every = lambda module, fqn: True
-model = ts.convert_to_switchback(Sequential(Linear(8, 16), ReLU(), Linear(16, 4)), module_filter_fn=every)
+every, int8 = lambda module, fqn: True, ts.SwitchBackConfig(min_tokens=0)
+model = ts.convert_to_switchback(Sequential(Linear(8, 16), ReLU(), Linear(16, 4)), config=int8, module_filter_fn=every)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 x = torch.randn(32, 8)
 losses = []
@@ -50,7 +50,8 @@ for _ in range(2):
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other = ts.convert_to_switchback(Sequential(Linear(8, 16), ReLU(), Linear(16, 4)), module_filter_fn=every)
+    other = Sequential(Linear(8, 16), ReLU(), Linear(16, 4))
+    ts.convert_to_switchback(other, config=int8, module_filter_fn=every)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(x), model(x))
     model[0].prepare_for_eval()

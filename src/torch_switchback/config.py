@@ -1,7 +1,8 @@
 """SwitchBackConfig, which says how a layer computes its three matmuls, and RECIPES, the named ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 WeightScaling = Literal["global", "rowwise"]
 Precision = Literal["high_precision", "int8"]
@@ -29,9 +30,7 @@ class SwitchBackConfig:
             alone, and only if it propagates gradients.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
-            keeps the rotated int8 values of X, which are as small as mem_efficient's. Where quantizing costs more
-            than int8 gains (few features, few tokens; :func:`explain` says which layers), it stays at high precision
-            and warns once. Not for tensor-parallel layers.
+            keeps the rotated int8 values of X, which are as small as mem_efficient's. Not for tensor-parallel layers.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantized
             for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
@@ -41,10 +40,15 @@ class SwitchBackConfig:
             the output and of the input gradient before they are quantized; None: no rotation. It spreads channels that
             are much larger than the others and would leave those a handful of int8 levels (docs/architecture.md). With
             ``weight_scaling="rowwise"`` only, in layers that are neither prepared for evaluation nor tensor-parallel.
+        min_tokens: with fewer tokens in a call the layer computes as nn.Linear does, with W and b cast to x's dtype,
+            and has nn.Linear's own bits and gradients. None: :func:`convert_to_switchback` fills in from how many
+            tokens on int8 is faster; a layer that is not converted takes 0, always int8. Prepared and tensor-parallel
+            layers and weights that are gathered as int8 ignore it, as do ``torch.export`` and compiled code with a
+            symbolic token count.
 
     Raises:
-        ValueError: a value does not exist; or ``rotate_features`` comes with ``weight_scaling="global"``,
-            ``mem_efficient`` or ``all_gather="int8"``.
+        ValueError: a value does not exist; min_tokens is negative; or ``rotate_features`` comes with
+            ``weight_scaling="global"``, ``mem_efficient`` or ``all_gather="int8"``.
     """
 
     weight_scaling: WeightScaling = "global"
@@ -54,6 +58,7 @@ class SwitchBackConfig:
     rotate_tokens: int | None = 64
     all_gather: Precision = "high_precision"
     rotate_features: int | None = None
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         choices = {"weight_scaling": get_args(WeightScaling)}
@@ -63,6 +68,8 @@ class SwitchBackConfig:
             if (value := getattr(self, name)) not in known:
                 one_of = ", ".join(map(repr, known))
                 raise ValueError(f"SwitchBackConfig: {name} must be one of {one_of}, got {value!r}")
+        if self.min_tokens is not None and (type(self.min_tokens) is not int or self.min_tokens < 0):
+            raise ValueError(f"SwitchBackConfig: min_tokens must be None or an int from 0 on, got {self.min_tokens!r}")
         if self.rotate_features is not None:
             needs = {"weight_scaling": "rowwise", "mem_efficient": False, "all_gather": "high_precision"}
             for name, needed in needs.items():
@@ -84,6 +91,8 @@ class SwitchBackConfig:
             parts.append(f"features rotated by {self.rotate_features}")
         if self.grad_weight == "int8":
             parts.append("grad_weight int8" + (f" rotated by {self.rotate_tokens}" if self.rotate_tokens else ""))
+        if self.min_tokens:
+            parts.append(f"from {self.min_tokens} tokens")
         return ", ".join(parts)
 
 
@@ -98,13 +107,15 @@ RECIPES = {
 }
 
 
-def config_of(config: SwitchBackConfig | str) -> SwitchBackConfig:
-    """Return a configuration itself, or the one of a recipe.
+def config_of(config: SwitchBackConfig | str | Mapping[str, Any]) -> SwitchBackConfig:
+    """Return a configuration itself, the one of a recipe, or the one with these fields, as JSON keeps them.
 
     Raises:
-        ValueError: there is no recipe of that name.
-        TypeError: config is something else.
+        ValueError: there is no recipe of that name, or a field's value does not exist.
+        TypeError: config is something else, or there is no such field.
     """
+    if isinstance(config, Mapping):
+        return SwitchBackConfig(**config)
     if isinstance(config, str):
         if config not in RECIPES:
             raise ValueError(f"config: the recipes are {', '.join(RECIPES)}; got {config!r}")

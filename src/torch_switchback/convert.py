@@ -6,9 +6,9 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ from torch import nn
 from . import extensions
 from ._text import table
 from .config import SwitchBackConfig, config_of
-from .filters import default_filter, look_up
+from .filters import default_filter, look_up, with_min_tokens
 from .nn import SwitchBackLinear
 
 Model = TypeVar("Model", bound=nn.Module)
-ConfigOrMap = SwitchBackConfig | str | Mapping[str, SwitchBackConfig | str | None]
+Asked = SwitchBackConfig | str | Mapping[str, Any] | None
+ConfigOrMap = SwitchBackConfig | str | Mapping[str, Asked]
 
 _log = logging.getLogger(__name__)
 _REPORT = "_switchback_report"  # of a model that was converted, as it was then
@@ -107,18 +108,23 @@ def convert_to_switchback(
     and checkpoints stay valid. Subclasses of nn.Linear and layers that are converted already are left alone. Parameters
     in float64 are refused when the layer is called. If a model is refused, nothing of it has been changed.
 
+    A configuration without ``min_tokens`` gets one for each layer: from so many tokens on int8 is faster than nn.Linear
+    on the layer's GPU (docs/tuning.md). A layer that int8 makes faster at no number of tokens stays nn.Linear. A model
+    that is not on a GPU yet is taken to run on the current GPU once the process uses one, else on an H200; with a
+    CPU build of PyTorch on the CPU.
+
     The first process logs one line, at level INFO: how many layers are converted, and the share of the parameters that
     they have. A call that changes nothing about that says nothing again.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
         config: a SwitchBackConfig, the name of a recipe (:data:`RECIPES`), or a mapping from fully qualified names, as
-            fnmatch patterns, to either or to None. A layer takes what stands under its very name, else under the first
-            pattern that matches; under None, or under nothing, it stays nn.Linear. By default the paper's.
+            fnmatch patterns, to either, to a mapping of SwitchBackConfig's fields, or to None. A layer takes what
+            stands under its very name, else under the first pattern that matches; under None, or under nothing, it
+            stays nn.Linear. By default the paper's.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
-            the layer is converted if it returns True, for each of its names if it has several. Without it, layers
-            with too few features for int8 to win, the LM head and LoRA's matrices stay, unless they are the model
-            itself or a mapping has their very name.
+            the layer is converted if it returns True, for each of its names if it has several. Without it, the LM
+            head and LoRA's matrices stay, unless they are the model itself or a mapping has their very name.
 
     Returns:
         The same model.
@@ -153,7 +159,7 @@ def convert_to_switchback(
         """Return a layer's configuration, or why it is left alone."""
         if isinstance(layer, SwitchBackLinear):
             wanted = {look_up(patterns, fqn, layer.config) for fqn in fqns}
-            if config is not None and wanted != {layer.config}:
+            if config is not None and not wanted <= {layer.config, replace(layer.config, min_tokens=None)}:
                 if module_filter_fn is None or all(module_filter_fn(layer, fqn) for fqn in fqns):
                     kept.append(fqns[0])
             return layer.config
@@ -180,7 +186,7 @@ def convert_to_switchback(
         if reason:
             warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=3)
             return reason
-        return asked
+        return with_min_tokens(asked, layer)
 
     reasons: dict[str, str] = {}
     chosen: dict[nn.Module, SwitchBackConfig] = {}

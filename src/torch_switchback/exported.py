@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _grad_weight
 from .config import SwitchBackConfig
-from .functional import Call, SwitchBackFunction, autocast_input, check, refuse_transforms
+from .functional import Call, SwitchBackFunction, autocast_input, check, has_int8_grad_weight, refuse_transforms
 from .ops._library import LIBRARY
 
 
@@ -39,9 +38,8 @@ def _linear(
         raise NotImplementedError(
             "ONNX has no operation for SwitchBackLinear: revert_switchback(model) makes its layers nn.Linear"
         )
-    # The exporter runs this as well, with symbolic shapes, and would keep a choice by the token count as a guard.
-    int8_grad_weight = not torch.compiler.is_exporting() and _grad_weight.runs_in_int8(config, x, weight)
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, Call(config, None, None, int8_grad_weight))
+    call = Call(config, None, None, has_int8_grad_weight(config, weight))
+    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
 
 
 def _trainable_linear(*args: Any) -> torch.Tensor:

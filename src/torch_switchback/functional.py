@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _grad_weight, extensions
+from . import extensions
 from .config import SwitchBackConfig, config_of
 from .ops._numerics import quantize_traceably
 from .ops._validation import (
@@ -109,6 +109,8 @@ def linear(
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
         weight_cache: where the int8 values of this weight stay until it changes.
     """
+    if config.min_tokens and weight_absmax is None and _has_few_tokens(x, weight, config.min_tokens):
+        return _high_precision_linear(x, weight, bias)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         refuse_transforms()
     if not isinstance(x, torch.Tensor):
@@ -120,13 +122,41 @@ def linear(
     if type(x) not in _PLAIN or type(weight) not in _PLAIN:
         if hasattr(x, "device_mesh") or hasattr(weight, "device_mesh"):  # a DTensor, whose module may not be loaded
             return extensions.distributed.linear(x, weight, bias, config)
-    exporting = torch.compiler.is_exporting() and (DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
-    if exporting or tracing:
+    if tracing or _is_exporting():
         flags = config.weight_scaling, config.mem_efficient, config.grad_weight
         rotations = config.rotate_tokens, config.rotate_features
         return torch.ops.torch_switchback.linear(x, weight, weight_absmax, bias, *flags, *rotations)
-    call = Call(config, weight_cache, None, _grad_weight.runs_in_int8(config, x, weight))
+    call = Call(config, weight_cache, None, has_int8_grad_weight(config, weight))
     return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() and (DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
+
+
+def has_int8_grad_weight(config: SwitchBackConfig, weight: torch.Tensor) -> bool:
+    """Return whether the forward keeps x's int8 values for an int8 weight gradient."""
+    return config.grad_weight == "int8" and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
+    """Return whether a call is too small for int8. What the int8 path refuses is not, so that it is refused there."""
+    if not (isinstance(x, torch.Tensor) and x.dtype in FLOAT_DTYPES and type(weight) in _PLAIN):
+        return False
+    tokens = x.shape[:-1].numel()
+    if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
+        # A program for any number of tokens takes int8. Comparing a symbolic number would make it one for few.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
+
+        return not _is_exporting() and statically_known_true(tokens < min_tokens)
+    return tokens < min_tokens and not hasattr(x, "device_mesh")
+
+
+def _high_precision_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return nn.Linear's output, with weight and bias cast to x's dtype as autocast would."""
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def refuse_transforms() -> None:

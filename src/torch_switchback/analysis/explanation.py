@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _grad_weight
 from .._text import grouped, table
 from ..convert import _REPORT, ConvertedLayer
 from ..functional import linear
@@ -59,11 +58,11 @@ class ExplainedLayer:
     dtype: str
     """Dtype of the computation, such as "bfloat16"."""
     products: tuple[Product, ...]
-    """Matmuls of a SwitchBackLinear that was called; empty for any other layer."""
+    """Matmuls of a SwitchBackLinear that was called and runs in int8; empty for any other layer."""
     fallback: str
     """Why the layer, or some of its products, takes a slower way; empty if none does."""
     reason: str
-    """Why the layer is no SwitchBackLinear; empty if it is one."""
+    """Why the layer does not run in int8; empty if it does."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,6 @@ def explain(
     - a plainer kernel than the tuned one
     - an output that TMA cannot store, on a GPU that has TMA
     - operands that are copied because of their width
-    - a weight gradient that stays at high precision although int8 was asked for
     - a CPU without exact ``torch._int_mm``
     - a SwitchBackLinear that the model does not call; it may use the weight directly, or not for this input
 
@@ -149,6 +147,8 @@ def explain(
             strategy = layer.config.strategy
             if call is None:
                 fallback = "not called: the model uses its weight directly, or not for this input"
+            elif not layer.is_prepared and call.tokens < (layer.config.min_tokens or 0):
+                reason = f"computes as nn.Linear: fewer tokens than its min_tokens={layer.config.min_tokens}"
             else:
                 key = (call, layer.config, layer.in_features, layer.out_features, layer.is_prepared)
                 with every_layer_called(layer):  # or asking for a parametrized weight may change its buffers
@@ -192,17 +192,11 @@ def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iter
     yield _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), dtype, device)
     if layer.is_prepared or not layer.weight.requires_grad:
         return
-    wins = _grad_weight.int8_grad_weight_wins(tokens, inputs, outputs)
-    if config.grad_weight == "int8" and wins:
+    if config.grad_weight == "int8":
         shape = ProductShape(outputs, inputs, _padded(tokens, config.rotate_tokens))
         yield _int8_product("grad_weight", shape, layer.weight.dtype, device)
-        return
-    fallback = (
-        f"at high precision: int8 wins from {_grad_weight.LEAST_TOKENS} tokens and in * out / (in + out) = "
-        f"{_grad_weight.LEAST_FEATURES} on"
-    )
-    asked = config.grad_weight == "int8"
-    yield Product("grad_weight", outputs, inputs, tokens, f"torch.mm {call.dtype}", None, fallback if asked else "")
+    else:
+        yield Product("grad_weight", outputs, inputs, tokens, f"torch.mm {call.dtype}", None, "")
 
 
 def _padded(inner: int, rotation: int | None) -> int:

@@ -215,7 +215,7 @@ def recommend(
     found = Recommendation(describe(where), (), {}, {}, None)
     if sample_input is not None:
         progress(found, "the model on its sample")
-    why_left = default_filter(model, least_features=0)
+    why_left = default_filter(model)
     names = module_names(model)
     left: dict[str, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -104,7 +105,7 @@ def new_layer(name: str, shape: Shape, device: torch.device, dtype: torch.dtype)
     """Return nn.Linear, what a recipe makes of it, or torchao's layer of that name, compiled."""
     linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=dtype)
     if name not in FLOAT8:
-        return linear if name == LINEAR else convert_to_switchback(linear, config=name)
+        return linear if name == LINEAR else convert_to_switchback(linear, config=replace(RECIPES[name], min_tokens=0))
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     model = nn.Sequential(linear)

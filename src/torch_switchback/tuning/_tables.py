@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -166,7 +166,7 @@ def user_table_path(architecture: str) -> Path:
 @functools.cache
 def shipped_tables() -> Mapping[str, Table]:
     """Return every shipped table by its file's name, in the order of names."""
-    return {path.stem: read(path) for path in sorted(Path(__file__).parent.glob("*.json"))}
+    return {path.stem: read(path) for path in sorted(Path(__file__).parent.glob("*[0-9].json"))}
 
 
 def shipped_table(architecture: str) -> tuple[str, Table]:
@@ -184,15 +184,20 @@ def shipped_table(architecture: str) -> tuple[str, Table]:
     for name, table in tables.items():
         if architecture in table.serves:
             return name, table
-    family, generation = _generation(architecture)
-    open_to_all = sorted(
-        (_generation(name)[1], name)
-        for name, table in tables.items()
-        if table.serves_unlisted and _generation(name)[0] == family
-    )
-    lower = [each for each in open_to_all if each[0] <= generation]
-    _, name = lower[-1] if lower else open_to_all[0]
+    name = nearest(architecture, (name for name, table in tables.items() if table.serves_unlisted))
     return name, tables[name]
+
+
+def nearest(architecture: str, names: Iterable[str]) -> str:
+    """Return the name of the same family that is nearest below an architecture, or its lowest if all are above.
+
+    Raises:
+        ValueError: architecture is neither like ``"sm_90"`` nor like ``"gfx942"``.
+    """
+    family, generation = _generation(architecture)
+    known = sorted((_generation(name)[1], name) for name in names if _generation(name)[0] == family)
+    lower = [each for each in known if each[0] <= generation]
+    return (lower[-1] if lower else known[0])[1]
 
 
 def served(table: Table, architecture: str) -> Served:
