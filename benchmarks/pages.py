@@ -56,7 +56,8 @@ def steps(document: Record) -> str:
         cells = [field(find(document["results"], **of, name=name, mode="eager")) for name in names]
         cells.append(field(find(document["results"], **of, name=TENSORWISE, mode="compiled")))
         default = find(document["results"], **of, name="switchback", mode="eager")
-        rows.append((str(Shape(*shape)), *cells, field(default, "limit")))
+        if default and "speed_up" in default:
+            rows.append((str(Shape(*shape)), *cells, field(default, "limit")))
     return markdown(("layer", *names, TENSORWISE, "Amdahl's limit of switchback"), rows)
 
 
@@ -141,21 +142,22 @@ def launch_costs(document: Record) -> str:
 
 
 def shards(document: Record) -> str:
-    """FSDP2 on two GPUs: speed, memory and bytes per step."""
+    """FSDP2 on two GPUs: speed, loss, memory and bytes per step."""
     linear = next(run for run in document["results"] if run["recipe"] == "linear")
     rows = []
     for run in document["results"]:
-        speed = run["tokens_per_second"]
+        speed, loss = run["tokens_per_second"], run["final_validation_loss"]
         gathered, reduced = (
             sum(size for name, size in run["bytes_per_step"].items() if name.startswith(collective)) / 1e6
             for collective in ("all-gather", "reduce-scatter")
         )
         speeds = f"{speed:,.0f}", f"{speed / linear['tokens_per_second']:.2f}"
-        memory = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{gathered:,.0f} MB", f"{reduced:,.0f} MB"
+        losses = f"{loss:.4f}", "–" if run is linear else f"{loss / linear['final_validation_loss'] - 1:+.2%}"
+        memory = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
         recipe = run["recipe"] + (", int8 gather" if run["all_gather"] == "int8" else "")
-        rows.append((recipe, *speeds, *memory))
-    bytes_ = ("peak memory per GPU", "gathered per step", "reduced per step")
-    return markdown(("recipe", "tokens/s", "over nn.Linear", *bytes_), rows)
+        rows.append((recipe, *speeds, *losses, *memory))
+    speeds = ("tokens/s", "over nn.Linear", "validation loss", "to nn.Linear")
+    return markdown(("recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"), rows)
 
 
 def noise(document: Record) -> str:
@@ -169,14 +171,14 @@ def noise(document: Record) -> str:
 
 
 def grad_weight(document: Record) -> str:
-    """Signal to noise of grad_weight: the most tokens, and the gradients of which quantizing keeps least."""
+    """Signal to noise of grad_weight, for the largest number of tokens."""
     records = [record for record in document["results"] if record["matmul"] == "grad_weight"]
     most = max(record["tokens"] for record in records)
-    records = [record for record in records if record["tokens"] == most]
-    hardest = min(records, key=lambda record: record["snr"]["int8, not rotated"])["grad"]
-    shown = [records[0], *(record for record in records[1:] if record["grad"] == hardest)]
-    rows = [(record["x"], record["grad"], *(f"{value:.1f}" for value in record["snr"].values())) for record in shown]
-    return markdown(("X", "G", *records[0]["snr"]), rows)
+    rows = []
+    for record in (record for record in records if record["tokens"] == most):
+        cells = (f"{value:.1f}" for value in record["snr"].values())
+        rows.append((record["x"], record["grad"], str(record["tokens"]), *cells))
+    return markdown(("X", "G", "tokens", *records[0]["snr"]), rows)
 
 
 def skipped(records: Iterable[Record]) -> str:
