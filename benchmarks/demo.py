@@ -1,4 +1,4 @@
-"""What the benchmarks share with the demo in examples/."""
+"""Import what the benchmarks share with the demo in examples/."""
 
 import sys
 from pathlib import Path

@@ -1,15 +1,16 @@
-"""Write the tables of the documentation from the committed results.
+"""Write the tables of the README and the documentation from the committed results.
 
     python benchmarks/pages.py
     python benchmarks/pages.py --check     # change nothing; fail if a table differs
 
-Each table stands in its page between ``<!-- begin: name -->`` and ``<!-- end -->``. The prose
-around it stays.
+Each table is between ``<!-- begin: name -->`` and ``<!-- end -->`` of its page. The prose around it
+is left as it is. BLOCKS says which function writes which table from which file.
 """
 
 import argparse
 import functools
 import math
+import os
 import re
 import sys
 import textwrap
@@ -23,12 +24,14 @@ from shapes import Matrix, Shape
 from training_statistics import BASELINE, effects, finished
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", RESULTS / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MISSING = "Not measured yet.\n"
 TOLERANCE = 0.002  # relative to nn.Linear's loss: what counts as the same
 
 OURS = ("switchback", "switchback_memory_efficient")
 FLOAT8 = tuple(f"torchao float8 {recipe}" for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"))
+TENSORWISE = FLOAT8[0]
+INT8_GRAD_WEIGHT = "switchback_int8_grad_weight"
 ROWWISE_FP8 = "torch._scaled_mm rowwise"
 
 
@@ -44,38 +47,18 @@ def field(record: Record | None, key: str = "speed_up", form: str = "{:.2f}") ->
     return text(record and record.get(key), form)
 
 
-def layers(document: Record) -> str:
-    """Speed-ups of layers, eager and in a CUDA graph."""
-    names = (*OURS, "switchback_int8_grad_weight", "rowwise", "rowwise_memory_efficient")
-    rows = []
-    for shape in cases_of(document["results"]):
-        cells = []
-        for name in names:
-            eager, graph = (find(document["results"], shape=shape, name=name, mode=mode) for mode in ("eager", "graph"))
-            cells.append(field(eager) + (f" ({field(graph)})" if graph else ""))
-        rows.append((str(Shape(*shape)), *cells))
-    return markdown(("layer", *names), rows)
-
-
 def steps(document: Record) -> str:
     """Speed-ups of layers beside float8's, and Amdahl's limit of the default."""
-    names = (*OURS, "switchback_int8_grad_weight", "rowwise", "rowwise_rotated_features")
+    names = (*OURS, INT8_GRAD_WEIGHT, "rowwise", "rowwise_rotated_features")
     rows = []
     for shape in cases_of(document["results"]):
         of = {"shape": shape}
         cells = [field(find(document["results"], **of, name=name, mode="eager")) for name in names]
-        cells += [field(find(document["results"], **of, name=name, mode="compiled")) for name in FLOAT8]
+        cells.append(field(find(document["results"], **of, name=TENSORWISE, mode="compiled")))
         default = find(document["results"], **of, name="switchback", mode="eager")
-        limit = field(default, "limit"), field(default, "share_of_limit", "{:.0%}")
-        rows.append((str(Shape(*shape)), *cells, *limit))
-    return markdown(("layer", *names, *FLOAT8, "Amdahl's limit of switchback", "reached"), rows)
-
-
-def kept(document: Record) -> str:
-    """The bytes that memory-efficient layers keep for the backward."""
-    efficient = (record for record in document["results"] if record["name"].endswith("memory_efficient"))
-    shares = [record["saved_over_linear"] for record in efficient if "saved_over_linear" in record]
-    return f"Memory-efficient layers keep {min(shares):.3f} to {max(shares):.3f} of nn.Linear's bytes.\n"
+        if default and "speed_up" in default:
+            rows.append((str(Shape(*shape)), *cells, field(default, "limit")))
+    return markdown(("layer", *names, TENSORWISE, "Amdahl's limit of switchback"), rows)
 
 
 def models(*names: str) -> Callable[[Record], str]:
@@ -92,6 +75,16 @@ def models(*names: str) -> Callable[[Record], str]:
         return markdown(("compiled", *names), rows)
 
     return table
+
+
+def headline(document: Record) -> str:
+    """Speed-up of compiled models, the largest gain first."""
+    names = (TENSORWISE, "switchback", INT8_GRAD_WEIGHT)
+    rows = []
+    for model in cases_of(document["results"]):
+        of = [find(document["results"], model=model, name=name, mode="compiled") for name in names]
+        rows.append((model, *(f"{field(one)} ×" if one else "–" for one in of)))
+    return markdown(("compiled, one GPU", *names), sorted(rows, key=lambda row: row[-1], reverse=True))
 
 
 def matmuls(document: Record) -> str:
@@ -126,9 +119,9 @@ def few_tokens(document: Record) -> str:
     return markdown(("tokens", *cells), [("over nn.Linear", *map(field, records))])
 
 
-def overhead(document: Record) -> str:
-    """The time per training step that the CPU needs, by code that was measured."""
-    labels = cases_of(document["results"])
+def overhead(document: Record, only: str | None = None) -> str:
+    """The time per training step that the CPU needs, by code that was measured: all, or only one."""
+    labels = [label for label in cases_of(document["results"]) if only in (None, label)]
     by_case: dict[tuple[str, ...], dict[str, str]] = {}
     for record in document["results"]:
         if "ratio" in record:
@@ -136,17 +129,7 @@ def overhead(document: Record) -> str:
             times = f"{record['switchback_us'][0]:.0f} / {record['linear_us'][0]:.0f} ({record['ratio'][0]:.2f})"
             by_case.setdefault(case, {})[record["label"]] = times
     rows = [(*case, *(cells.get(label, "–") for label in labels)) for case, cells in by_case.items()]
-    return markdown(("layers", "tokens", "mode", *labels), rows)
-
-
-def first_calls(document: Record) -> str:
-    by_shape: dict[str, dict[str, str]] = {}
-    for record in document["results"]:
-        if "first_call" in record:
-            by_shape.setdefault(record["first_call"], {})[record["label"]] = f"{record['seconds']:.2f}"
-    labels = cases_of(document["results"])
-    rows = [(shape, *(cells.get(label, "–") for label in labels)) for shape, cells in by_shape.items()]
-    return markdown(("first step, s", *labels), rows)
+    return markdown(("layers", "tokens", "mode", *(["µs (ratio)"] if only else labels)), rows)
 
 
 def launch_costs(document: Record) -> str:
@@ -175,13 +158,6 @@ def shards(document: Record) -> str:
         rows.append((recipe, *speeds, *losses, *memory))
     speeds = ("tokens/s", "over nn.Linear", "validation loss", "to nn.Linear")
     return markdown(("recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"), rows)
-
-
-def linear_share(document: Record) -> str:
-    """Amdahl's bound on the demo's step."""
-    share = next(run["linear_share"] for run in document["results"] if run["recipe"] == "linear")
-    rows = [(f"{gain:.1f} ×", f"{1 / (1 - share + share / gain):.2f} ×") for gain in (1.2, 1.4, 1.6)]
-    return markdown(("linear layers alone", f"a step of which they are {share:.0%}"), rows)
 
 
 def noise(document: Record) -> str:
@@ -267,22 +243,18 @@ def gradient_snr(document: Record) -> str:
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "headline": ("h200/bench_model", headline),
     "matmuls": ("h200/bench_matmul", matmuls),
     "matmuls_h100": ("h100/bench_matmul", matmuls),
     "quantizers": ("h200/bench_quantize", quantizers),
     "few_tokens": ("h200/bench_inference", few_tokens),
     "steps": ("h200/bench_linear", steps),
-    "layers": ("h200/bench_linear", layers),
-    "layers_h100": ("h100/bench_linear", layers),
-    "kept": ("h200/bench_linear", kept),
-    "all_models": ("h200/bench_model", models(*OURS, "switchback_int8_grad_weight", *FLOAT8, "torchao int8")),
-    "models_and_float8": ("h200/bench_model", models("switchback", *FLOAT8)),
-    "overhead": ("h200/bench_overhead", overhead),
+    "steps_h100": ("h100/bench_linear", steps),
+    "all_models": ("h200/bench_model", models(*OURS, INT8_GRAD_WEIGHT, *FLOAT8)),
+    "overhead": ("h200/bench_overhead", functools.partial(overhead, only="plans")),
     "launch_costs": ("h200/bench_launch", launch_costs),
-    "first_calls": ("h200/bench_overhead", first_calls),
     "shards_narrow": ("h200/fsdp/large", shards),
     "shards_wide": ("h200/fsdp/wide", shards),
-    "linear_share": ("h200/demo/results", linear_share),
     "noise": ("cpu/signal_to_noise", noise),
     "grad_weight": ("cpu/signal_to_noise", grad_weight),
     "gpt": ("h200/bench_training", gpt),
@@ -291,8 +263,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
 load = functools.cache(results_file.load)  # some tables share a file
 
 
-def origin(name: str, document: Record) -> str:
-    """A line that links the file and says what measured it."""
+def origin(name: str, document: Record, folder: Path) -> str:
+    """A line that links the file from a page of a folder, and says what measured it."""
     names = (record.get("name") or record.get("recipe", "") for record in document["results"])
     with_torchao = any("torchao" in name for name in names)
     sources: dict[str, list[str]] = {}
@@ -302,11 +274,12 @@ def origin(name: str, document: Record) -> str:
         commits = sources.setdefault(", ".join(versions), [])
         commits += [one for one in [f"{str(run.get('commit'))[:7]} ({run['date'][:10]})"] if one not in commits]
     where = "; ".join(f"{versions}, commit {', '.join(commits)}" for versions, commits in sources.items())
-    return f"([{Path(name).name}.json](../benchmarks/results/{name}.json): {where})\n"
+    link = os.path.relpath(RESULTS / f"{name}.json", folder)
+    return f"([{Path(name).name}.json]({link}): {where})\n"
 
 
-def fill(page: str) -> str:
-    """Return a page with every table written anew; MISSING stands for what has no results yet."""
+def fill(page: str, folder: Path) -> str:
+    """Return a page of a folder with every table written anew; MISSING stands for what has no results yet."""
 
     def write(match: re.Match[str]) -> str:
         name, block = BLOCKS[match[1]]
@@ -314,7 +287,7 @@ def fill(page: str) -> str:
         content = MISSING
         if path.exists():
             content = block(load(path))
-            content += ("\n" if "|" in content else "") + origin(name, load(path))
+            content += ("\n" if "|" in content else "") + origin(name, load(path), folder)
         return f"<!-- begin: {match[1]} -->\n{content}<!-- end -->"
 
     return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
@@ -325,9 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table differs")
     arguments = parser.parse_args(argv)
     stale = []
-    for path in sorted(DOCS.glob("*.md")):
+    for path in PAGES:
         page = path.read_text(encoding="utf-8")
-        if (filled := fill(page)) != page:
+        if (filled := fill(page, path.parent)) != page:
             stale.append(path.name)
             if not arguments.check:
                 path.write_text(filled, encoding="utf-8")

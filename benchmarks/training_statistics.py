@@ -1,4 +1,4 @@
-"""What can be told from a few paired training runs.
+"""Compare recipes by a few paired training runs.
 
 Runs of one seed share weights and data. A final loss is therefore taken as a sum: what the recipe
 does, what the seed does, and chance, which is estimated from the residuals of all runs (two-way
@@ -19,7 +19,7 @@ BASELINES = (BASELINE, AGAIN)
 
 
 class Effect(NamedTuple):
-    """What a recipe does to a figure."""
+    """The effect of a recipe on a figure."""
 
     values: list[float]  # by seed, those that there are
     difference: float  # to nn.Linear

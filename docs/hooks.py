@@ -1,4 +1,4 @@
-"""What MkDocs needs to make a site of this repository's Markdown as it stands.
+"""Let MkDocs make a site of this repository's Markdown as it stands.
 
 The site is docs/ and all that its pages link to, at the repository's paths, so that links work on GitHub and on the
 site alike. A folder becomes a list of its files, as on GitHub; the command line's page is made from its ``--help``.
@@ -22,8 +22,15 @@ LOADED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:
 log = logging.getLogger("mkdocs.hooks")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    config.copyright = config.copyright.replace("VERSION", version[1])
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    docs = [file for file in files if file.src_dir == config.docs_dir]
+    own = {*config.extra_css, *config.extra["polyfills"]}
+    docs = [file for file in files if file.src_dir == config.docs_dir and file.src_uri not in own]
     pages = {Path(config.docs_dir, file.src_uri) for file in docs if file.is_documentation_page()}
     for file in docs:
         files.remove(file)
@@ -47,7 +54,8 @@ def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Docstrings have Sphinx's roles, which editors know and Markdown does not."""
+    """Undo what Markdown makes of docstrings: Sphinx's roles stay, and two shapes ``(*, n)`` become emphasis."""
+    html = re.sub(r"\(<em>(, [^<]*\()</em>, ", r"(*\1*, ", html)
     return re.sub(r":(?:class|data|func|meth):(?=<code>)", "", html)
 
 

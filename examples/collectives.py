@@ -1,4 +1,4 @@
-"""How many bytes the collectives of a step move."""
+"""Count how many bytes the collectives of a step move."""
 
 from collections import Counter
 from typing import Any

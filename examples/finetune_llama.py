@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
-    """Windows of a corpus, a byte a token."""
+    """Windows of a corpus, whose bytes are the tokens."""
 
     def __init__(self, corpus: Corpus, context: int) -> None:
         self.bytes, self.context = corpus.train, context

@@ -1,4 +1,4 @@
-"""What the demo can train: the linear layers to compare, and a model, data and schedule for each kind of machine."""
+"""List what the demo can train: linear layers to compare, and a model, data and schedule per kind of machine."""
 
 from dataclasses import dataclass
 

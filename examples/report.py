@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table, a picture of the loss curves and results.json."""
+"""Write what the demo leaves behind: a table, a picture of the loss curves and results.json."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what a number was measured."""
+    """Return where and with what a number was measured."""
     is_cuda = device.type == "cuda"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -87,7 +87,7 @@ def _git() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, run beside this file; None if it fails or does not exist."""
+    """Run a command beside this file and return its output, or None if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):

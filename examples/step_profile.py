@@ -1,4 +1,4 @@
-"""How much of a training step the linear layers take."""
+"""Measure how much of a training step the linear layers take."""
 
 import os
 from collections.abc import Callable

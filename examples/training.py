@@ -33,10 +33,10 @@ class Settings:
 
 @dataclass
 class Curve:
-    """What a run has recorded so far."""
+    """The losses and times that a run has recorded so far."""
 
-    train_losses: list[float] = field(default_factory=list)  # one a step, nats a byte
-    validation_losses: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats a byte)
+    train_losses: list[float] = field(default_factory=list)  # one per step, nats per byte
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats per byte)
     step_seconds: list[float] = field(default_factory=list)  # without UNTIMED_STEPS, validation and checkpoints
 
 

@@ -68,7 +68,7 @@ def launcher_of(name):
 
 
 def check(launcher, args, expected, band, *, rotates=False):
-    """That a launcher, given args and then its outputs, writes what is expected there and nothing elsewhere.
+    """Check that a launcher, given args and then its outputs, writes what is expected there and nothing elsewhere.
 
     rotates: the last two outputs are int8 values and absmax of rotated columns or rows.
     """

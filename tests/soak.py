@@ -112,7 +112,7 @@ def to(device, x):
 
 
 def provoke_out_of_memory(device: str) -> None:
-    """In the middle of a forward, by a limit on a GPU, by the size alone on a CPU."""
+    """Run out of memory in the middle of a forward: by a limit on a GPU, by the size alone on a CPU."""
     if device == "cpu":
         x = torch.zeros(1, 1).expand(2**40, 64)
         try:
@@ -169,7 +169,7 @@ def soak(device: str, minutes: float, seed: int, first: int = 0, most: float = m
 
 
 def is_flat(memory: list[int]) -> bool:
-    """Whether the last quarter holds no more than the second did, to 1 MiB of workspaces: the first warms up."""
+    """Return whether the last quarter holds no more than the second did, to 1 MiB: the first warms up."""
     quarter = max(1, len(memory) // 4)
     return max(memory[-quarter:]) <= max(memory[quarter : 2 * quarter]) + 2**20
 

@@ -80,7 +80,6 @@ def test_runs_of_bench_overhead_share_a_file(tmp_path):
     assert [run["cases"] for run in document["runs"]] == [["before"], ["after"]]
     assert [record["label"] for record in document["results"]] == ["before"] * 5 + ["after"] * 5
     assert "| before | after |" in pages.overhead(document)
-    assert "| before | after |" in pages.first_calls(document)
 
 
 def test_training_is_paired_and_drawn(tmp_path):

@@ -66,7 +66,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def forget():
-    """What a new process would not know."""
+    """Forget what a new process would not know."""
     matmul_table.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a model become SwitchBackLinear, with which configuration, and what the report says of the others."""
+"""Show which layers of a model are converted, with which configuration, and what the report says of the others."""
 
 import copy
 import io
@@ -346,7 +346,7 @@ class Conv1D(nn.Module):
 
 
 class Experts(nn.Module):
-    """As Transformers packs them."""
+    """Experts that are packed as in Transformers."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What explain says of the layers of a model, and what it calls a fall-back."""
+"""Show what explain says of the layers of a model, and what it calls a fall-back."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""What goes wrong around the layer, after which it must work as before: memory, hooks, worker processes."""
+"""The layer works after faults around it: memory, hooks, worker processes."""
 
 import gc
 import multiprocessing
@@ -44,7 +44,7 @@ class FailsOnce:
 @strategies
 @pytest.mark.parametrize("at", range(4))
 def test_out_of_memory_in_the_middle(at, config, step, monkeypatch):
-    """In any of the operations that a step calls: at least two in the forward and two in the backward."""
+    """Any operation that a step calls may fail: at least two in the forward and two in the backward."""
     expected = step()
     fails = FailsOnce(lambda operation, *args: operation(*args), at, torch.OutOfMemoryError("CUDA out of memory"))
     patch_operations(monkeypatch, config, lambda operation: partial(fails, operation))

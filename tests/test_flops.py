@@ -10,7 +10,7 @@ from torch_switchback import SwitchBackConfig
 
 
 def flops(layer, x):
-    """Of the forward alone, and with the backward."""
+    """Count those of the forward alone, and with the backward."""
     with FlopCounterMode(display=False) as counter:
         y = layer(x)
         forward = counter.get_total_flops()

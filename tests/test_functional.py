@@ -1,4 +1,4 @@
-"""What switchback_linear and a layer compute: shapes, dtypes, hostile values, autograd's rules, and memory kept."""
+"""Test what switchback_linear and a layer compute: shapes, dtypes, hostile values, autograd, and memory kept."""
 
 import gc
 import weakref
@@ -118,7 +118,7 @@ def test_functional_form_defaults_to_the_paper(device):
 
 @strategies
 def test_weight_gradient_is_nn_linears(config, device):
-    """By default it is the very same product; with mem_efficient X carries int8 noise, in int8 G does too."""
+    """The default is the same matmul; with mem_efficient X carries int8 noise, in int8 G does too."""
     layer = make_layer(config, device=device, dtype=torch.float32)
     x, grad = torch.randn(300, 64, device=device), torch.randn(300, 48, device=device)
     _, _, ours, bias = gradients(layer, x, grad)
@@ -310,7 +310,7 @@ def test_a_float16_result_above_its_range_is_inf_as_nn_linears(config, device):
 @unrotated
 @pytest.mark.parametrize("inner", [133_144, 133_145, 262_144])
 def test_sums_that_int32_cannot_hold(inner, config, device):
-    """Of the output over the input features, of the input's gradient over a vocabulary: every code is ±127."""
+    """Sum the output over many features, and the input's gradient over a vocabulary: every int8 value is ±127."""
     signs = torch.tensor([1.0, -1.0, 1.0], device=device)
     with torch.no_grad():
         wide = make_layer(config, inner, 3, device, bias=False)
@@ -506,7 +506,7 @@ def sum_of_squares(y):
 
 @strategies
 def test_an_input_whose_negation_is_pending(config, device):
-    """As .imag of a conjugate's is: its memory holds the other sign."""
+    """The .imag of a conjugate has one: its memory holds the other sign."""
     layer = make_layer(config, device=device)
     x = torch.randn(5, 64, dtype=torch.complex64, device=device).conj().imag
     grad = torch.randn(5, 48, dtype=torch.complex64, device=device).conj().imag
@@ -546,7 +546,7 @@ def test_double_backward_through_another_layer(device):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_gradient_penalty_of_a_layer_whose_gradient_is_constant(frozen, device):
-    """As of a frozen nn.Linear: there is nothing to differentiate."""
+    """There is nothing to differentiate, as with a frozen nn.Linear."""
     layer = make_layer(ts.SwitchBackConfig(), device=device)
     layer.weight.requires_grad_(not frozen)
     x = torch.randn(4, 64, device=device, requires_grad=True)

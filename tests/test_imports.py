@@ -1,4 +1,4 @@
-"""What is imported, by whom and when; and what is read without running it."""
+"""Check what is imported, by whom and when; and what is read without running it."""
 
 import ast
 import graphlib
@@ -139,7 +139,7 @@ def dependencies():
 
 
 def test_no_circle():
-    """Of any length; TopologicalSorter raises CycleError, which names it."""
+    """TopologicalSorter raises CycleError, which names a circle of any length."""
     list(graphlib.TopologicalSorter(dict(dependencies())).static_order())
 
 

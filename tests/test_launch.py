@@ -142,7 +142,7 @@ def test_a_hook_that_compiles_instead_sees_every_launch(stand_ins):
 
 
 def plans_made(calls):
-    """How many plans are made for these first arguments."""
+    """Count the plans that are made for these first arguments."""
     made = []
 
     def make(x, out):
@@ -325,7 +325,7 @@ def test_the_drivers_out_of_memory_is_pytorchs(stand_ins):
 
 @pytest.mark.parametrize("kernels", ["quantize_rowwise", "there_is_no_such_module"])
 def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
-    """As a CUDA tensor's call would: the second time without trying the kernel, or saying anything."""
+    """The second call does not try the kernel again, and says nothing."""
     tried = []
 
     def refuse(*args, **options):
@@ -374,7 +374,7 @@ def new_dispatch_mode():
 
 
 def keys_within(enter):
-    """Whether the thread's dispatch keys are the usual ones while a function runs that PyTorch calls."""
+    """Return whether the thread's dispatch keys are the usual ones while a function runs that PyTorch calls."""
     found = []
 
     def look(x):

@@ -102,7 +102,7 @@ def test_meta_initialization(config, device):
 
 
 class Quantized(torch.Tensor):
-    """As torchao's: a wrapper of another tensor, with an F.linear of its own and little else."""
+    """A weight like torchao's: a wrapper of another tensor, with an F.linear of its own and little else."""
 
     @staticmethod
     def __new__(cls, values):

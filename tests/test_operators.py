@@ -1,4 +1,4 @@
-"""What torch.library asks of every operation, on every dtype and layout."""
+"""Check what torch.library asks of every operation, on every dtype and layout."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What holds for every input, on inputs that hypothesis draws: the same 200 for each property, or ``make fuzz``."""
+"""Check what holds for every input, on those that hypothesis draws: 200 for each property, or ``make fuzz``."""
 
 import os
 from functools import partial

@@ -1,4 +1,4 @@
-"""What recommend measures, and what it makes of the measurements."""
+"""Show what recommend measures, and what it makes of the measurements."""
 
 import json
 
@@ -76,8 +76,8 @@ def test_the_model_is_measured_both_ways_and_left_as_it_was(times):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = ts.recommend(model, torch.randint(64, (4, 8)), recipes=["switchback_memory_efficient"], seconds=0)
     assert found.model.milliseconds > 0 and found.model.milliseconds_converted > 0
-    # The second layer of each block keeps 32 tokens of 32 features in int8 and an absmax a token, not in float32; and
-    # an absmax of the weight.
+    # The second layer of each block keeps 32 tokens of 32 features in int8 and one absmax per token, not in float32;
+    # and an absmax of the weight.
     assert found.model.saved_bytes - found.model.saved_bytes_converted == 2 * (32 * 32 * 3 - 32 * 4 - 4)
     assert all(type(module) is not SwitchBackLinear for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training

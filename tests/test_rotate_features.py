@@ -56,7 +56,7 @@ def test_int8_values_are_those_of_the_rotated_columns(dtype, layout, shape, bloc
 
 @blocks
 def test_both_rotations_are_one(block):
-    """Of an operand's inner dimension, whether it lies along the rows or the columns."""
+    """The inner dimension of an operand is rotated alike along the rows and the columns."""
     x = torch.randn(3 * block - 5, 40)
     for by_columns, by_rows in zip(
         ts.ops.quantize_columnwise_and_transpose(x, rotate_tokens=block),
@@ -122,7 +122,7 @@ def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device
 
 
 def test_outlier_channels_cost_nothing(device):
-    """Of X in the output, of G in the input's gradient."""
+    """X has them in the output, G in the input's gradient."""
     generator = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(256, 512, generator=generator) for _ in range(2))
     x[:, 7] *= 50

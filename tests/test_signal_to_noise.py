@@ -1,4 +1,4 @@
-"""How accurate the three products are, in dB, at 2048³ with bf16 inputs, against float64."""
+"""Measure how accurate the three matmuls are, in dB, at 2048³ with bf16 inputs, against float64."""
 
 import functools
 
@@ -49,7 +49,7 @@ def outlier_channels(device):
     return x
 
 
-# (what, input, gate with one absmax for the weight, gate with one a row, gate with rotated features as well): the
+# (what, input, gate with one absmax for the weight, gate with one per row, gate with rotated features as well): the
 # simulated values minus 0.5 dB, or minus 3 where the noise hangs on a few outliers.
 GATES = [
     ("output", gaussian, 36.9 - 0.5, 38.6 - 0.5, 38.6 - 0.5),
@@ -106,7 +106,7 @@ def test_weight_gradient(mem_efficient, device):
     y = ts.switchback_linear(x, w, config=SwitchBackConfig(mem_efficient=mem_efficient))
     (actual,) = torch.autograd.grad(y, w, grad)
     reference = grad.double().t() @ x.double()
-    if mem_efficient:  # X as int8 with one absmax a row, all else exact
+    if mem_efficient:  # X as int8 with one absmax per row, all else exact
         step = x.double().abs().amax(1, keepdim=True) / 127
         expected = grad.double().t() @ ((x.double() / step).round() * step)
     else:  # what PyTorch makes of the same 16-bit product

@@ -217,7 +217,7 @@ def test_a_parametrized_weight_is_never_cached(layers, device):
 
 
 def test_what_another_thread_quantizes_meanwhile_is_its_own(device, monkeypatch):
-    """As nn.DataParallel's threads do, whose replicas share what a layer has."""
+    """The threads of nn.DataParallel quantize at once, and their replicas share what a layer has."""
     one, other = (nn.Parameter(torch.randn(48, 64, device=device)) for _ in range(2))
     config, cache = ts.SwitchBackConfig(), WeightCache()
 

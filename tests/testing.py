@@ -74,7 +74,7 @@ def assert_same_within_one_step(actual, expected):
 
 
 def assert_same_int8_grad_weight(actual, expected, x, grad, config):
-    """As another device computes it: bit for bit, or of rotated operands that assert_same_to_a_code would accept."""
+    """Compare with another device's: bit for bit, or of rotated operands that assert_same_within_one_step accepts."""
     if config.rotate_tokens is None:
         assert_same(actual, expected)
         return
@@ -102,7 +102,7 @@ def random_int8(rows, cols, device="cpu"):
 
 
 def signal_to_noise(actual, reference):
-    """In dB over the whole tensor."""
+    """Return the ratio in dB over the whole tensor."""
     reference = reference.double()
     noise = (actual.double() - reference).norm()
     return (20 * torch.log10(reference.norm() / noise)).item()

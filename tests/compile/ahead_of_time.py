@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that is not there, with the very arguments that a launcher passes."""
+"""Compile kernels for a GPU that is not there, with the arguments that a launcher passes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Launch:
         return {name: value for name, value in self.kwargs.items() if name in _OPTIONS}
 
     def specialization(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-        """What Triton compiles for: the arguments' types, the constants among them, and what 16 divides."""
+        """Return what Triton compiles for: the arguments' types, the constants among them, and what 16 divides."""
         bound = dict(zip(self.kernel.arg_names, self.args, strict=False))
         bound |= {name: value for name, value in self.kwargs.items() if name in self.kernel.arg_names}
         signature, constants, attributes = {}, {}, {}

@@ -97,7 +97,7 @@ def test_rotation_is_a_product_of_tensor_cores(block):
 
 
 def quantizer_launches(dtype, rows, cols):
-    """What each quantizer launches."""
+    """Return what each quantizer launches."""
     x = torch.empty(rows, cols, dtype=dtype)
     qdata, qdata_t = torch.empty(rows, cols, dtype=torch.int8), torch.empty(cols, rows, dtype=torch.int8)
     absmax_row, absmax_col, absmax = torch.empty(rows), torch.empty(cols), torch.empty(1)

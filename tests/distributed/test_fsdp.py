@@ -94,7 +94,7 @@ def test_high_precision(scaling, cache, dtype, reshard):
 
 @in_processes(2)
 def test_a_weight_cache_when_the_next_weight_lies_in_the_same_memory():
-    """As a caching allocator has it, and at the same version: FSDP2 leaves no other sign of the change."""
+    """The version is the same too, so FSDP2 leaves no other sign of the change."""
     outputs = []
     for cache in (False, True):
         model = sharded(converted(mlp(), cache_quantized_weight=cache))
@@ -401,7 +401,7 @@ def test_compiled(all_gather, backend):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @in_processes(2)
 def test_the_monitor_compares_with_the_gathered_int8_values(scaling):
-    """As measure() would do with a layer whose weight is what the int8 values stand for."""
+    """The result is that of measure() for a layer whose weight is the dequantized int8 values."""
     alone = converted(mlp(), weight_scaling=scaling)
     model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8"))
     qdata, absmax = gathered(model[2])
@@ -570,6 +570,6 @@ def test_a_weight_that_is_held_otherwise_is_refused():
 
 @in_processes(2)
 def test_explain_tries_layers_whose_weights_are_cut_up():
-    """As it does on a GPU: with a weight of its own."""
+    """It gives the layer a weight of its own, as on a GPU."""
     model = sharded(converted(mlp()))
     _try(model[0], Call(8, "float32"), torch.device("cpu"))

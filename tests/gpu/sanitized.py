@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: every kernel on odd shapes, each operand and output an allocation of its own.
+"""Run under compute-sanitizer: every kernel on odd shapes, each operand and output an allocation of its own.
 
     compute-sanitizer python tests/gpu/sanitized.py --part 0 --of 4
     compute-sanitizer python tests/gpu/sanitized.py --plant out_of_bounds    # must be reported

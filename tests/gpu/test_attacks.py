@@ -1,4 +1,4 @@
-"""What surrounds a step on a GPU must not change it: streams, threads, memory, graphs, modes, changing token counts.
+"""A step on a GPU does not depend on what surrounds it: streams, threads, memory, graphs, modes, changing token counts.
 
 Every result is compared with the same step's on the default stream. Outputs and input gradients are the same bits;
 the 16-bit weight gradient and the bias gradient are cuBLAS's and PyTorch's, and may differ in their last bits.

@@ -47,7 +47,7 @@ def test_explain_finds_a_kernel_that_does_not_run(monkeypatch):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_recommend_measures_every_recipe(cuda_graph):
-    """What wins is up to the GPU, and to who else uses it."""
+    """Any recipe may win: that depends on the GPU, and on who else uses it."""
     model = large()
     x = torch.randn(16384, 4096, device="cuda", dtype=torch.bfloat16)
     found = ts.recommend(model, x, cuda_graph=cuda_graph)

@@ -1,4 +1,4 @@
-"""How often Triton compiles: nothing is tried out at a first call, and a changing token count changes little."""
+"""Count how often Triton compiles: nothing is tried out at a first call, and a changing token count changes little."""
 
 import importlib
 import pkgutil

@@ -60,7 +60,7 @@ def test_out_of_memory(config):
 
 @pytest.fixture
 def nothing_compiles(monkeypatch):
-    """As if Triton refused every kernel, in a process in which no operation has given way yet."""
+    """Let Triton refuse every kernel, in a process in which no operation has fallen back yet."""
 
     def run(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler")

@@ -240,7 +240,7 @@ def test_run_to_run():
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="only Hopper runs the TMA kernels")
 def test_hopper_matmuls_take_tma_where_they_can():
-    """By the names of the kernels that ran."""
+    """The names of the kernels that ran show it."""
     names = []
     for tokens, inner, cols in ((16384, 4096, 4096), (16384, 4095, 4096), (16384, 4096, 4095), (1, 4096, 4096)):
         a, b, absmax = (

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(SANITIZER is None, reason="there is no compute-s
 
 
 def watched(tool, *arguments):
-    """What a tool says of a run of the program: how many reports, and all of it."""
+    """Run the program under a tool, and return how many reports it makes, and its output."""
     command = [SANITIZER, "--tool", tool, *FLAGS, *FLAGS_OF.get(tool, []), *PROGRAM, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=540)
     found = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+) (?:errors?|hazards?)", done.stdout)
@@ -41,7 +41,7 @@ def watched(tool, *arguments):
 
 
 def hand_overs(said):
-    """How many of racecheck's reports are of Triton's hand-over to the warps of a warp-specialized kernel."""
+    """Count racecheck's reports of Triton's hand-over to the warps of a warp-specialized kernel."""
     kernel = int8_matmul_warp_specialized.int8_matmul_warp_specialized_kernel
     lines, first = inspect.getsourcelines(kernel.fn)
     file = Path(inspect.getsourcefile(kernel.fn)).name

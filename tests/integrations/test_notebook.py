@@ -12,7 +12,7 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "switchback.ipynb"
 
 
 def printed(notebook):
-    """What each code cell printed; for a picture, that there was one."""
+    """Return what each code cell printed; for a picture, that there was one."""
     return [
         [output.get("text") or sorted(output["data"]) for output in cell.outputs]
         for cell in notebook.cells

@@ -53,7 +53,7 @@ def test_training_program_learns_and_saves(tmp_path):
 
 
 def check_inference_mode_and_revert(plain):
-    """As the program prepares its layers to evaluate, ``convert_int8_model_to_inference_mode``, and back."""
+    """Prepare the layers as the program does to evaluate, ``convert_int8_model_to_inference_mode``, and revert."""
     images, texts = torch.randn(4, 3, 32, 32), open_clip.get_tokenizer("ViT-B-32")(["red", "a blue one"])[:, :16]
 
     @torch.no_grad()

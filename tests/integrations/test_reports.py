@@ -1,4 +1,4 @@
-"""What is converted of models of Transformers, PEFT and timm, and what the report says of the rest, on the CPU."""
+"""Show what is converted of models of Transformers, PEFT and timm, and what the report says of the rest, on the CPU."""
 
 import logging
 
@@ -20,7 +20,7 @@ LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, tie_wo
 
 
 def convert(model):
-    """With the default filter's rules but for the width, as the models are small."""
+    """Convert by the default filter's rules without that of the width, as the models are small."""
     left = default_filter(model, least_features=0)
     return ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: not left(module, fqn))
 

@@ -1,4 +1,4 @@
-"""What test_torchtitan.py runs in a process and an empty folder of its own: torchtitan's Trainer with the converter.
+"""Run torchtitan's Trainer with the converter, for test_torchtitan.py, in a process and an empty folder of its own.
 
 It trains, resumes from the middle, loads without the converter, and reverts.
 """

@@ -42,7 +42,7 @@ def far_apart(rows, cols):
 
 
 def truncate_to_bfloat16(x):
-    """What the interpreter makes of a conversion from float32 to bfloat16, which a GPU rounds half to even."""
+    """Convert float32 to bfloat16 as the interpreter does; a GPU rounds half to even."""
     return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 

@@ -52,7 +52,7 @@ def test_sums_that_are_exact_are_the_same_in_any_order(block, dtype):
 
 
 def test_float32_is_rotated_whole():
-    """In its last bits as well: what differs here is below bfloat16's, twice over."""
+    """Its last bits count as well: what differs here needs three bfloat16 parts."""
     x = torch.randint(-(2**17), 2**17, (64, 9)).float()
     check(x, 64, exact=True)
 
