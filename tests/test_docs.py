@@ -224,6 +224,7 @@ def no_process_group_after():
         dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("only_where_it_wins")  # as for the reader
 @pytest.mark.parametrize(
     "name", [name for name, page in PAGES.items() if "```python" in page and name not in RUN_ELSEWHERE]
 )
