@@ -20,7 +20,7 @@ from shapes import Shape
 from training_statistics import BASELINES, effects, finished
 
 # Greys for nn.Linear, blues for SwitchBack, greens where the weight gradient is INT8 or features are rotated, warm
-# colors for float8, purple for the INT8 of others.
+# colors for float8, purple for the INT8 of others, pink for what recommend chooses.
 COLORS = {
     "linear": "#8c8c8c",
     "linear, again": "#bdbdbd",
@@ -36,6 +36,7 @@ COLORS = {
     "torchao float8 rowwise_with_gw_hp": "#fdd0a2",
     "torch._int_mm": "#756bb1",
     "torchao int8": "#756bb1",
+    "recommended": "#c51b8a",
 }
 
 
@@ -65,12 +66,14 @@ def add_legend(axes: Axes) -> None:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def new_figure(document: Record, title: str, panels: int, height: float) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(
+    document: Record, title: str, panels: int, height: float, columns: int = 1
+) -> tuple[Figure, Sequence[Axes]]:
     run = document["runs"][-1]
     where = f"{run['device']}, torch {run['torch']}, Triton {run['triton']}, {run['date'][:10]}"
     figure = Figure(figsize=(12, height * panels), layout="constrained")
     figure.suptitle(f"{title}\n{where}", fontsize=11)
-    return figure, figure.subplots(panels, squeeze=False)[:, 0]
+    return figure, figure.subplots(panels, columns, sharey=columns > 1, squeeze=False).flatten()
 
 
 def draw_matmuls(document: Record) -> Figure:
@@ -107,6 +110,29 @@ def draw_models(document: Record) -> Figure:
         axes.set_ylabel("speed-up")
         axes.set_title(mode, fontsize=10)
         add_legend(axes)
+    return figure
+
+
+def draw_real_models(document: Record) -> Figure:
+    """Draw a point for the speed-up of each variant of each model, with its spread, in one panel per mode."""
+    records = [record for record in document["results"] if "speed_up" in record and record["name"] != "linear"]
+    models = list(dict.fromkeys(record["model"] for record in records))
+    names = list(dict.fromkeys(record["name"] for record in records))
+    figure, panels = new_figure(document, "Training steps: speed-up over nn.Linear", 1, 2 + 0.36 * len(models), 2)
+    for axes, mode in zip(panels, ("eager", "compiled"), strict=True):
+        axes.axvline(1, color=COLORS["linear"])
+        for index, name in enumerate(names):
+            of = [record for record in records if (record["mode"], record["name"]) == (mode, name)]
+            x, low, high = ([record[key] for record in of] for key in ("speed_up", "speed_up_p10", "speed_up_p90"))
+            errors = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((x, low), (high, x))]
+            y = [models.index(record["model"]) + 0.16 * (index - (len(names) - 1) / 2) for record in of]
+            axes.errorbar(x, y, xerr=errors, fmt="o", markersize=4, linewidth=1, label=name, color=color(name))
+        axes.set_title(mode, fontsize=10)
+        axes.set_xlabel("speed-up, with 10th and 90th percentile")
+        axes.grid(alpha=0.3)
+    axes.set_yticks(range(len(models)), models, fontsize=8)
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    add_legend(axes)
     return figure
 
 
@@ -155,6 +181,7 @@ def draw_final_losses(axes: Axes, runs: list[Record]) -> None:
 PICTURES: dict[str, tuple[str, Callable[[Record], Figure]]] = {
     "matmuls": ("bench_matmul", draw_matmuls),
     "models": ("bench_model", draw_models),
+    "real_models": ("bench_real_models", draw_real_models),
     "training": ("bench_training", draw_training),
 }
 

@@ -46,6 +46,7 @@ __all__ = [  # what the benchmarks take from here; the timing is the package's
     "copies",
     "copy_gb_per_s",
     "find",
+    "free_memory",
     "print_table",
     "ratio",
     "reason_of",
@@ -96,8 +97,8 @@ class Skipped(Exception):
 class Bench:
     """Says where to measure and how long, to a benchmark's function for one case."""
 
-    def __init__(self, device: str, seconds: float, tiny: bool) -> None:
-        self.device, self.tiny = torch.device(device), tiny
+    def __init__(self, device: str, seconds: float, tiny: bool, options: argparse.Namespace | None = None) -> None:
+        self.device, self.tiny, self.options = torch.device(device), tiny, options
         self.seconds, self.deadline = seconds, math.inf
         torch.manual_seed(0)
         if device == "cuda":
@@ -131,6 +132,8 @@ def run(
     seconds: float,
     budget: float = math.inf,
     only_cpu: bool = False,
+    options: argparse.ArgumentParser | None = None,
+    libraries: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> None:
     """Measure every case, print a table of each, and write the results after each.
@@ -141,25 +144,28 @@ def run(
         columns: what the tables show.
         seconds: of measurement for each comparison, unless --seconds says otherwise.
         budget: seconds for the whole run, unless --budget says otherwise. Cases share it equally.
+        options: further options of the script, which ``bench.options`` has when measure is called.
+        libraries: whose versions the results file names, beside those of every script.
     """
-    parser = argparse.ArgumentParser(description=sys.modules[measure.__module__].__doc__.partition("\n")[0])
+    description = sys.modules[measure.__module__].__doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(description=description, parents=[] if options is None else [options])
     parser.add_argument("--seconds", type=float, default=seconds, help="of measurement per comparison (%(default)s)")
     parser.add_argument("--budget", type=float, default=budget, help="seconds in all; what is left out is skipped")
-    parser.add_argument("--only", default="", help="cases that contain this, such as 4096 or ViT")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases that contain one of these, such as 4096 or ViT")
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU; shows only that the script runs")
     parser.add_argument("--output", type=Path, help=f"by default benchmarks/results/<device>/{script}.json")
     arguments = parser.parse_args(argv)
     if not (arguments.tiny or only_cpu or torch.cuda.is_available()):
         parser.error("there is no CUDA device; --tiny runs on the CPU")
     device = "cpu" if arguments.tiny or only_cpu else "cuda"
-    bench = Bench(device, 0.0 if arguments.tiny else arguments.seconds, arguments.tiny)
-    source = results_file.provenance(device)
+    bench = Bench(device, 0.0 if arguments.tiny else arguments.seconds, arguments.tiny, arguments)
+    source = results_file.provenance(device) | {library: results_file.installed(library) for library in libraries}
     path = arguments.output
     if path is None and not arguments.tiny:
         path = RESULTS / results_file.folder(source) / f"{script}.json"
 
     end = time.monotonic() + arguments.budget
-    chosen = [case for case in (tiny if arguments.tiny else cases) if arguments.only in str(case)]
+    chosen = [case for case in (tiny if arguments.tiny else cases) if any(part in str(case) for part in arguments.only)]
     results: list[Record] = []
     for done, case in enumerate(chosen):
         now = time.monotonic()

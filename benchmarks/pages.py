@@ -87,6 +87,22 @@ def headline(document: Record) -> str:
     return markdown(("compiled, one GPU", *names), sorted(rows, key=lambda row: row[-1], reverse=True))
 
 
+def real_models(document: Record) -> str:
+    """Whole training steps, eager / compiled: nn.Linear's time, and the speed-ups over it."""
+    results = document["results"]
+    found = {record["name"] for record in results}
+    names = [name for name in ("switchback", INT8_GRAD_WEIGHT, "recommended", *FLOAT8) if name in found]
+    rows = []
+    for model, weights in dict.fromkeys((record["model"], record["weights"]) for record in results):
+
+        def cell(name: str, key: str = "speed_up", form: str = "{:.2f}", model: str = model) -> str:
+            modes = (find(results, model=model, name=name, mode=mode) for mode in ("eager", "compiled"))
+            return " / ".join(field(record, key, form) for record in modes)
+
+        rows.append((model, weights, cell("linear", "median_ms", "{:.1f}"), *map(cell, names)))
+    return markdown(("eager / compiled", "weights", "nn.Linear, ms", *names), rows)
+
+
 def matmuls(document: Record) -> str:
     """The INT8 matmul over its peers."""
     peers = ((ROWWISE_FP8, "interleaved"), (ROWWISE_FP8, "sustained"), ("bf16", "sustained"))
@@ -251,6 +267,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "steps": ("h200/bench_linear", steps),
     "steps_h100": ("h100/bench_linear", steps),
     "all_models": ("h200/bench_model", models(*OURS, INT8_GRAD_WEIGHT, *FLOAT8)),
+    "real_models": ("h200/bench_real_models", real_models),
     "overhead": ("h200/bench_overhead", functools.partial(overhead, only="plans")),
     "launch_costs": ("h200/bench_launch", launch_costs),
     "shards_narrow": ("h200/fsdp/large", shards),
@@ -271,6 +288,7 @@ def origin(name: str, document: Record, folder: Path) -> str:
     for run in document["runs"]:
         versions = [run["device"], f"torch {run['torch']}", f"Triton {run['triton']}"]
         versions += [f"torchao {run['torchao']}"] if with_torchao and "torchao" in run else []
+        versions += [f"{library} {run[library]}" for library in ("transformers", "timm") if library in run]
         commits = sources.setdefault(", ".join(versions), [])
         commits += [one for one in [f"{str(run.get('commit'))[:7]} ({run['date'][:10]})"] if one not in commits]
     where = "; ".join(f"{versions}, commit {', '.join(commits)}" for versions, commits in sources.items())

@@ -1,6 +1,6 @@
 """The layers that are compared: nn.Linear, SwitchBack's recipes and torchao's layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -28,35 +28,41 @@ TORCHAO_INT8 = "torchao int8"
 TORCHAO = (*TORCHAO_FLOAT8, TORCHAO_INT8)
 
 
-def convert(model: nn.Module, name: str, recipes: Mapping[str, SwitchBackConfig | None] = RECIPES) -> nn.Module:
-    """Convert the linear layers of a model, except the one called "head", in place.
+def is_not_the_head(module: nn.Module, fqn: str) -> bool:
+    return isinstance(module, nn.Linear) and fqn != "head"
+
+
+def convert(
+    model: nn.Module,
+    name: str,
+    recipes: Mapping[str, SwitchBackConfig | None] = RECIPES,
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = is_not_the_head,
+) -> nn.Module:
+    """Convert the linear layers of a model in place.
 
     Args:
         model: a module that is not an nn.Linear itself.
         name: one of recipes, or of TORCHAO.
         recipes: None leaves nn.Linear as it is.
+        module_filter_fn: which layers, by default all but the one called "head". None: the library's own choice.
 
     Returns:
         The same model. Raises what torchao raises, and ImportError if it is not installed.
     """
-
-    def is_converted(module: nn.Module, fqn: str) -> bool:
-        return isinstance(module, nn.Linear) and fqn != "head"
-
     if name in TORCHAO_FLOAT8:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = Float8LinearConfig.from_recipe_name(TORCHAO_FLOAT8[name])
-        convert_to_float8_training(model, config=config, module_filter_fn=is_converted)
+        convert_to_float8_training(model, config=config, module_filter_fn=module_filter_fn)
     elif name == TORCHAO_INT8:
         from torchao.prototype.quantized_training import int8_mixed_precision_training
         from torchao.quantization import quantize_
 
         _tune_quickly()
         # Without module_swap torchao 0.18 computes nn.Linear's own output, bit for bit, on torch 2.11 to 2.13.
-        quantize_(model, int8_mixed_precision_training(module_swap=True), filter_fn=is_converted)
+        quantize_(model, int8_mixed_precision_training(module_swap=True), filter_fn=module_filter_fn)
     elif recipes[name] is not None:
-        convert_to_switchback(model, config=recipes[name], module_filter_fn=is_converted)
+        convert_to_switchback(model, config=recipes[name], module_filter_fn=module_filter_fn)
     return model
 
 
