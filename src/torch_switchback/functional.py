@@ -141,7 +141,9 @@ def has_int8_grad_weight(config: SwitchBackConfig, weight: torch.Tensor) -> bool
 
 def _has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
     """Return whether a call is too small for int8. What the int8 path refuses is not, so that it is refused there."""
-    if not (isinstance(x, torch.Tensor) and x.dtype in FLOAT_DTYPES and type(weight) in _PLAIN):
+    if type(x) not in _PLAIN and (not isinstance(x, torch.Tensor) or hasattr(x, "device_mesh")):
+        return False
+    if x.dtype not in FLOAT_DTYPES or type(weight) not in _PLAIN:
         return False
     tokens = x.shape[:-1].numel()
     if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
@@ -149,7 +151,7 @@ def _has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
 
         return not _is_exporting() and statically_known_true(tokens < min_tokens)
-    return tokens < min_tokens and not hasattr(x, "device_mesh")
+    return tokens < min_tokens
 
 
 def _high_precision_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

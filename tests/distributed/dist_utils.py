@@ -11,6 +11,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from torch_switchback import convert
+
 TIMEOUT = datetime.timedelta(seconds=int(os.environ.get("WORLD_TIMEOUT", "180")))
 # Imported once, by the process that the workers are forked from.
 PRELOAD = ["torch_switchback.distributed.tensor_parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
@@ -78,6 +80,7 @@ class World:
 
 def _serve(rank, size, port, connection):
     torch.set_num_threads(1)
+    convert.with_min_tokens = lambda config, layer: config  # small layers too, always int8, as in tests/conftest.py
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     while True:
