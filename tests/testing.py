@@ -1,6 +1,7 @@
 """Inputs and comparisons that the tests of every device share."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,25 @@ def hostile(rows, cols, dtype, device="cpu"):
 
 
 LAYOUTS = [contiguous, transposed, sliced, expanded, hostile]
+
+
+def pairwise(**axes):
+    """Parametrize a test: any two values of two arguments meet in a case, where their product would have many more."""
+    axes = {name: list(values) for name, values in axes.items()}
+    cases = [tuple(enumerate(case)) for case in itertools.product(*(range(len(axis)) for axis in axes.values()))]
+    pairs = {case: set(itertools.combinations(case, 2)) for case in cases}
+    chosen, left = [], set().union(*pairs.values())
+    while left:
+        chosen.append(max(cases, key=lambda case: len(pairs[case] & left)))
+        left -= pairs[chosen[-1]]
+    values = [tuple(axis[index] for axis, (_, index) in zip(axes.values(), case, strict=True)) for case in chosen]
+    return pytest.mark.parametrize(tuple(axes), values, ids=_name)
+
+
+def _name(value):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "__name__", None) or str(value)
 
 
 def assert_same(actual, expected):

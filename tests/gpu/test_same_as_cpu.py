@@ -20,6 +20,7 @@ from testing import (
     assert_same_within_one_step,
     gradients,
     make_layer,
+    pairwise,
     planned,
     random_int8,
     signal_to_noise,
@@ -28,7 +29,6 @@ from torch_switchback import ops
 from torch_switchback.kernels import int8_matmul, launch
 from torch_switchback.tuning import MatmulConfig, matmul_table
 
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 strategies = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -41,9 +41,7 @@ QUANTIZERS = [
 ]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)], ids=str)
-@layouts
-@dtypes
+@pairwise(dtype=DTYPES, layout=LAYOUTS, shape=[*SHAPES, (2048, 1536), (70_000, 24), (513, 1280), (33, 14_336)])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda f: f.__name__)
 def test_quantizers(quantizer, dtype, layout, shape):
     x = layout(*shape, dtype)
@@ -59,9 +57,7 @@ def on_gpu(x):
     return gpu
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2048, 1536), (70_000, 24), (33, 14_336)], ids=str)
-@layouts
-@dtypes
+@pairwise(dtype=DTYPES, layout=LAYOUTS, shape=[*SHAPES, (2048, 1536), (70_000, 24), (33, 14_336)])
 def test_rotating_quantizers(dtype, layout, shape, block=64):
     x = layout(*shape, dtype)
     gpu, expected = on_gpu(x), ops.quantize_rowwise_and_rotated_columnwise(x, block)
@@ -77,9 +73,7 @@ def test_rotating_quantizers(dtype, layout, shape, block=64):
 
 
 @pytest.mark.parametrize("block", [16, 64, 128])
-@pytest.mark.parametrize("shape", [*SHAPES, (70_000, 24), (513, 1280), (333, 5120), (33, 14_336)], ids=str)
-@layouts
-@dtypes
+@pairwise(dtype=DTYPES, layout=LAYOUTS, shape=[*SHAPES, (70_000, 24), (513, 1280), (333, 5120), (33, 14_336)])
 def test_rotating_row_wise_quantizer(dtype, layout, shape, block):
     x = layout(*shape, dtype)
     gpu = on_gpu(x)
@@ -179,13 +173,13 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(
-    "shape", [(1, 16, 16), (640, 384, 1024), (300, 1000, 528), (129, 257, 1000), (1000, 1000, 83), (17, 83, 1)], ids=str
+@pairwise(
+    dtype=DTYPES,
+    rowwise=[False, True],
+    shape=[(1, 16, 16), (640, 384, 1024), (300, 1000, 528), (129, 257, 1000), (1000, 1000, 83), (17, 83, 1)],
+    config=CONFIGS,
 )
-@pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
-@dtypes
-def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulConfig):
+def test_products_of_every_configuration(dtype, rowwise, shape, config):
     m, n, k = shape
     a, b = random_int8(m, k), random_int8(n, k).t()
     absmax_a, absmax_b, bias = torch.rand(m), torch.rand(n if rowwise else 1), torch.randn(n)
@@ -202,7 +196,7 @@ def test_products_of_every_configuration(dtype, rowwise, shape, config: MatmulCo
             dtype,
             out,
         )
-        planned(int8_matmul.plan_int8_matmul, absmax_per_col=rowwise, config=config)(*args)
+        planned(int8_matmul.plan_int8_matmul, absmax_per_col=rowwise, config=CONFIGS[config])(*args)
         assert_same(out, expected)
 
 
