@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from testing import DTYPES, LAYOUTS, assert_same, planned, random_int8
+from testing import DTYPES, LAYOUTS, assert_same, pairwise, planned, random_int8
 from torch_switchback import ops
 from torch_switchback.kernels import (
     CannotCompile,
@@ -27,6 +27,7 @@ SHAPES = [(1, 1), (3, 5), (17, 83), (130, 67), (0, 4), (4, 0)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+matrices = pairwise(dtype=DTYPES, layout=LAYOUTS, shape=SHAPES)
 
 
 def poisoned(*shape, dtype=torch.int8):
@@ -61,9 +62,7 @@ def check_quantizer(launcher, op, x, qdata_shape, absmax_shape):
     assert_same(out, expected_qdata)
 
 
-@shapes
-@layouts
-@dtypes
+@matrices
 def test_quantize_rowwise(dtype, layout, shape):
     x = layout(*shape, dtype)
     check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, shape, shape[:1])
@@ -96,9 +95,7 @@ def test_quantize_rowwise_of_rows_longer_than_a_block(cols):
     check_quantizer(planned(quantize_rowwise.plan_quantize_rowwise), ops.quantize_rowwise, x, (2, cols), (2,))
 
 
-@shapes
-@layouts
-@dtypes
+@matrices
 def test_quantize_columnwise_and_transpose(dtype, layout, shape, passes):
     rows, cols = shape
     check_quantizer(
@@ -118,18 +115,14 @@ def test_the_columns_of_rows_that_are_far_apart(monkeypatch):
     check_quantizer(launcher, ops.quantize_columnwise_and_transpose, x, (3, 130), (3,))
 
 
-@shapes
-@layouts
-@dtypes
+@matrices
 def test_quantize_global(dtype, layout, shape, passes):
     check_quantizer(
         planned(quantize_global.plan_quantize_global), ops.quantize_global, layout(*shape, dtype), shape, (1,)
     )
 
 
-@shapes
-@layouts
-@dtypes
+@matrices
 def test_quantize_global_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
     check_quantizer(
@@ -141,9 +134,7 @@ def test_quantize_global_transpose(dtype, layout, shape, passes):
     assert_same(out, expected)
 
 
-@shapes
-@layouts
-@dtypes
+@matrices
 def test_quantize_global_with_transpose(dtype, layout, shape, passes):
     x = layout(*shape, dtype)
     out, out_t, absmax = poisoned(*shape), poisoned(*shape[::-1]), poisoned(1, dtype=torch.float32)
@@ -152,9 +143,7 @@ def test_quantize_global_with_transpose(dtype, layout, shape, passes):
         assert_same(actual, expected)
 
 
-@shapes
-@layouts
-@dtypes
+@matrices
 @pytest.mark.parametrize("by_row", [False, True])
 def test_quantize_by_absmax(by_row, dtype, layout, shape):
     x = layout(*shape, dtype)
@@ -211,18 +200,14 @@ PRODUCTS = [
 ]
 
 
-@configs
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-@pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
-@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
-@dtypes
+@pairwise(dtype=DTYPES, has_bias=[False, True], rowwise=[False, True], shape=PRODUCTS, config=CONFIGS)
 def test_products(dtype, has_bias, rowwise, shape, config):
     m, n, k = shape
     a, b = random_int8(m, k), random_int8(n, k).t()
     absmax_a, absmax_b = torch.rand(m), torch.rand(n if rowwise else 1)
     bias = torch.randn(n) if has_bias else None
     out = poisoned(m, n, dtype=dtype)
-    planned(int8_matmul.plan_int8_matmul, absmax_per_col=rowwise, config=config)(
+    planned(int8_matmul.plan_int8_matmul, absmax_per_col=rowwise, config=CONFIGS[config])(
         a, b, absmax_a, absmax_b, bias, out.dtype, out
     )
     op = ops.int8_matmul_rowwise_dequantize if rowwise else ops.int8_matmul_mixed_dequantize
