@@ -37,8 +37,15 @@ def compile_all(launches, architecture):
     return compiled
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# float32 takes most shared memory. Casts differ between the oldest NVIDIA architecture, which has none of bfloat16, and
+# AMD's.
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        *((architecture, "fp32") for architecture in ARCHITECTURES),
+        *((architecture, dtype) for architecture in ("sm_80", "gfx942") for dtype in ("fp16", "bf16")),
+    ],
+)
 def test_quantizers(architecture, dtype):
     launches = []
     for cols in (128, 1280, 16_384, 20_000):
@@ -53,7 +60,7 @@ def test_quantizers(architecture, dtype):
     ("architecture", "dtype", "block"),
     [
         *((architecture, "bf16", 64) for architecture in ARCHITECTURES),
-        *((architecture, dtype, 128) for architecture in ("sm_86", "gfx942") for dtype in ("bf16", "fp32")),
+        *((architecture, "fp32", 128) for architecture in ("sm_86", "gfx942")),
     ],
 )
 def test_rotating_quantizers(architecture, dtype, block):
@@ -167,9 +174,11 @@ def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_of_the_tuning_table(architecture):
-    for _, config in matmul_table(architecture):
-        for out_dtype in (torch.bfloat16, torch.float32):
-            compile_all(product_launches(config, 256, 256, 256, bias=True, out_dtype=out_dtype), architecture)
+    configs = [config for _, config in matmul_table(architecture)]
+    for config in configs:  # float32 takes most shared memory
+        compile_all(product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.float32), architecture)
+    for config in {config.kernel: config for config in configs}.values():
+        compile_all(product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16), architecture)
         # Odd sizes, of which TMA cannot store the output, and an inner dimension that int32 cannot hold.
         compile_all(product_launches(config, 17, 83, 257, bias=False, out_dtype=torch.float16), architecture)
         compile_all(product_launches(config, 16, 16, 133_152, bias=False, out_dtype=torch.float16), architecture)
