@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torch_switchback as ts
-from testing import convert_all, hostile, strategies
+from testing import ROTATED_FEATURES, STRATEGIES, convert_all, hostile, strategies
 from torch_switchback.analysis.layer_steps import saved_bytes
 from torch_switchback.functional import DYNAMO_KNOWS_EXPORTS
 
@@ -27,10 +27,15 @@ def step(model, compiled, x):
     return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-@strategies
-@backends
-def test_small_model(backend, config, device):
-    model = make_model(config, device)
+@pytest.mark.parametrize(
+    ("backend", "strategy"),
+    [
+        *(("aot_eager", strategy) for strategy in STRATEGIES | ROTATED_FEATURES),
+        *(("inductor", strategy) for strategy in ("global mem_efficient", "rowwise int8 grad_weight")),
+    ],
+)
+def test_small_model(backend, strategy, device):
+    model = make_model((STRATEGIES | ROTATED_FEATURES)[strategy], device)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     x = torch.randn(5, 7, 64, device=device)
     for actual, expected in zip(step(model, compiled, x), step(model, model, x), strict=True):
@@ -121,11 +126,13 @@ def test_a_changing_batch_recompiles_at_most_twice(grad_weight, device):
     assert len(compiles) <= 3
 
 
-@strategies
-@pytest.mark.parametrize("autocast", [False, True])
-def test_symbolic_shapes_from_the_first_call(config, autocast, device):
+@pytest.mark.parametrize(
+    ("autocast", "strategy"),
+    [*((False, strategy) for strategy in STRATEGIES | ROTATED_FEATURES), (True, "global mem_efficient")],
+)
+def test_symbolic_shapes_from_the_first_call(autocast, strategy, device):
     """dynamic=True also makes symbols of a module's floats, which an autograd Function cannot take."""
-    model = make_model(config, device)
+    model = make_model((STRATEGIES | ROTATED_FEATURES)[strategy], device)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (4, 7):
         x = torch.randn(batch, 64, device=device)
