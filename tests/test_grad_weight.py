@@ -37,18 +37,18 @@ def float8(x):
     return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale
 
 
-@pytest.mark.parametrize("config", [INT8, SwitchBackConfig(grad_weight="int8", rotate_tokens=128)], ids=repr)
 @pytest.mark.parametrize(
     ("tokens", "sigma", "outlier_channels"),
-    [(8192, 0, 0), (8192, 1, 0), (8192, 2, 0), (8192, 1, 2), (2048, 2, 0), (2048, 2, 2)],
+    [(2048, 0, 0), (2048, 1, 0), (2048, 1, 2), (2048, 2, 0), (2048, 2, 2), (8192, 2, 0)],
 )
-def test_signal_to_noise(tokens, sigma, outlier_channels, config, device):
+def test_signal_to_noise(tokens, sigma, outlier_channels, device):
     x = activations(outlier_channels, tokens).to(device).bfloat16()
     grad = tokens_of_size(sigma, tokens).to(device).bfloat16()
     reference = grad.double().t() @ x.double()
-    ours = signal_to_noise(grad_weight_of(x, grad, config), reference)
-    assert ours >= 33
-    assert ours > signal_to_noise(float8(grad.cpu()).t() @ float8(x.cpu()), reference.cpu())
+    of_float8 = signal_to_noise(float8(grad.cpu()).t() @ float8(x.cpu()), reference.cpu())
+    for rotate_tokens in (64, 128):
+        config = SwitchBackConfig(grad_weight="int8", rotate_tokens=rotate_tokens)
+        assert signal_to_noise(grad_weight_of(x, grad, config), reference) > max(33, of_float8)
 
 
 def test_the_rotation_is_what_makes_it_accurate(device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torch_switchback  # noqa: F401  (registers the operations)
-from testing import DTYPES, LAYOUTS, make_layer, random_int8, strategies
+from testing import DTYPES, LAYOUTS, make_layer, pairwise, random_int8, strategies
 
 OPS = torch.ops.torch_switchback
 # opcheck compares outputs and has NaN unequal to itself, so not the layout "hostile".
@@ -12,8 +12,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS[:-1], ids=lambda layout: lay
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-@layouts
-@dtypes
+@pairwise(dtype=DTYPES, layout=LAYOUTS[:-1], shape=[(17, 83), (1, 5)])
 @pytest.mark.parametrize(
     "op",
     [
@@ -24,7 +23,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
         "quantize_global_with_transpose",
     ],
 )
-@pytest.mark.parametrize("shape", [(17, 83), (1, 5)], ids=str)
 def test_quantizers(shape, op, dtype, layout, device):
     torch.library.opcheck(getattr(OPS, op).default, (layout(*shape, dtype, device),))
 

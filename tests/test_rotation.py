@@ -127,7 +127,7 @@ def test_only_float_matrices(device):
         quantizer(torch.zeros(3, 4, device=device, dtype=torch.float64), 64)
 
 
-@blocks
+@pytest.mark.parametrize("block", [16, 128])
 @dtypes
 def test_opcheck(dtype, block, device):
     for layout in LAYOUTS[:-1]:

@@ -60,6 +60,7 @@ def run(device, *examples):
     for example in examples:
         if device == "cpu":
             example = example.replace(".cuda()", "").replace(', device="cuda"', "")
+            example = example.replace("randn(32, ", "randn(2, ")  # the float16 matmuls of 32 take 20 s
             assert "cuda" not in example
         exec(example, names)
     return names
@@ -75,7 +76,7 @@ def test_layer_imports(device):
 
 def test_layer_usage(device):
     names = run(device, LAYER_USAGE)
-    assert names["output"].shape == (32, 128, 3072)
+    assert names["output"].shape == (len(names["x"]), 128, 3072)
     assert names["output"].dtype == torch.float16
     assert names["layer"].weight.grad.shape == (3072, 768)
 
@@ -83,7 +84,7 @@ def test_layer_usage(device):
 def test_inference_usage(device):
     names = run(device, LAYER_USAGE, INFERENCE_USAGE)
     assert names["layer"].is_prepared
-    assert names["output"].shape == (32, 128, 3072)
+    assert names["output"].shape == (len(names["x"]), 128, 3072)
 
 
 def test_quantize_usage(device):

@@ -80,23 +80,22 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("scaling", CONFIGS)
 @pytest.mark.parametrize(
     ("what", "data", *(f"gate_{scaling}" for scaling in CONFIGS)), GATES, ids=lambda v: getattr(v, "__name__", v)
 )
-def test_gates(what, data, gate_global, gate_rowwise, gate_rotated, scaling, device):
+def test_gates(what, data, gate_global, gate_rowwise, gate_rotated, device):
     x, w = data(device).bfloat16(), weight(device)
-    config, gate = CONFIGS[scaling], {"global": gate_global, "rowwise": gate_rowwise, "rotated": gate_rotated}[scaling]
-    if what == "output":
-        actual = ts.switchback_linear(x, w, config=config)
-        reference = x.double() @ w.double().t()
-    else:
-        inputs = torch.zeros_like(x).requires_grad_()
-        (actual,) = torch.autograd.grad(ts.switchback_linear(inputs, w, config=config), inputs, x)
-        reference = x.double() @ w.double()
-    assert signal_to_noise(actual, reference) >= gate
-    # A ratio over the whole tensor can hide rows that are all noise.
-    assert worst_rows(actual, reference) >= (gate_rotated if scaling == "rotated" else gate_global) - 5
+    reference = x.double() @ (w.double().t() if what == "output" else w.double())
+    gates = {"global": gate_global, "rowwise": gate_rowwise, "rotated": gate_rotated}
+    for scaling, config in CONFIGS.items():
+        if what == "output":
+            actual = ts.switchback_linear(x, w, config=config)
+        else:
+            inputs = torch.zeros_like(x).requires_grad_()
+            (actual,) = torch.autograd.grad(ts.switchback_linear(inputs, w, config=config), inputs, x)
+        assert signal_to_noise(actual, reference) >= gates[scaling], scaling
+        # A ratio over the whole tensor can hide rows that are all noise.
+        assert worst_rows(actual, reference) >= (gate_rotated if scaling == "rotated" else gate_global) - 5, scaling
 
 
 @pytest.mark.parametrize("mem_efficient", [False, True], ids=["16 bit", "mem_efficient"])
