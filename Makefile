@@ -38,10 +38,10 @@ tables: $(VENV)/.test  ## the tables of the documentation are those of the commi
 # tests of the bitsandbytes bridge run once without bitsandbytes and once with it.
 test: lint tables docs  ## lint, types, the site and every test that needs no GPU
 	$(RUN)/pip uninstall --quiet --yes bitsandbytes
-	$(RUN)/pytest -n 2 --dist loadgroup tests
+	$(RUN)/pytest -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 $(RUN)/pytest -n 2 tests/kernels
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[bitsandbytes]'
-	$(RUN)/pytest tests/test_bitsandbytes.py tests/test_seeds.py
+	$(RUN)/pytest -n 2 tests/test_bitsandbytes.py tests/test_seeds.py
 
 # The oldest Triton that the package allows, for the compiler alone: what it makes of every kernel.
 test-oldest-triton: $(VENV)/.test  ## kernels compiled by the oldest Triton

@@ -8,6 +8,13 @@ import torch
 _tuned = tempfile.TemporaryDirectory(prefix="torch_switchback_test_")
 os.environ["TORCH_SWITCHBACK_CACHE"] = _tuned.name
 
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    # Threads of workers that share the cores wait for each other, and take several times as long as fewer.
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
+
 if torch.version.cuda and not torch.cuda.is_available():  # a CUDA build, whose own functions raise without a driver
     torch._C._cuda_getDevice = lambda: -1
     torch._C._cuda_getCurrentRawStream = lambda device: 0

@@ -5,13 +5,6 @@ from dist_utils import World
 collect_ignore_glob = [] if dist.is_available() and dist.is_gloo_available() else ["test_*.py"]
 
 
-def pytest_collection_modifyitems(items):
-    """All in one of xdist's workers: starting the processes takes longer than most tests."""
-    for item in items:
-        if "world" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("processes"))
-
-
 @pytest.fixture(scope="session")
 def world():
     """From a number of processes to the World that has them."""

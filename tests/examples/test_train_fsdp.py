@@ -41,10 +41,7 @@ train_fsdp.ShardedRun = DyingRun
 train_fsdp.app()
 """
 
-pytestmark = [
-    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
-    pytest.mark.xdist_group("torchrun"),
-]
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 
 def torchrun(cwd, *arguments):
