@@ -12,17 +12,10 @@ from tasks import converted
 from transformers import LlamaConfig, LlamaForCausalLM, MusicgenDecoderConfig, MusicgenForCausalLM, TrainingArguments
 
 import torch_switchback as ts
-from torch_switchback.filters import default_filter
 from torch_switchback.integrations.transformers import SwitchBackCallback
 
 SMALL = {"vocab_size": 80, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=False)
-
-
-def convert(model):
-    """Convert by the default filter's rules without that of the width, as the models are small."""
-    left = default_filter(model, least_features=0)
-    return ts.convert_to_switchback(model, module_filter_fn=lambda module, fqn: not left(module, fqn))
 
 
 def convert_all(model):
@@ -36,7 +29,7 @@ def left(model):
 def test_a_head_that_peft_copies_stays():
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = convert(peft.get_peft_model(LlamaForCausalLM(LLAMA), lora))
+    model = ts.convert_to_switchback(peft.get_peft_model(LlamaForCausalLM(LLAMA), lora))
     assert len(converted(model)) == 7
     assert not any("lm_head" in fqn for fqn in converted(model))
     model.merge_and_unload()
@@ -45,13 +38,13 @@ def test_a_head_that_peft_copies_stays():
 def test_a_head_that_lora_adapts_stays():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(LlamaForCausalLM(LLAMA), peft.LoraConfig(r=4, target_modules=["lm_head"]))
-    assert len(converted(convert(model))) == 7
+    assert len(converted(ts.convert_to_switchback(model))) == 7
     assert not any("lm_head" in fqn for fqn in converted(model))
 
 
 def test_several_heads_stay():
     config = MusicgenDecoderConfig(**SMALL, ffn_dim=96, num_codebooks=4)
-    model = convert(MusicgenForCausalLM(config))
+    model = ts.convert_to_switchback(MusicgenForCausalLM(config))
     assert [fqn for fqn in left(model) if not fqn.startswith("model")] == [f"lm_heads.{index}" for index in range(4)]
     assert len(converted(model)) == 10
 
@@ -76,7 +69,7 @@ def test_heads_of_other_names_stay():
         ),
     }
     for head, model in models.items():
-        assert list(left(convert(model))) == [head]
+        assert list(left(ts.convert_to_switchback(model))) == [head]
 
 
 def test_conv1d_is_named():
@@ -88,7 +81,7 @@ def test_conv1d_is_named():
 
 def test_packed_experts_are_named():
     config = transformers.MixtralConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
-    model = convert(transformers.MixtralForCausalLM(config))
+    model = ts.convert_to_switchback(transformers.MixtralForCausalLM(config))
     kinds = {layer.kind for layer in ts.conversion_report(model).left}
     assert {"MixtralExperts", "MixtralTopKRouter"} < kinds
     assert all(left(model).values()) and ts.conversion_report(model).summary.startswith("4 of 7 linear layers, ")
@@ -127,6 +120,7 @@ def test_transformers_layers_that_are_never_called_are_reported():
     assert {fqn.rpartition(".")[2] for fqn in uncalled(model)} == {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
+@pytest.mark.usefixtures("only_where_it_wins")
 def test_the_callback_says_once_that_nothing_was_converted(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="torch_switchback")
     arguments = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", use_cpu=True, report_to="none")

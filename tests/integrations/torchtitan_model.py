@@ -6,7 +6,7 @@ from torchtitan.models.llama3 import model_registry
 from torch_switchback import SwitchBackConfig
 from torch_switchback.integrations.torchtitan import SwitchBackLinearConverter
 
-CONFIG = SwitchBackConfig("rowwise")
+CONFIG = SwitchBackConfig("rowwise", min_tokens=0)
 
 
 def converter(config=CONFIG, module_filter_fn=lambda module, fqn: fqn != "lm_head"):
