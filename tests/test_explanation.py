@@ -146,8 +146,27 @@ def test_a_layer_with_too_few_tokens_says_that_it_computes_as_nn_linear():
     assert layer.reason == "computes as nn.Linear: fewer tokens than its min_tokens=71"
     explained = ts.explain(model, torch.randn(71, 24))
     assert explained.layers[0].reason == "" and explained.int8_share == 1
+    assert ts.explain(model, tokens=70).layers[0].reason == layer.reason
+    assert ts.explain(model, tokens=71).layers[0].reason == ""
     model.prepare_for_eval()
     assert ts.explain(model, torch.randn(70, 24)).layers[0].reason == ""
+    assert ts.explain(model, tokens=70).layers[0].reason == ""
+
+
+def test_flops_count_every_call():
+    """``down`` is called with 8 tokens, in int8, and with 3, as nn.Linear."""
+    model = ts.convert_to_switchback(Model(), config={"down": SwitchBackConfig(min_tokens=4)})
+    found = ts.explain(model, torch.randn(8, 24))
+    up, down, unused = found.layers
+    assert (up.flop, up.int8_flop) == (2 * 8 * 24 * 48, 0) and (unused.flop, unused.int8_flop) == (0, 0)
+    assert (down.flop, down.int8_flop) == (2 * 11 * 24 * 48, 2 * 8 * 24 * 48) and down.reason == ""
+    assert found.int8_flop_share == pytest.approx(8 / 19)
+    assert str(found).splitlines()[-1] == "1 of 3 layers run in int8, 40% of their weights, 42% of their FLOPs"
+
+
+def test_a_model_without_linear_layers_has_no_share():
+    found = ts.explain(nn.LayerNorm(4), torch.randn(2, 4))
+    assert found.int8_share == found.int8_flop_share == 0
 
 
 def test_a_layer_that_is_not_called_is_a_fallback(model):
@@ -191,6 +210,16 @@ def test_the_tuned_kernel_of_each_product(on_a_gpu):
     assert grad_input.tile == matmul_config("sm_90", 16384, 4096, 14336)
     assert output.kernel == output.tile.kernel == "warp_specialized"
     assert str(output) == f"warp_specialized {output.tile.block_m}×{output.tile.block_n}×{output.tile.block_k}"
+
+
+@pytest.mark.filterwarnings("ignore:torch_switchback has no tuning table for sm_103")
+@pytest.mark.parametrize(("architecture", "why"), [("sm_90", ""), ("sm_103", ": sm_103 multiplies int8 more slowly")])
+def test_a_gpu_where_int8_is_never_faster_is_in_the_header(on_a_gpu, architecture, why):
+    on_a_gpu(architecture)
+    layer = ts.SwitchBackLinear(4096, 4096, device="meta", dtype=torch.bfloat16)
+    found = ts.explain(layer, tokens=4096)
+    assert str(found).splitlines()[0].startswith(f"cuda{why}")
+    assert bool(found.never_faster) == bool(why)
 
 
 @pytest.mark.parametrize(("architecture", "falls_back"), [("sm_90", True), ("sm_80", False)])
@@ -272,7 +301,7 @@ def test_every_layer_without_int8_has_a_reason():
     assert "is a subclass of nn.Linear" in reasons.pop("tower.1.out_proj")
     assert "nn.MultiheadAttention multiplies" in reasons.pop("tower.1") and not reasons
     assert found.int8_share == pytest.approx(2 / (2 + 3 + 1 + 1))
-    assert str(found).splitlines()[-1] == "1 of 4 layers run in int8, 29% of their weights"
+    assert str(found).splitlines()[-1] == "1 of 4 layers run in int8, 29% of their weights, 50% of their FLOPs"
     assert all(reason in str(found) for reason in ("not converted", "MultiheadAttention multiplies"))
 
 

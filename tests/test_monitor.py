@@ -54,7 +54,7 @@ def test_it_writes_every_quantity_of_every_layer_every_so_many_steps(model, devi
     monitor = Monitor(model, every=3, writer=writer)
     train(model, monitor, 8, device)
     names = ("attention", "mlp.0", "mlp.2")
-    tags = {f"switchback/{name}/{quantity}" for name in names for quantity in QUANTITIES}
+    tags = {f"switchback/{name}/{quantity}" for name in names for quantity in {"in_int8", *QUANTITIES}}
     written = [(tag, step) for tag, _, step in writer.scalars]
     assert sorted(written) == sorted((tag, step) for tag in tags for step in (0, 3, 6))
     assert set(monitor.latest) == set(names)
@@ -137,6 +137,33 @@ def test_the_noise_is_that_of_the_layer(config, device):
         assert record[f"{product}_snr_worst_rows"] == pytest.approx(worst, abs=0.01)
 
 
+def test_a_layer_that_computes_as_nn_linear_is_recorded_but_not_measured(model, device):
+    model.mlp[0].config = SwitchBackConfig(min_tokens=81)
+    with Monitor(model) as monitor:
+        train(model, monitor, 1, device)
+        assert monitor.latest["mlp.0"] == {"in_int8": 0.0}
+        assert monitor.latest["mlp.2"].keys() == {"in_int8", *QUANTITIES} and monitor.latest["mlp.2"]["in_int8"] == 1
+
+
+def test_the_first_call_in_int8_is_measured(model, device):
+    model.mlp[0].config = SwitchBackConfig(min_tokens=50)
+    inputs = [torch.randn(tokens, 64, device=device) for tokens in (30, 60, 40)]
+    with Monitor(model, layers="mlp.0") as monitor:
+        for x in inputs:
+            model.mlp[0](x).square().sum().backward()
+        monitor.step()
+    expected = measure(model.mlp[0], inputs[1], 2 * model.mlp[0](inputs[1]).detach())
+    assert monitor.latest == {"mlp.0": {"in_int8": 1.0} | expected}
+
+
+def test_measure_is_in_int8_however_few_the_tokens(device):
+    layer, x = ts.SwitchBackLinear(64, 48, device=device), torch.randn(5, 64, device=device)
+    grad = torch.randn(5, 48, device=device)
+    expected = measure(layer, x, grad)
+    layer.config = SwitchBackConfig(min_tokens=6)
+    assert measure(layer, x, grad) == expected and expected["output_snr"] < 60
+
+
 def test_crest_and_zeros(device):
     layer = ts.SwitchBackLinear(64, 8, device=device)
     x = torch.zeros(200, 64, device=device)
@@ -202,7 +229,7 @@ def test_a_layer_without_signal_or_with_nan_is_survived(value, model, device):
     with Monitor(model) as monitor:
         model(torch.full((3, 64), value, device=device)).sum().backward()
         monitor.step()
-    assert set(monitor.latest["mlp.0"]) == QUANTITIES
+    assert set(monitor.latest["mlp.0"]) == {"in_int8", *QUANTITIES}
 
 
 def test_autocast_is_measured_in_its_dtype(model, device, monkeypatch):
@@ -311,6 +338,6 @@ def test_csv(model, device, tmp_path):
         writer.close()
     header, *rows = csv.reader(path.read_text().splitlines())
     assert header == ["step", "tag", "value"]
-    assert len(rows) == 2 * len(QUANTITIES)
-    assert {row[1] for row in rows} == {f"switchback/attention/{quantity}" for quantity in QUANTITIES}
+    assert len(rows) == 2 * (1 + len(QUANTITIES))
+    assert {row[1] for row in rows} == {f"switchback/attention/{quantity}" for quantity in {"in_int8", *QUANTITIES}}
     assert all(float(row[2]) == float(row[2]) for row in rows)

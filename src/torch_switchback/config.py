@@ -83,7 +83,7 @@ class SwitchBackConfig:
 
     @property
     def strategy(self) -> str:
-        """Return the name that the README's table would give it, such as ``"rowwise, mem_efficient"``."""
+        """Return a few words for tables and reprs, such as ``"rowwise, mem_efficient"``, which are no recipe's name."""
         parts: list[str] = [self.weight_scaling]
         if self.mem_efficient:
             parts.append("mem_efficient")

@@ -109,7 +109,7 @@ def linear(
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
         weight_cache: where the int8 values of this weight stay until it changes.
     """
-    if config.min_tokens and weight_absmax is None and _has_few_tokens(x, weight, config.min_tokens):
+    if config.min_tokens and weight_absmax is None and has_few_tokens(x, weight, config.min_tokens):
         return _high_precision_linear(x, weight, bias)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         refuse_transforms()
@@ -139,7 +139,7 @@ def has_int8_grad_weight(config: SwitchBackConfig, weight: torch.Tensor) -> bool
     return config.grad_weight == "int8" and weight.requires_grad and torch.is_grad_enabled()
 
 
-def _has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
+def has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
     """Return whether a call is too small for int8. What the int8 path refuses is not, so that it is refused there."""
     if type(x) not in _PLAIN and (not isinstance(x, torch.Tensor) or hasattr(x, "device_mesh")):
         return False

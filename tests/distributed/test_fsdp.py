@@ -401,7 +401,7 @@ def test_compiled(all_gather):
 def test_the_monitor_compares_with_the_gathered_int8_values(scaling):
     """The result is that of measure() for a layer whose weight is the dequantized int8 values."""
     alone = converted(mlp(), weight_scaling=scaling)
-    model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8"))
+    model = sharded(converted(mlp(), weight_scaling=scaling, all_gather="int8", min_tokens=10**6))
     qdata, absmax = gathered(model[2])
     with torch.no_grad():
         alone[2].weight.copy_(qdata * (absmax / 127).reshape(-1, 1))
@@ -413,6 +413,7 @@ def test_the_monitor_compares_with_the_gathered_int8_values(scaling):
         monitor.step()
     expected = measure(alone[2], inputs[0], torch.ones_like(y))
     assert set(monitor.latest) == {"0", "2"}
+    assert monitor.latest["2"].pop("in_int8") == 1, "int8 values are all that a rank has"
     for quantity, value in monitor.latest["2"].items():
         assert value == pytest.approx(expected[quantity], rel=1e-3), quantity
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -566,8 +567,16 @@ def test_a_weight_that_is_held_otherwise_is_refused():
     assert isinstance(convert_all(model, ts.SwitchBackConfig(all_gather="int8"))[0].weight, ShardWeight)
 
 
+@pytest.mark.parametrize(("all_gather", "reason"), [("int8", ""), ("high_precision", "computes as nn.Linear")])
+@in_processes(2)
+def test_explain_knows_that_gathered_int8_values_ignore_min_tokens(all_gather, reason):
+    model = sharded(converted(mlp(), all_gather=all_gather, min_tokens=10**6))
+    for layer in ts.explain(model, own(batch())).layers:
+        assert layer.reason.startswith(reason) and bool(layer.products) == (not reason)
+
+
 @in_processes(2)
 def test_explain_tries_layers_whose_weights_are_cut_up():
     """It gives the layer a weight of its own, as on a GPU."""
     model = sharded(converted(mlp()))
-    _try(model[0], Call(8, "float32"), torch.device("cpu"))
+    _try(model[0], Call(8, "float32", in_int8=True), torch.device("cpu"))

@@ -240,6 +240,14 @@ def test_compiled_it_is_one_graph(scaling):
 
 
 @in_processes(2)
+def test_explain_knows_that_they_ignore_min_tokens():
+    model = converted(mlp(32, 16), min_tokens=10**6)
+    parallelize_module(model, tensor_parallel(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for how in ({"sample_input": batch()}, {"tokens": 8}):
+        assert {layer.reason for layer in ts.explain(model, **how).layers} == {""}
+
+
+@in_processes(2)
 def test_the_monitor_refuses_them_by_name():
     """And takes what fully_shard alone has cut up: tests/distributed/test_fsdp.py."""
     model = convert_all(mlp(32, 16))

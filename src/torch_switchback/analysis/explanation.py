@@ -11,10 +11,11 @@ from torch import nn
 
 from .._text import grouped, table
 from ..convert import _REPORT, ConvertedLayer
+from ..filters import never_faster
 from ..functional import linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, ProductShape
-from .layer_calls import Call, describe, device_of, every_layer_called, layer_calls
+from .layer_calls import Call, architecture_of, describe, device_of, every_layer_called, layer_calls
 
 HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "remarks")
 
@@ -25,7 +26,7 @@ class FallbackError(RuntimeError):
 
 @dataclass(frozen=True)
 class Product:
-    """One of a layer's three matrix products, [m, k] × [k, n]."""
+    """Holds one of a layer's three matmuls, [m, k] × [k, n]."""
 
     name: str
     m: int
@@ -46,7 +47,7 @@ class Product:
 
 @dataclass(frozen=True)
 class ExplainedLayer:
-    """A linear layer and its largest call; or a module that the conversion's report names beside them."""
+    """Holds a linear layer and its largest call, or a module that the conversion's report names beside them."""
 
     fqn: str
     strategy: str
@@ -60,16 +61,22 @@ class ExplainedLayer:
     products: tuple[Product, ...]
     """Matmuls of a SwitchBackLinear that was called and runs in int8; empty for any other layer."""
     fallback: str
-    """Why the layer, or some of its products, takes a slower way; empty if none does."""
+    """Why the layer, or some of its matmuls, takes a slower way; empty if none does."""
     reason: str
-    """Why the layer does not run in int8; empty if it does."""
+    """Why the layer's largest call does not run in int8; empty if it does."""
+    flop: int
+    """2 · tokens · in · out, summed over its calls."""
+    int8_flop: int
+    """The same, of the calls that run in int8."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for every linear layer, nn.Linear too. Printed, it is a table with one row for identical blocks."""
+    """Holds a row for every linear layer, nn.Linear too. Printed, it is a table with one row for identical blocks."""
 
     device: str
+    never_faster: str
+    """Why int8 is faster for no layer on this device; empty if it may be."""
     layers: tuple[ExplainedLayer, ...]
 
     @property
@@ -82,6 +89,11 @@ class Explanation:
         sizes = [(layer.in_features * layer.out_features, bool(layer.products)) for layer in self.layers]
         return sum(size for size, in_int8 in sizes if in_int8) / max(1, sum(size for size, _ in sizes))
 
+    @property
+    def int8_flop_share(self) -> float:
+        """Return the share of the floating-point operations of the layers' calls that runs in int8."""
+        return sum(layer.int8_flop for layer in self.layers) / max(1, sum(layer.flop for layer in self.layers))
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
@@ -93,8 +105,10 @@ class Explanation:
             remarks = layer.fallback or layer.reason
             rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *products, remarks))
         in_int8 = sum(bool(layer.products) for layer in self.layers)
-        summary = f"{in_int8} of {len(self.layers)} layers run in int8, {self.int8_share:.0%} of their weights"
-        return f"{self.device}\n{table(HEADERS, grouped(rows))}\n{summary}"
+        shares = f"{self.int8_share:.0%} of their weights, {self.int8_flop_share:.0%} of their FLOPs"
+        summary = f"{in_int8} of {len(self.layers)} layers run in int8, {shares}"
+        header = f"{self.device}: {self.never_faster}" if self.never_faster else self.device
+        return f"{header}\n{table(HEADERS, grouped(rows))}\n{summary}"
 
 
 def explain(
@@ -128,7 +142,7 @@ def explain(
 
     Returns:
         A row for every linear layer, converted or not, and for what else the conversion's report names. Printed, it is
-        a table, with one row for identical blocks and the share of the weights that is in int8.
+        a table, with one row for identical blocks and the shares of the weights and of the FLOPs that are in int8.
 
     Raises:
         FallbackError: strict, and there is a fall-back; it names all of them.
@@ -147,7 +161,7 @@ def explain(
             strategy = layer.config.strategy
             if call is None:
                 fallback = "not called: the model uses its weight directly, or not for this input"
-            elif not layer.is_prepared and call.tokens < (layer.config.min_tokens or 0):
+            elif not call.in_int8:
                 reason = f"computes as nn.Linear: fewer tokens than its min_tokens={layer.config.min_tokens}"
             else:
                 key = (call, layer.config, layer.in_features, layer.out_features, layer.is_prepared)
@@ -159,15 +173,19 @@ def explain(
                 fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
         else:
             reason = (fqn in converted and converted[fqn].reason) or "not converted"
-        seen, dtype = (None, "") if call is None else call
+        seen, dtype = (None, "") if call is None else call[:2]
         sizes = (layer.in_features, layer.out_features, len(calls))
-        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback, reason))
+        flop, int8_flop = (
+            2 * layer.in_features * layer.out_features * sum(call.tokens for call in some)
+            for some in (calls, [call for call in calls if call.in_int8])
+        )
+        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback, reason, flop, int8_flop))
     linear = {row.fqn for row in rows}
     for fqn, other in converted.items():
         if fqn not in linear and other.config is None:
             sizes = (other.in_features, other.out_features, 0)
-            rows.append(ExplainedLayer(fqn, other.kind, *sizes, None, "", (), "", other.reason))
-    explanation = Explanation(describe(where), tuple(rows))
+            rows.append(ExplainedLayer(fqn, other.kind, *sizes, None, "", (), "", other.reason, 0, 0))
+    explanation = Explanation(describe(where), never_faster(architecture_of(where)), tuple(rows))
     if strict and explanation.fallbacks:
         lines = [f"{layer.fqn or 'the model'}: {layer.fallback}" for layer in explanation.fallbacks]
         raise FallbackError("explain: " + "; ".join(lines))

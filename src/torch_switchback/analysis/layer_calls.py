@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..functional import has_few_tokens
+from ..nn import SwitchBackLinear
 from ..ops._validation import FLOAT_DTYPES
 
 
@@ -16,6 +18,7 @@ class Call(NamedTuple):
 
     tokens: int
     dtype: str  # that it computes in, as "bfloat16": the input's, or autocast's
+    in_int8: bool
 
 
 def layer_calls(
@@ -41,7 +44,9 @@ def layer_calls(
     if tokens is not None:
         for module, calls in found.values():
             dtype = getattr(module, "_weight_dtype", None)  # of a prepared layer, whose weight is int8
-            calls.append(Call(tokens, dtype_name(dtype or next(iter(module.parameters()), torch.empty(0)).dtype)))
+            dtype = dtype or next(iter(module.parameters()), torch.empty(0)).dtype
+            with every_layer_called(module):  # or asking for a parametrized weight may change its buffers
+                calls.append(Call(tokens, dtype_name(dtype), takes_int8(module, torch.empty(tokens, 0, device="meta"))))
         return found
     with contextlib.ExitStack() as hooks, every_layer_called(model), torch.no_grad():
         for module, calls in found.values():
@@ -50,14 +55,22 @@ def layer_calls(
     return found
 
 
-def _record(calls: list[Call], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def takes_int8(layer: nn.Linear, x: torch.Tensor) -> bool:
+    """Return whether a layer computes in int8 for an input (*, in_features), of which only the shape counts."""
+    if not isinstance(layer, SwitchBackLinear):
+        return False
+    min_tokens = layer.config.min_tokens
+    return not min_tokens or layer.is_prepared or not has_few_tokens(x, layer.weight, min_tokens)
+
+
+def _record(calls: list[Call], layer: nn.Linear, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     x = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)), None)
     if x is None:  # a subclass of nn.Linear takes what it likes
         return
     where = x.device.type
     autocast = where != "meta" and torch.is_autocast_enabled(where) and x.dtype in FLOAT_DTYPES
     dtype = torch.get_autocast_dtype(where) if autocast else x.dtype
-    calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype)))
+    calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype), takes_int8(layer, x)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -118,6 +131,13 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
     if own.type != "meta":
         return own
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def architecture_of(device: torch.device) -> str:
+    """Return the name that a device has in the table of rates, such as ``"sm_90"`` or ``"cpu"``."""
+    from ..kernels.device import architecture
+
+    return "cpu" if device.type == "cpu" else architecture(device)
 
 
 def describe(device: torch.device) -> str:

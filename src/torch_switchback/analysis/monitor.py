@@ -11,6 +11,7 @@ import csv
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeGuard
 
@@ -23,6 +24,7 @@ from ..functional import switchback_linear
 from ..nn import SwitchBackLinear
 from ..ops._hadamard import rotate_features
 from ..scaling import scaling_for
+from .layer_calls import takes_int8
 
 Record = dict[str, float]
 
@@ -59,11 +61,12 @@ class CsvWriter:
 class Monitor:
     """Samples the noise of a model's SwitchBack layers every few training steps, and costs nothing in between.
 
-    In a sampled step each layer's first forward and backward are computed twice more, in int8 and in the layer's own
-    dtype, and compared (:func:`measure`). Code under torch.compile runs eagerly in such a step, through
-    ``torch.compiler.set_stance("force_eager")``: nothing is compiled again, and other steps run as if there were no
-    monitor. A captured CUDA graph runs no Python: its layers are not seen. Nor are layers that have been reverted or
-    prepared since, and copies of the model.
+    In a sampled step each layer's first forward and backward in int8 are computed twice more, in int8 and in the
+    layer's own dtype, and compared (:func:`measure`). A layer whose calls all have fewer tokens than its ``min_tokens``
+    computes as nn.Linear and adds no noise: its record is ``in_int8`` alone, which is 0. Code under torch.compile runs
+    eagerly in such a step, through ``torch.compiler.set_stance("force_eager")``: nothing is compiled again, and other
+    steps run as if there were no monitor. A captured CUDA graph runs no Python: its layers are not seen. Nor are layers
+    that have been reverted or prepared since, and copies of the model.
 
     Args:
         model: its SwitchBackLinear layers are monitored; torch.compile's wrapper is seen through.
@@ -72,7 +75,8 @@ class Monitor:
         writer: gets ``add_scalar(f"switchback/{name}/{quantity}", value, step)``.
 
     Attributes:
-        latest: the last sample by the layer's name; see :func:`measure` for its quantities.
+        latest: the last sample by the layer's name: ``in_int8``, which is 1 or 0, and the quantities of
+            :func:`measure` if it is 1.
 
     Raises:
         ValueError: every is not positive, or no layer matches.
@@ -150,7 +154,7 @@ def _eager() -> Iterator[None]:
 
 
 class _Hook:
-    """A forward hook: the layer's first forward that has a backward leaves its record in the sample."""
+    """A forward hook: the layer's first forward in int8 that has a backward leaves its record in the sample."""
 
     def __init__(self, name: str, sample: dict[str, Record]) -> None:
         self.name, self.sample = name, sample
@@ -164,14 +168,19 @@ class _Hook:
         x = x.detach().to(output.dtype)  # as autocast did
 
         def after_backward(grad: Tensor) -> None:
-            if self._wants(layer):
-                self.sample[self.name] = measure(layer, x, grad)
+            if not self._wants(layer):
+                return
+            if takes_int8(layer, x):
+                self.sample[self.name] = {"in_int8": 1.0} | measure(layer, x, grad)
+            else:
+                self.sample[self.name] = {"in_int8": 0.0}
 
         output.register_hook(after_backward)
 
     def _wants(self, layer: nn.Module) -> TypeGuard[SwitchBackLinear]:
         """Return whether a record is missing and the layer can give one: it may have been reverted or prepared."""
-        return isinstance(layer, SwitchBackLinear) and not layer.is_prepared and self.name not in self.sample
+        missing = not self.sample.get(self.name, {}).get("in_int8")
+        return isinstance(layer, SwitchBackLinear) and not layer.is_prepared and missing
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave a hook that does nothing to a copy of the layer, or to a pickled one: they are not monitored."""
@@ -187,8 +196,9 @@ def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
     """Return one layer's noise and what drives it, for an input and the gradient of its output.
 
     Args:
-        layer: not prepared for evaluation. Of a weight that FSDP2 has gathered as int8 a rank knows only int8 values:
-            products are compared with theirs, so the noise of quantizing the weight itself is not counted.
+        layer: not prepared for evaluation. It is measured in int8, however few tokens x has. Of a weight that FSDP2 has
+            gathered as int8 a rank knows only int8 values: products are compared with theirs, so the noise of
+            quantizing the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
 
@@ -208,7 +218,7 @@ def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
     known = weight.dequantize() if isinstance(weight, GatheredWeight) else weight
 
     def quantized(x: Tensor, weight: Tensor) -> Tensor:
-        return switchback_linear(x, weight, bias, layer.config)
+        return switchback_linear(x, weight, bias, replace(layer.config, min_tokens=0))
 
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

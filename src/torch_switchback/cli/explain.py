@@ -24,9 +24,9 @@ def explain(
     """Say how each layer of a model computes: strategy, kernels and tiles, shapes, and what falls back and why.
 
     A model that is not converted yet is converted as --config says. A fall-back is a slower way than was meant: a
-    plainer kernel than the tuned one, a layer that the model does not call. On a GPU each distinct layer runs once, so
-    that a kernel that does not compile there is found. Layers that stay or compute as nn.Linear are listed too, and are
-    no fall-back.
+    plainer kernel than the tuned one, or a layer that the model does not call. On a GPU each distinct layer runs once,
+    so that a kernel that does not compile there is found. Layers that compute as nn.Linear are listed too, with the
+    reason, and are no fall-back.
 
     Examples:
 
