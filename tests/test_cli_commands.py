@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +76,9 @@ def llama():
 """
 
 
+MEASURED = {"saved_bytes": 1, "speed_up": 1.5, "speed_up_p10": 1.4, "speed_up_p90": 1.6}
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -138,14 +142,29 @@ def test_doctor_exits_with_1_if_a_test_fails(monkeypatch, test, detail):
     assert "1 of " in result.output
 
 
-def test_doctor_examines_a_gpu_by_its_table(monkeypatch):
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Return a function that makes doctor examine a GPU of an architecture."""
     pytest.importorskip("triton")
     importlib.import_module("torch_switchback.kernels.int8_matmul")  # imports the function itself, not what is patched
-    monkeypatch.setattr("torch_switchback.kernels.device.architecture", lambda device: "sm_130")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = type("Properties", (), {"name": "A GPU", "total_memory": 2**34, "multi_processor_count": 9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    found = {finding.name: finding for finding in doctor.examine_gpu()}
+
+    def examine(architecture):
+        monkeypatch.setattr("torch_switchback.kernels.device.architecture", lambda device: architecture)
+        return {finding.name: finding for finding in doctor.examine_gpu()}
+
+    return examine
+
+
+def test_doctor_says_where_int8_is_never_faster(a_gpu):
+    gpu = a_gpu("sm_103")["GPU"]
+    assert gpu.status == "note" and gpu.detail.endswith("; sm_103 multiplies int8 more slowly than 16-bit values")
+
+
+def test_doctor_examines_a_gpu_by_its_table(a_gpu):
+    found = a_gpu("sm_130")
     assert found["GPU"].detail == "A GPU, sm_130, 16 GiB, 9 SMs"
     assert found["tiles"].status == "note" and "none for sm_130" in found["tiles"].detail
     assert found["kernel tma"] == ("kernel tma", "note", "not on sm_130")
@@ -186,9 +205,24 @@ def test_recommend_writes_what_convert_takes(folder):
     found = loaded(*arguments, "--output", "chosen.json")
     config = json.loads((folder / "chosen.json").read_text())
     assert config == found["config"] and set(config) == {"0", "2"}
-    assert found["model"]["milliseconds"] > 0
+    assert found["model"]["milliseconds"]["nn.Linear"] > 0
     assert set(found["layers"][0]["milliseconds"]) == {"nn.Linear", "rowwise"}
-    ts.convert_to_switchback(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)), config=config)
+
+
+def test_the_written_configuration_is_for_convert_and_explain(folder, monkeypatch):
+    def compare_layers(layers, inputs, **kwargs):
+        return [MEASURED | {"name": name, "median_ms": ms} for name, ms in zip(layers, (3.0, 2.0, 1.0), strict=True)]
+
+    monkeypatch.setattr(recommendation, "compare_layers", compare_layers)
+    arguments = ("some_models:llama", "--tokens", "6", "--device", "cpu")
+    output = call("recommend", *arguments, "--output", "chosen.json").stdout
+    assert "the whole model gains was not measured" in output and "written to chosen.json" in output
+    config = json.loads((folder / "chosen.json").read_text())
+    assert config["0.q"]["mem_efficient"] is True and config["0.q"]["min_tokens"] <= 6 and config["lm_head"] is None
+    layer = ts.convert_to_switchback(nn.Linear(32, 32), config={"": config["0.q"]})
+    assert asdict(layer.config) == config["0.q"]
+    rows = loaded("explain", *arguments, "--config", "chosen.json")["layers"]
+    assert {row["fqn"] for row in rows if row["products"]} == {fqn for fqn, fields in config.items() if fields}
 
 
 def test_recommend_for_a_model_on_the_meta_device():
@@ -197,17 +231,22 @@ def test_recommend_for_a_model_on_the_meta_device():
     assert "lm_head stays nn.Linear: the LM head" in output and "bfloat16" in output
 
 
-@pytest.mark.parametrize("when", ["in the second shape", "in the first"])
+@pytest.mark.parametrize("when", ["in the first shape", "in the second", "in the model"])
 def test_ctrl_c_in_recommend_prints_the_finished_shapes(folder, monkeypatch, when):
     def compare_layers(layers, inputs, **kwargs):
-        if inputs[0][0].shape[1] == (24 if when == "in the second shape" else 16):
+        if inputs[0][0].shape[1] == {"in the first shape": 16, "in the second": 24, "in the model": None}[when]:
             raise KeyboardInterrupt
-        return [{"name": name, "median_ms": 1.0, "saved_bytes": 1} for name in layers]
+        return [MEASURED | {"name": name, "median_ms": 1.0 + (name == "nn.Linear")} for name in layers]
+
+    def interrupted(clocks, rounds):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(recommendation, "compare_layers", compare_layers)
+    monkeypatch.setattr(recommendation, "interleaved", interrupted)
     result = call("recommend", "some_models:with_sample", "--device", "cpu", "--output", "out.json", code=130)
     assert "1/2  6 tokens, 16 → 24" in result.stderr and "Stopped" in result.stderr
-    assert ("linear layers: 1.00 ×" in result.stdout) == (when == "in the second shape")
+    for partial_result in ("its fastest: 2.00 ×", "the whole model gains was not measured"):
+        assert (partial_result in result.stdout) == (when != "in the first shape")
     assert not (folder / "out.json").exists()
 
 
@@ -269,15 +308,23 @@ def test_ctrl_c_in_bench_prints_the_finished_shapes(folder, monkeypatch):
     assert len(json.loads((folder / "bench.json").read_text())["results"]) == 1
 
 
-def test_bench_shows_progress_before_it_has_measured(folder):
-    """A shape of many seconds on a CPU; the line comes before it is measured, and Ctrl-C ends it."""
-    flags = ["bench", "--shape", "4096,1024,1024", "--seconds", "60", "--device", "cpu", "--dtype", "float32"]
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("bench", "--shape", "4096,1024,1024", "--dtype", "float32"), "1/1  4096, 1024 → 1024\n"),
+        (("recommend", "some_models:llama"), "some_models:llama\n"),
+    ],
+    ids=["bench", "recommend"],
+)
+def test_progress_shows_before_anything_is_measured(folder, arguments, line):
+    """A measurement of many seconds on a CPU; the line comes before, and Ctrl-C ends it."""
+    flags = [*arguments, "--seconds", "60", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "torch_switchback", *flags]
     options = {"stderr": subprocess.PIPE, "text": True, "env": environment}
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore SIGINT
     with subprocess.Popen(command, preexec_fn=heeds, **options) as process:
-        assert process.stderr.readline() == "1/1  4096, 1024 → 1024\n"
+        assert process.stderr.readline() == line
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert "Stopped" in process.stderr.read()
@@ -399,9 +446,9 @@ def test_back_needs_an_absmax_and_a_dtype():
         (("explain", "missing.json"), "No such file"),
         (("explain", "list.json"), "list.json: a config.json of Transformers is an object with a model_type"),
         (("recommend", "list.json"), "is an object with a model_type"),
-        (("explain", "some_models:llama", "--config", "list.json"), "must map layers' names to recipes or null"),
+        (("explain", "some_models:llama", "--config", "list.json"), "must map layers' names to configurations or null"),
         (("explain", "some_models:llama", "--config", "int4"), "'--config': must be a .json file or one of switchback"),
-        (("explain", "some_models:llama", "--config", "config.json"), "must map layers' names to recipes or null"),
+        (("explain", "some_models:llama", "--config", "config.json"), "config.json: architectures: config must be a"),
         (("explain", "config.json", "--device", "tpu"), "'tpu' is not one of 'cuda', 'cpu'"),
         (("recommend", "config.json", "--recipe", "int4"), "'--recipe': must be one of switchback"),
         (("bench", "--recipe", "int4"), "'--recipe': must be one of switchback"),

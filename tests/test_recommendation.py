@@ -1,15 +1,18 @@
 """Show what recommend measures, and what it makes of the measurements."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import nn
 
 import torch_switchback as ts
-from torch_switchback import SwitchBackLinear
+from torch_switchback import RECIPES, SwitchBackConfig, SwitchBackLinear
+from torch_switchback._timing import speed_up
 from torch_switchback.analysis import layer_steps, recommendation
-from torch_switchback.analysis.recommendation import LINEAR
+from torch_switchback.analysis.recommendation import DEFAULT, LINEAR, MEASURED, LayerShape
+from torch_switchback.tuning.break_even import rates_of
 
 # Of a layer's step, by its in_features: the middle one wins, the last by too little.
 TIMES = {
@@ -17,6 +20,8 @@ TIMES = {
     32: {LINEAR: 2.0, "switchback": 1.0, "switchback_memory_efficient": 1.5},
     48: {LINEAR: 2.0, "switchback": 1.97, "switchback_memory_efficient": 1.99},
 }
+# Of the model's forward and backward.
+MODEL_TIMES = {LINEAR: 10.0, MEASURED: 8.0, DEFAULT: 9.0}
 
 
 class Model(nn.Module):
@@ -39,13 +44,42 @@ class Model(nn.Module):
 
 
 @pytest.fixture
-def times(monkeypatch):
+def rule(monkeypatch):
+    """Return a function that sets from how many tokens on the shipped rule takes int8; at first it never does."""
+
+    def from_tokens(tokens):
+        monkeypatch.setattr(
+            recommendation,
+            "with_min_tokens",
+            lambda config, layer: "never" if tokens is None else replace(config, min_tokens=tokens),
+        )
+
+    from_tokens(None)
+    return from_tokens
+
+
+@pytest.fixture
+def model_times(monkeypatch):
+    """Return the model's times in each round, which a test may change."""
+    turns = {choice: [milliseconds] * 5 for choice, milliseconds in MODEL_TIMES.items()}
+
+    def interleaved(clocks, rounds):
+        assert all(clock() > 0 for clock in clocks.values())
+        return {choice: turns[choice] for choice in clocks}
+
+    monkeypatch.setattr(recommendation, "interleaved", interleaved)
+    return turns
+
+
+@pytest.fixture
+def times(monkeypatch, rule, model_times):
     def compare(candidates, *, seconds, device):
         records = []
         for candidate in candidates:
             _, _, x, _ = candidate.build()[0].args
             record = {"name": candidate.name, "mode": candidate.mode, **candidate.notes}
-            records.append(record | {"median_ms": TIMES[x.shape[1]][candidate.name]})
+            milliseconds = TIMES[x.shape[1]][candidate.name]
+            records.append(record | {"median_ms": milliseconds, "turns": [milliseconds] * 5})
         return records
 
     monkeypatch.setattr(layer_steps, "compare", compare)
@@ -54,11 +88,12 @@ def times(monkeypatch):
 def test_the_fastest_recipe_that_wins_by_enough(times):
     model = Model()
     found = ts.recommend(model, torch.randint(64, (4, 8)), seconds=0)
+    config = SwitchBackConfig(min_tokens=32)
     assert found.config == {
         "blocks.0.0": None,
-        "blocks.0.1": "switchback",
+        "blocks.0.1": config,
         "blocks.1.0": None,
-        "blocks.1.1": "switchback",
+        "blocks.1.1": config,
         "wide": None,
         "thin": None,
         "lora_A": None,
@@ -67,18 +102,118 @@ def test_the_fastest_recipe_that_wins_by_enough(times):
     }
     assert set(found.left) == {"lora_A", "head", "unused"}
     assert {layer.tokens for layer in found.layers} == {32}
+    assert [layer.recipe for layer in found.layers] == [None, "switchback", None, None]
+    assert {layer.reason for layer in found.layers if not layer.recipe} == {"int8 is not faster"}
     # Six calls of 2 ms each, two of them at 1 ms instead.
     assert found.linear_speed_up == pytest.approx(12 / 10)
+
+
+@pytest.mark.usefixtures("only_where_it_wins")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_measured_in_int8_however_small_the_layer(recipe):
+    shape = LayerShape(4, 16, 16, bias=True, dtype="float32", weight_dtype="float32", trains=True)
+    assert shape.new_layer(recipe, torch.device("cpu")).config == replace(RECIPES[recipe], min_tokens=0)
+
+
+@pytest.mark.parametrize(("by_rule", "min_tokens"), [(5, 5), (100, 32), (None, 32)])
+def test_min_tokens_are_the_measured_ones_or_fewer_by_the_rule(by_rule, min_tokens, times, rule):
+    rule(by_rule)
+    found = ts.recommend(Model(), tokens=32)
+    assert found.config["blocks.0.1"] == SwitchBackConfig(min_tokens=min_tokens)
+
+
+@pytest.mark.parametrize(
+    ("measured", "default", "recommended", "reason"),
+    [
+        ([8.0], [9.0], MEASURED, "each layer's fastest recipe"),
+        ([9.0], [8.0], DEFAULT, "convert_to_switchback's default"),
+        ([12.0], [9.0], DEFAULT, "convert_to_switchback's default"),
+        ([12.0], [10.5], LINEAR, "nn.Linear everywhere, as int8 makes the model slower, though not its layers alone"),
+        ([8.0, 12.0], [12.0], LINEAR, "nn.Linear everywhere, as the model's times are too noisy to tell"),
+    ],
+)
+def test_the_choice_that_makes_the_model_fastest(measured, default, recommended, reason, times, rule, model_times):
+    rule(20)
+    model_times[MEASURED], model_times[DEFAULT] = (measured * 6)[:6], default * 6
+    model_times[LINEAR] = [10.0] * 6
+    found = ts.recommend(Model(), torch.randint(64, (4, 8)), seconds=0)
+    assert found.recommended == recommended
+    assert reason in str(found).splitlines()[-1]
+    assert ("too noisy to tell, kept" in str(found)) == (len(measured) > 1)
+    converted = {fqn for fqn, config in found.config.items() if config is not None}
+    blocks = {"blocks.0.1", "blocks.1.1"}
+    others = {"blocks.0.0", "blocks.1.0", "wide", "thin"}
+    assert converted == {MEASURED: blocks, DEFAULT: blocks | others, LINEAR: set()}[recommended]
+
+
+@pytest.mark.parametrize(
+    ("by_rule", "choices"),
+    [(None, {MEASURED}), (33, {MEASURED}), (32, {MEASURED, DEFAULT})],
+    ids=["never", "from more tokens", "from as many"],
+)
+def test_a_choice_without_int8_in_the_sample_is_not_measured(by_rule, choices, times, rule):
+    rule(by_rule)
+    found = ts.recommend(Model(), torch.randint(64, (4, 8)), seconds=0)
+    assert found.model.speed_ups.keys() == choices and found.model.milliseconds.keys() == {LINEAR, *choices}
+
+
+def test_equal_choices_are_measured_once(times, rule):
+    rule(8)
+    found = ts.recommend(nn.Linear(32, 16), torch.randn(8, 32), seconds=0)
+    assert found.model.speed_ups.keys() == {MEASURED}
+
+
+def test_a_model_without_a_faster_layer_stays(times):
+    found = ts.recommend(nn.Linear(16, 16), torch.randn(8, 16), seconds=0)
+    assert found.recommended == LINEAR and found.config == {"": None}
+    assert str(found).endswith("recommended: nn.Linear everywhere, as int8 makes no layer faster beyond the spread")
+
+
+def test_a_layer_whose_times_are_too_noisy_stays(monkeypatch, rule):
+    def compare_layers(layers, inputs, *, seconds):
+        same = {"saved_bytes": 0, "speed_up": 1.3, "speed_up_p10": 0.9, "speed_up_p90": 1.5}
+        return [{"name": LINEAR, "median_ms": 1.3} | same, {"name": "rowwise", "median_ms": 1.0} | same]
+
+    monkeypatch.setattr(recommendation, "compare_layers", compare_layers)
+    found = ts.recommend(nn.Linear(16, 16), tokens=8, recipes=["rowwise"])
+    assert found.config == {"": None} and found.layers[0].reason == "too noisy to tell" and found.recommended == LINEAR
+    assert "1.30 × (0.90–1.50)  nn.Linear: too noisy to tell" in str(found)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_without_a_sample_layers_shorter_than_the_cpus_work_stay(cuda_graph, times, monkeypatch):
+    slow_host = replace(rates_of("cpu"), cpu_us=900.0)
+    monkeypatch.setattr(recommendation, "rates_of", lambda architecture: slow_host)
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(32, 16).requires_grad_(False))
+    trains, frozen = ts.recommend(model, tokens=8, cuda_graph=cuda_graph).layers
+    assert trains.recipe == ("switchback" if cuda_graph else None) and frozen.recipe == "switchback"
+    assert trains.reason == ("" if cuda_graph else "shorter than the 2.70 ms that an int8 step may cost the CPU")
+
+
+@pytest.mark.parametrize("how", [{"tokens": 8}, {"sample_input": torch.ones(8, 32), "cuda_graph": True}], ids=list)
+def test_what_was_not_measured_is_said(how, times):
+    found = ts.recommend(nn.Linear(32, 16), **how)
+    assert found.model is None and found.recommended == MEASURED
+    assert "whether the whole model gains was not measured" in str(found).splitlines()[-1]
+
+
+@pytest.mark.parametrize("architecture", ["sm_103", "sm_75"])
+def test_a_gpu_where_int8_is_never_faster_is_refused_before_measuring(architecture, monkeypatch):
+    monkeypatch.setattr(recommendation, "device_of", lambda model, device: torch.device("cuda"))
+    monkeypatch.setattr(recommendation, "architecture_of", lambda device: architecture)
+    monkeypatch.setattr(recommendation, "layer_calls", None)
+    with pytest.raises(ValueError, match=f"recommend: .*{architecture}"):
+        ts.recommend(nn.Linear(16, 16), tokens=8)
 
 
 def test_the_model_is_measured_both_ways_and_left_as_it_was(times):
     model = Model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = ts.recommend(model, torch.randint(64, (4, 8)), recipes=["switchback_memory_efficient"], seconds=0)
-    assert found.model.milliseconds > 0 and found.model.milliseconds_converted > 0
+    assert found.model.milliseconds == {LINEAR: 10.0, MEASURED: 8.0}
     # The second layer of each block keeps 32 tokens of 32 features in int8 and one absmax per token, not in float32;
     # and an absmax of the weight.
-    assert found.model.saved_bytes - found.model.saved_bytes_converted == 2 * (32 * 32 * 3 - 32 * 4 - 4)
+    assert found.model.saved_bytes[LINEAR] - found.model.saved_bytes[MEASURED] == 2 * (32 * 32 * 3 - 32 * 4 - 4)
     assert all(type(module) is not SwitchBackLinear for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -87,7 +222,7 @@ def test_the_model_is_measured_both_ways_and_left_as_it_was(times):
 def test_the_original_of_a_compiled_model_is_measured(times):
     model = Model()
     found = ts.recommend(torch.compile(model, backend="eager"), torch.randint(64, (4, 8)), seconds=0)
-    assert found.model.saved_bytes_converted == found.model.saved_bytes + 2 * 4, "an absmax for each converted layer"
+    assert found.model.saved_bytes[MEASURED] == found.model.saved_bytes[LINEAR] + 2 * 4, "an absmax for each layer"
     assert found.config == ts.recommend(model, tokens=32).config
 
 
@@ -128,7 +263,8 @@ def test_convert_takes_it_through_json(times):
     ts.convert_to_switchback(model, config=content["config"])
     converted = [fqn for fqn, module in model.named_modules() if type(module) is SwitchBackLinear]
     assert converted == ["blocks.0.1", "blocks.1.1"]
-    assert content["linear_speed_up"] == found.linear_speed_up
+    assert asdict(model.blocks[0][1].config) == content["config"]["blocks.0.1"] == asdict(found.config["blocks.0.1"])
+    assert content["linear_speed_up"] == found.linear_speed_up and content["recommended"] == MEASURED
 
 
 def test_models_on_meta_and_the_layers_dtype(times):
@@ -150,7 +286,8 @@ def test_a_layer_whose_calls_disagree_stays(times, monkeypatch):
 
     def compare_layers(layers, inputs, *, seconds):
         times = {LINEAR: 1.0, "switchback": 2.0 if len(inputs[0][0]) == 1 else 0.5}
-        return [{"name": name, "median_ms": ms, "saved_bytes": 0} for name, ms in times.items()]
+        records = [{"name": name, "median_ms": ms, "turns": [ms] * 5, "saved_bytes": 0} for name, ms in times.items()]
+        return [record | speed_up(record, records[0]) for record in records]
 
     monkeypatch.setattr(recommendation, "compare_layers", compare_layers)
     found = ts.recommend(Twice(), torch.randn(8, 32), recipes=["switchback"], seconds=0)
@@ -171,7 +308,8 @@ def test_a_layer_under_two_names(times):
 
     model = Shared()
     found = ts.recommend(model, torch.randn(8, 32), seconds=0)
-    assert found.config == {"first": "switchback", "second.layer": "switchback", "head": None, "lm_head": None}
+    config = SwitchBackConfig(min_tokens=8)
+    assert found.config == {"first": config, "second.layer": config, "head": None, "lm_head": None}
     assert [layer.fqns for layer in found.layers] == [("first", "first")], "once for each of its calls"
     ts.convert_to_switchback(model, config=json.loads(found.to_json())["config"])
     assert type(model.first) is SwitchBackLinear and type(model.head) is nn.Linear
@@ -181,7 +319,7 @@ def test_real_measurements():
     found = ts.recommend(nn.Linear(16, 16), tokens=8, recipes=["rowwise"], seconds=0)
     assert set(found.layers[0].milliseconds) == {LINEAR, "rowwise"}
     assert all(ms > 0 for ms in found.layers[0].milliseconds.values())
-    assert "linear layers:" in str(found) and "rowwise" in str(found)
+    assert "linear layers alone" in str(found) and "rowwise" in str(found)
 
 
 def test_what_is_refused():

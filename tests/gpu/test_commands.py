@@ -58,7 +58,8 @@ def test_recommend_measures_every_recipe(cuda_graph):
         assert layer.recipe in (None, min(set(layer.milliseconds) - {LINEAR}, key=layer.milliseconds.__getitem__))
         assert layer.saved_bytes[LINEAR] == x.nbytes
         assert layer.saved_bytes["switchback_memory_efficient"] < 0.51 * x.nbytes
-    assert found.model.milliseconds > 0 and found.model.milliseconds_converted > 0
+    assert (found.model is None) == cuda_graph
+    assert cuda_graph or min(found.model.milliseconds.values()) > 0
     assert all(type(module) is not ts.SwitchBackLinear for module in model)
 
 

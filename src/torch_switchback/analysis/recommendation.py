@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from typing import Any, TypeVar
@@ -13,18 +13,27 @@ import torch
 from torch import nn
 
 from .._text import grouped, table
-from .._timing import WORTH_CHANGING, Mode, elapsed_ms, interleaved
-from ..config import config_of
+from .._timing import WORTH_CHANGING, Mode, Record, elapsed_ms, interleaved, speed_up
+from ..config import SwitchBackConfig, config_of
 from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
-from ..filters import default_filter
+from ..filters import default_filter, never_faster, with_min_tokens
 from ..nn import SwitchBackLinear
 from ..ops._validation import FLOAT_DTYPES
-from .layer_calls import describe, device_of, dtype_name, every_layer_called, layer_calls, run
+from ..tuning.break_even import cpu_us, rates_of
+from .layer_calls import architecture_of, describe, device_of, dtype_name, every_layer_called, layer_calls, run
 from .layer_steps import compare_layers, random_inputs, saved_bytes
 
 LINEAR = "nn.Linear"
-MODEL_ROUNDS = 3  # in which the whole model is measured, as it is and converted
+MEASURED = "measured"  # the choice of each layer's fastest recipe
+DEFAULT = "default"  # the choice of convert_to_switchback without a config
+MODEL_ROUNDS = 7  # in which the whole model is measured, as it is and converted
 Measured = TypeVar("Measured")
+Configs = dict[str, SwitchBackConfig | None]  # None for nn.Linear
+WORDS = {
+    MEASURED: "each layer's fastest recipe",
+    DEFAULT: "convert_to_switchback's default",
+    LINEAR: "nn.Linear everywhere",
+}
 # The paper's default and the variant that saves memory: the recipes between which only speed and memory decide.
 CANDIDATES = ("switchback", "switchback_memory_efficient")
 
@@ -44,25 +53,56 @@ class LayerShape:
     """True if the weight requires a gradient. The backward of a frozen weight has one matmul instead of two."""
 
     def new_layer(self, recipe: str, device: torch.device) -> nn.Linear:
-        """Return an nn.Linear of this shape, or what a recipe makes of it."""
+        """Return an nn.Linear of this shape, or what a recipe makes of it, in int8 for any number of tokens."""
         dtype = getattr(torch, self.weight_dtype)
         layer = nn.Linear(self.in_features, self.out_features, self.bias, device=device, dtype=dtype)
         layer.requires_grad_(self.trains)
-        return layer if recipe == LINEAR else convert_to_switchback(layer, config=recipe)
+        if recipe == LINEAR:
+            return layer
+        return convert_to_switchback(layer, config=replace(config_of(recipe), min_tokens=0))
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """Holds the speed-ups over nn.Linear that were measured in several rounds."""
+
+    median: float
+    p10: float
+    """10th percentile."""
+    p90: float
+    """90th percentile."""
+
+    @property
+    def is_noise(self) -> bool:
+        """Return whether 1.0 lies within the spread."""
+        return self.p10 <= 1 <= self.p90
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} × ({self.p10:.2f}–{self.p90:.2f})"
+
+
+def _speed_up(record: Record) -> SpeedUp:
+    return SpeedUp(record["speed_up"], record["speed_up_p10"], record["speed_up_p90"])
 
 
 @dataclass(frozen=True)
 class MeasuredLayer(LayerShape):
-    """A shape of layer, with what its training step takes: the forward, and the backward with the gradients wanted."""
+    """Holds a shape of layer, and what its training step takes: a forward, and a backward with the gradients wanted."""
 
     fqns: tuple[str, ...]
     """The layers that have it, once for each of their calls."""
     milliseconds: dict[str, float]
     """Time of a training step for each recipe, and for nn.Linear."""
+    speed_ups: dict[str, SpeedUp]
+    """Speed-up of each recipe."""
     saved_bytes: dict[str, int]
     """Bytes that one layer keeps for its backward, for each recipe and for nn.Linear."""
     recipe: str | None
-    """The fastest, if it is 2 % faster than nn.Linear."""
+    """The fastest recipe, if it is 2 % faster than nn.Linear beyond the spread."""
+    reason: str
+    """Why there is no such recipe; empty if there is one."""
+    configs: Configs
+    """Configuration by choice: "measured" for the recipe, and "default" for what convert_to_switchback takes."""
 
     @property
     def speed_up(self) -> float:
@@ -72,17 +112,29 @@ class MeasuredLayer(LayerShape):
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model's forward and backward as it is and converted as recommended."""
+    """Holds what a model's forward and backward take with nn.Linear, and by choice ("measured" and "default").
 
-    milliseconds: float
-    milliseconds_converted: float
-    saved_bytes: int
+    A choice that converts nothing for the sample's number of tokens, or the same as another, is left out.
+    """
+
+    milliseconds: dict[str, float]
+    speed_ups: dict[str, SpeedUp]
+    saved_bytes: dict[str, int]
     """Bytes that all layers of the model together keep for the backward."""
-    saved_bytes_converted: int
 
     @property
-    def speed_up(self) -> float:
-        return self.milliseconds / self.milliseconds_converted
+    def recommended(self) -> str:
+        """Return the choice that is fastest, if it is faster than nn.Linear beyond the spread, else "nn.Linear"."""
+        faster = [choice for choice, gain in self.speed_ups.items() if gain.p10 > 1]
+        return max(faster, key=lambda choice: self.speed_ups[choice].median, default=LINEAR)
+
+    def __str__(self) -> str:
+        lines = [f"the model's forward and backward: {self.milliseconds[LINEAR]:.2f} ms"]
+        for choice, gain in self.speed_ups.items():
+            noise = ", too noisy to tell" if gain.is_noise else ""
+            kept = _kept(self.saved_bytes[LINEAR], self.saved_bytes[choice])
+            lines.append(f"with {WORDS[choice]}: {gain}{noise}, {kept}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -96,65 +148,94 @@ class Recommendation:
     aliases: dict[str, tuple[str, ...]]
     """The further names of a layer that has several, by the one that stands for it here."""
     model: MeasuredModel | None
-    """None if there was no sample to run it on."""
+    """None if there was no sample to run it on, or layers were measured in CUDA graphs."""
 
     @property
-    def config(self) -> dict[str, str | None]:
-        """Recipes by the layers' names: what ``convert_to_switchback`` takes as config, and JSON keeps."""
-        config: dict[str, str | None] = dict.fromkeys(self.left)
-        for layer in self.layers:
-            for fqn in layer.fqns:  # None if that is best for one of its shapes
-                config[fqn] = layer.recipe if config.get(fqn, "") is not None else None
+    def recommended(self) -> str:
+        """Return the choice: "measured" (each layer's fastest recipe), "default", or "nn.Linear" everywhere."""
+        if self.model is not None:
+            return self.model.recommended
+        return MEASURED if any(layer.recipe for layer in self.layers) else LINEAR
+
+    @property
+    def config(self) -> Configs:
+        """Return configurations by the layers' names, for ``convert_to_switchback``; None for nn.Linear.
+
+        The choice "measured" has ``min_tokens``: as many as were measured, or fewer if the shipped rule says so.
+        """
+        return self.config_of_choice(self.recommended)
+
+    def config_of_choice(self, choice: str) -> Configs:
+        """Return the configurations that a choice would be."""
+        config: Configs = dict.fromkeys(self.left)
+        for layer in sorted(self.layers, key=lambda layer: -layer.tokens):
+            for fqn in layer.fqns:  # the smallest call decides, but None if that is best for one of them
+                is_left = fqn in config and config[fqn] is None
+                config[fqn] = None if is_left else layer.configs.get(choice)
         return config | {alias: config[fqn] for fqn, aliases in self.aliases.items() for alias in aliases}
 
     @property
     def linear_speed_up(self) -> float:
-        """Return the speed-up of all measured linear layers together, as recommended over nn.Linear."""
+        """Return the speed-up of all measured linear layers together, each with its fastest recipe, over nn.Linear."""
         before, after = self._totals("milliseconds")
         return before / after
 
     @property
     def linear_saved_bytes(self) -> tuple[int, int]:
-        """Return the bytes that they keep for the backward, as nn.Linear and as recommended.
+        """Return the bytes that they keep for the backward, as nn.Linear and with the fastest recipes.
 
         An input that several layers share counts once per layer.
         """
         return self._totals("saved_bytes")
 
     def _totals(self, quantity: str) -> tuple[Any, Any]:
-        """Sum a quantity over the calls of all layers, as nn.Linear and as recommended."""
+        """Sum a quantity over the calls of all layers, as nn.Linear and with the fastest recipes."""
         values = [(layer, getattr(layer, quantity)) for layer in self.layers]
         before = sum(len(layer.fqns) * by_recipe[LINEAR] for layer, by_recipe in values)
         return before, sum(len(layer.fqns) * by_recipe[layer.recipe or LINEAR] for layer, by_recipe in values)
 
     def to_json(self) -> str:
-        """Return the fields and properties as JSON."""
-        properties = {name: getattr(self, name) for name in ("config", "linear_speed_up", "linear_saved_bytes")}
-        return json.dumps(dataclasses.asdict(self) | properties)
+        """Return the fields and properties as JSON. ``convert_to_switchback`` takes its "config"."""
+        names = ("recommended", "config", "linear_speed_up", "linear_saved_bytes")
+        properties = {name: getattr(self, name) for name in names}
+        return json.dumps(dataclasses.asdict(self) | properties, default=dataclasses.asdict)
 
     def __str__(self) -> str:
         recipes = [name for name in self.layers[0].milliseconds if name != LINEAR]
         rows = []
         for layer in self.layers:
             times = layer.milliseconds
-            speed_ups = [f"{times[LINEAR] / times[name]:.2f} ×" for name in recipes]
             sizes = (layer.tokens, layer.in_features, layer.out_features)
-            rows.append(
-                (*sizes, layer.dtype, len(layer.fqns), f"{times[LINEAR]:.3f}", *speed_ups, layer.recipe or LINEAR)
-            )
-        headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "recommended")
+            fastest = layer.recipe or f"{LINEAR}: {layer.reason}"
+            speed_ups = [layer.speed_ups[name] for name in recipes]
+            rows.append((*sizes, layer.dtype, len(layer.fqns), f"{times[LINEAR]:.3f}", *speed_ups, fastest))
+        headers = ("tokens", "in", "out", "dtype", "calls", f"{LINEAR}, ms", *recipes, "fastest")
         lines = [self.device, table(headers, rows)]
         left = grouped((fqn or "the model", reason) for fqn, reason in self.left.items())
         lines += [f"{fqn} stays nn.Linear: {reason}" for fqn, reason in left]
         lines.append(
-            f"linear layers: {self.linear_speed_up:.2f} ×, {_kept(*self.linear_saved_bytes)} "
-            "(an input of several layers counts for each)"
+            f"linear layers alone, each with its fastest: {self.linear_speed_up:.2f} ×, "
+            f"{_kept(*self.linear_saved_bytes)} (an input of several layers counts for each)"
         )
-        if (model := self.model) is not None:
-            times_of_model = f"{model.milliseconds:.2f} → {model.milliseconds_converted:.2f} ms"
-            kept = _kept(model.saved_bytes, model.saved_bytes_converted)
-            lines.append(f"the model's forward and backward: {model.speed_up:.2f} × ({times_of_model}), {kept}")
+        if self.model is not None:
+            lines.append(str(self.model))
+        lines.append(f"recommended: {WORDS[self.recommended]}{self._remark()}")
         return "\n".join(lines)
+
+    def _remark(self) -> str:
+        """Return why nn.Linear is recommended, or what was not measured."""
+        gains = {} if self.model is None else self.model.speed_ups
+        if self.recommended != LINEAR:
+            takes = "; whether the whole model gains was not measured, which takes sample_input and not cuda_graph"
+            return takes if self.model is None else ""
+        if any(gain.is_noise for gain in gains.values()):
+            return ", as the model's times are too noisy to tell whether int8 is faster"
+        if MEASURED in gains:
+            return (
+                ", as int8 makes the model slower, though not its layers alone: on a GPU it is probably launch-bound, "
+                "which more tokens or a CUDA graph change"
+            )
+        return ", as int8 makes no layer faster beyond the spread"
 
 
 def _kept(before: int, after: int) -> str:
@@ -173,11 +254,16 @@ def recommend(
     seconds: float = 2.0,
     progress: Callable[[Recommendation, str], object] = lambda found, following: None,
 ) -> Recommendation:
-    """Measure each distinct layer shape of a model as nn.Linear and as SwitchBackLinear, and choose for each layer.
+    """Measure each distinct layer shape of a model as nn.Linear and as SwitchBackLinear, and recommend a conversion.
 
-    Layers are measured alone, with random values, in turns. A layer gets the fastest recipe if that is 2 % faster than
-    nn.Linear. The LM head and LoRA's matrices stay. Given a sample, the model is then run forward and backward as it is
-    and as recommended; it is nn.Linear again afterwards, and its gradients are untouched.
+    Layers are measured alone, in int8, with random values, interleaved. The choice "measured" gives a layer its fastest
+    recipe if that is 2 % faster than nn.Linear beyond the spread. The LM head and LoRA's matrices stay. Given a sample,
+    the model's forward and backward are then measured as they are, with this choice, and with the choice "default" of
+    ``convert_to_switchback(model)``. The fastest is recommended; if no conversion is faster beyond the spread, it is
+    nn.Linear everywhere. The model is nn.Linear again afterwards, and its gradients are untouched.
+
+    Without a sample, or with cuda_graph, the whole model is not measured. Without both, layers stay whose step is
+    shorter than the CPU time of an int8 step on a slow host, as a model whose GPU waits for the CPU gains nothing.
 
     Args:
         model: not converted yet. Of one that ``torch.compile`` has returned it is the original that is measured.
@@ -186,10 +272,11 @@ def recommend(
         tokens: instead of a sample, how many tokens each layer sees in a step; the model is not run then, and may be
             on the meta device.
         recipes: those to choose from (:data:`RECIPES`); by default the paper's and its memory-efficient variant.
-        cuda_graph: measure layers in CUDA graphs, without the host's time, as for a model that will be compiled.
+        cuda_graph: measure layers in CUDA graphs, without the host's time, as for a model that will run in them.
         device: where the layers of a model on the meta device are measured: by default the GPU if there is one.
         dtype: what layers compute in if there is no sample; by default their weights' dtype.
-        seconds: about so long for all layers' measurements; first calls, which compile kernels, come on top.
+        seconds: about so long for all layers' measurements, and for the model's, which runs seven times per choice at
+            least; first calls, which compile kernels, come on top.
         progress: called before each measurement, with what was measured so far and what is measured next.
 
     Returns:
@@ -198,8 +285,8 @@ def recommend(
     Raises:
         TypeError: model is no module, or sample_input is something else.
         ValueError: the model is converted, has no linear layer that could be measured, or returns no tensor that
-            requires a gradient; there is no such recipe, recipes is empty, or not exactly one of sample_input and
-            tokens is given.
+            requires a gradient; int8 is faster for no layer on this GPU; there is no such recipe, recipes is empty, or
+            not exactly one of sample_input and tokens is given.
         RuntimeError: ``compile()`` has been called on the model or a part of it, or a part is wrapped by torch.compile;
             or a layer's step fails.
     """
@@ -212,6 +299,8 @@ def recommend(
         raise ValueError("recommend: recipes is empty")
     for recipe in recipes:
         config_of(recipe)  # refuses an unknown one
+    if where.type != "cpu" and (reason := never_faster(architecture_of(where))):
+        raise ValueError(f"recommend: {reason}")
     found = Recommendation(describe(where), (), {}, {}, None)
     if sample_input is not None:
         progress(found, "the model on its sample")
@@ -220,7 +309,8 @@ def recommend(
     left: dict[str, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     shapes: dict[LayerShape, list[str]] = {}
-    for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
+    linears = layer_calls(model, sample_input, tokens)
+    for fqn, (layer, calls) in linears.items():
         if others := names[layer][1:]:
             aliases[fqn] = tuple(others)
         reason = next(filter(None, (why_left(layer, name) for name in names[layer])), "")
@@ -245,21 +335,30 @@ def recommend(
         with every_layer_called(model):
             _gradients(model, sample_input)  # refuses a model whose backward could not be measured
 
-    found = dataclasses.replace(found, left=left, aliases=aliases)
+    found = replace(found, left=left, aliases=aliases)
     mode: Mode = "graph" if cuda_graph else "eager"
+    is_checked, rates = sample_input is not None and not cuda_graph, rates_of(architecture_of(where))
     for number, (shape, fqns) in enumerate(shapes.items(), 1):
         progress(found, f"{number}/{len(shapes)}  {shape.tokens} tokens, {shape.in_features} → {shape.out_features}")
-        measured = _measure_shape(shape, fqns, recipes, where, seconds / len(shapes), mode)
-        found = dataclasses.replace(found, layers=(*found.layers, measured))
-    if sample_input is not None:
+        records = _measure_shape(shape, recipes, where, seconds / len(shapes), mode)
+        # Where the model is not measured, layers that may leave the GPU waiting for the CPU stay.
+        least_ms = 0.0 if is_checked or cuda_graph else cpu_us(rates, trains=shape.trains) / 1e3
+        measured = _choose(shape, fqns, records, linears[fqns[0]][0], least_ms)
+        found = replace(found, layers=(*found.layers, measured))
+    if is_checked:
         progress(found, "the model")
-        found = dataclasses.replace(found, model=_measure_model(model, sample_input, found.config, where, seconds))
+        found = replace(found, model=_measure_model(model, sample_input, _model_choices(found), where, seconds))
     return found
 
 
 def _measure_shape(
-    shape: LayerShape, fqns: Sequence[str], recipes: Sequence[str], device: torch.device, seconds: float, mode: Mode
-) -> MeasuredLayer:
+    shape: LayerShape, recipes: Sequence[str], device: torch.device, seconds: float, mode: Mode
+) -> list[Record]:
+    """Return the records of nn.Linear and of the recipes.
+
+    Raises:
+        RuntimeError: one of them fails.
+    """
     sizes = (shape.tokens, shape.in_features, shape.out_features)
     inputs = random_inputs(*sizes, copies=1, device=device, dtype=getattr(torch, shape.dtype))
     layers = {name: (partial(shape.new_layer, name, device), mode) for name in (LINEAR, *recipes)}
@@ -267,19 +366,75 @@ def _measure_shape(
     for record in records:
         if "reason" in record:
             raise RuntimeError(f"{record['name']}: {record['reason']}")
+    return records
+
+
+def _choose(
+    shape: LayerShape, fqns: Sequence[str], records: Sequence[Record], layer: nn.Linear, least_ms: float
+) -> MeasuredLayer:
+    """Return what was measured of a shape, and the choices for its layers.
+
+    Args:
+        shape: of the calls.
+        fqns: names of the layers.
+        records: of nn.Linear and of the recipes.
+        layer: one of the layers, which the shipped rule looks at.
+        least_ms: a step of nn.Linear that is shorter stays as it is.
+    """
     milliseconds = {record["name"]: record["median_ms"] for record in records}
-    best = min(recipes, key=milliseconds.__getitem__)
+    speed_ups = {record["name"]: _speed_up(record) for record in records if record["name"] != LINEAR}
+    best, reason = min(speed_ups, key=milliseconds.__getitem__), ""
+    if speed_ups[best].is_noise:
+        reason = "too noisy to tell"
+    elif milliseconds[best] * WORTH_CHANGING > milliseconds[LINEAR]:
+        reason = "int8 is not faster"
+    elif milliseconds[LINEAR] < least_ms:
+        reason = f"shorter than the {least_ms:.2f} ms that an int8 step may cost the CPU"
     return MeasuredLayer(
         **dataclasses.asdict(shape),
         fqns=tuple(fqns),
         milliseconds=milliseconds,
+        speed_ups=speed_ups,
         saved_bytes={record["name"]: record["saved_bytes"] for record in records},
-        recipe=best if milliseconds[best] * WORTH_CHANGING <= milliseconds[LINEAR] else None,
+        recipe=None if reason else best,
+        reason=reason,
+        configs={
+            MEASURED: None if reason else _int8_from(shape.tokens, config_of(best), layer),
+            DEFAULT: _by_rule(SwitchBackConfig(), layer),
+        },
     )
 
 
+def _by_rule(config: SwitchBackConfig, layer: nn.Linear) -> SwitchBackConfig | None:
+    found = with_min_tokens(config, layer)
+    return None if isinstance(found, str) else found
+
+
+def _int8_from(tokens: int, config: SwitchBackConfig, layer: nn.Linear) -> SwitchBackConfig:
+    """Return a configuration that takes int8 from a number of tokens on, or from fewer by the shipped rule."""
+    by_rule = _by_rule(config, layer)
+    return replace(config, min_tokens=tokens if by_rule is None else min(tokens, by_rule.min_tokens or 0))
+
+
+def _model_choices(found: Recommendation) -> dict[str, Configs]:
+    """Return the choices that make layers compute in int8, for as many tokens as were measured, and differ in that."""
+    choices: dict[str, Configs] = {}
+    effects: list[list[SwitchBackConfig | None]] = []
+    for choice in (MEASURED, DEFAULT):
+        configs = found.config_of_choice(choice)
+        effect = [
+            None if config is None or layer.tokens < (config.min_tokens or 0) else replace(config, min_tokens=0)
+            for layer in found.layers
+            for config in map(configs.get, layer.fqns)
+        ]
+        if any(effect) and effect not in effects:
+            choices[choice] = configs
+            effects.append(effect)
+    return choices
+
+
 def _measure_model(
-    model: nn.Module, sample_input: Any, config: dict[str, str | None], device: torch.device, seconds: float
+    model: nn.Module, sample_input: Any, choices: Mapping[str, Configs], device: torch.device, seconds: float
 ) -> MeasuredModel:
     def forward() -> Any:
         with torch.enable_grad():
@@ -288,25 +443,32 @@ def _measure_model(
     def step() -> None:
         _gradients(model, sample_input)
 
-    def as_recommended(measurement: Callable[[], Measured]) -> Measured:
+    def converted(config: Configs, measurement: Callable[[], Measured]) -> Measured:
         convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
         try:
             return measurement()
         finally:
             revert_switchback(model)
 
+    def by_choice(measurement: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
+        after = {choice: partial(converted, config, measurement) for choice, config in choices.items()}
+        return {LINEAR: measurement, **after}
+
     with every_layer_called(model):
-        kept = saved_bytes(model, forward), as_recommended(partial(saved_bytes, model, forward))
+        kept = {name: measurement() for name, measurement in by_choice(partial(saved_bytes, model, forward)).items()}
         step()
-        times = max(1, int(seconds * 1e3 / (2 * MODEL_ROUNDS * elapsed_ms(repeat(step), 1, device))))
+        times = max(1, int(seconds * 1e3 / (len(kept) * MODEL_ROUNDS * elapsed_ms(repeat(step), 1, device))))
 
         def clock() -> float:
             step()  # not counted: after a conversion the first one looks up its kernels
             return elapsed_ms(repeat(step), times, device) / times
 
-        clocks: dict[str, Callable[[], float]] = {"before": clock, "after": partial(as_recommended, clock)}
-        milliseconds = interleaved(clocks, MODEL_ROUNDS)
-    return MeasuredModel(statistics.median(milliseconds["before"]), statistics.median(milliseconds["after"]), *kept)
+        turns = interleaved(by_choice(clock), MODEL_ROUNDS)
+    return MeasuredModel(
+        {name: statistics.median(milliseconds) for name, milliseconds in turns.items()},
+        {name: _speed_up(speed_up({"turns": turns[name]}, {"turns": turns[LINEAR]})) for name in choices},
+        kept,
+    )
 
 
 def _gradients(model: nn.Module, sample_input: Any) -> None:

@@ -1,5 +1,6 @@
 """Define what the commands share: flags, models from the command line, and progress."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,14 +18,14 @@ from torch import nn
 from typer import Argument, BadParameter, Option
 
 from .._timing import reason_of
-from ..config import RECIPES
+from ..config import RECIPES, config_of
 
 DEFAULT_TOKENS = 8192
 MODEL = (
     "A function that takes nothing and returns a model, or a model and a sample input for it, as "
     "package.module:function; or a config.json of Transformers, which must be installed then."
 )
-CONFIG = "A recipe, or a JSON file that maps layers' names to recipes, such as `recommend --output` writes."
+CONFIG = "A recipe, or a JSON file that maps layers' names to configurations, such as `recommend --output` writes."
 
 
 class Shape(NamedTuple):
@@ -50,15 +51,20 @@ def parse_recipe(text: str) -> str:
     return text
 
 
-def parse_config(text: str) -> str | dict[str, str | None]:
-    """Return a recipe's name, or the map of layers to recipes in a JSON file."""
+def parse_config(text: str) -> str | dict[str, Any]:
+    """Return a recipe's name, or the map of layers to recipes, SwitchBackConfig's fields or null in a JSON file."""
     if text in RECIPES:
         return text
     if not text.endswith(".json"):
         raise BadParameter(f"must be a .json file or one of {', '.join(RECIPES)}, got {text!r}")
     config = read_json(text)
-    if not isinstance(config, dict) or any(value not in (None, *RECIPES) for value in config.values()):
-        raise BadParameter(f"{text} must map layers' names to recipes or null")
+    if not isinstance(config, dict):
+        raise BadParameter(f"{text} must map layers' names to configurations or null")
+    for fqn, value in config.items():
+        try:
+            value is None or config_of(value)
+        except (TypeError, ValueError) as error:
+            raise BadParameter(f"{text}: {fqn}: {error}") from None
     return config
 
 
@@ -183,4 +189,4 @@ def read_json(path: str) -> Any:
 
 
 def to_json(content: Any) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False)
+    return json.dumps(content, indent=1, ensure_ascii=False, default=dataclasses.asdict)

@@ -12,6 +12,7 @@ import typer
 from .. import SwitchBackLinear, __version__, ops
 from .._text import table
 from .._timing import reason_of
+from ..filters import never_faster
 from ..ops.int8_matmul import cpu_path
 from ..tuning import MatmulConfig, user_table_path
 from ..tuning._tables import served, shipped_table
@@ -88,7 +89,8 @@ def examine_gpu() -> Iterator[Finding]:
         yield Finding("GPU", "failed", f"{properties.name}, {memory}; the kernels need Triton: {error}")
         return
     name = architecture(device)
-    yield Finding("GPU", "ok", f"{properties.name}, {name}, {memory}")
+    reason = never_faster(name)
+    yield Finding("GPU", "note" if reason else "ok", f"{properties.name}, {name}, {memory}{reason and f'; {reason}'}")
     table_name, shipped = shipped_table(name)
     own, tuned = name in (table_name, *shipped.serves), user_table_path(name).exists()
     detail = f"shipped for {table_name}" + ("" if own else f", none for {name}: `torch-switchback tune` measures it")

@@ -65,12 +65,12 @@ def export(
     typer.echo(to_json({"target": str(target), "layers": names, **sizes}) if json else summary)
 
 
-def prepared(state: Mapping[str, torch.Tensor], patterns: Mapping[str, str | None]) -> tuple[State, dict[str, Any]]:
-    """Return a training state with int8 values in place of weights, and by layer its recipe and the weight's dtype.
+def prepared(state: Mapping[str, torch.Tensor], patterns: Mapping[str, Any]) -> tuple[State, dict[str, Any]]:
+    """Return a training state with int8 values in place of weights, and by layer its config and the weight's dtype.
 
     Args:
         state: tensors by name.
-        patterns: recipes by layers' names, as :func:`look_up` finds them; None leaves a layer as it is.
+        patterns: configurations by layers' names, as :func:`look_up` finds them; None leaves a layer as it is.
     """
     result: State = {}
     notes: dict[str, Any] = {}

@@ -28,8 +28,9 @@ def recommend(
 
     Each distinct layer shape is measured alone, forward and backward, with the recipes interleaved: by default
     switchback and switchback_memory_efficient. A layer is converted if the best recipe is 2 % faster than nn.Linear. A
-    model that comes with a sample input is run as it is and as recommended, too. Only ratios of one run compare: leave
-    the GPU to this command meanwhile. After Ctrl-C the finished shapes are printed, and no file is written.
+    model that comes with a sample input is then run as it is and converted, and nothing is recommended that makes it
+    slower. Only ratios of one run compare: leave the GPU to this command meanwhile. After Ctrl-C the finished shapes
+    are printed, and no file is written.
 
     Examples:
 

@@ -87,8 +87,13 @@ def min_tokens(
     gain = slope - WORTH * int8_slope
     if gain <= 0:
         return None
-    busy = rates.cpu_us * (3 if trains else 2)
+    busy = cpu_us(rates, trains=trains)
     return math.ceil(max(0.0, (WORTH * int8_start - start) / gain, (busy - start) / slope))
+
+
+def cpu_us(rates: Rates, *, trains: bool) -> float:
+    """Return the CPU time of a layer's int8 step on a slow host, in microseconds."""
+    return rates.cpu_us * (3 if trains else 2)
 
 
 def _line(
