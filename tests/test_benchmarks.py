@@ -1,10 +1,12 @@
 """The benchmarks run with --tiny. Their timing, statistics and results files are right."""
 
+import gc
 import json
 import math
 import random
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -195,6 +197,20 @@ def test_copies_overflow_twice_the_cache(monkeypatch):
 def test_saved_bytes_leaves_out_parameters(layer, expected):
     x = torch.randn(2, 32, 32, requires_grad=True)
     assert saved_bytes(layer, partial(layer, x)) == expected
+
+
+def test_saved_bytes_keeps_nothing_alive():
+    outputs = []
+
+    def forward():
+        y = torch.tanh(layer(torch.randn(4, 8)))  # tanh keeps its own output for the backward
+        outputs.append(weakref.ref(y))
+        return y
+
+    layer = nn.Linear(8, 8)
+    assert saved_bytes(layer, forward) == 2 * 4 * 8 * 4
+    gc.collect()
+    assert outputs[0]() is None
 
 
 # Results files

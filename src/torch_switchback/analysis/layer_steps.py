@@ -90,7 +90,8 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         for part in _plain_tensors(tensor):
             storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        return tensor
+        # A node that keeps its own output, as tanh does, would hold it and be held by it for good.
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = forward()
