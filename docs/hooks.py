@@ -56,13 +56,25 @@ def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
 def on_page_content(html: str, **_: object) -> str:
     """Undo what Markdown makes of docstrings: Sphinx's roles stay, and two shapes ``(*, n)`` become emphasis."""
     html = re.sub(r"\(<em>(, [^<]*\()</em>, ", r"(*\1*, ", html)
-    return re.sub(r":(?:class|data|func|meth):(?=<code>)", "", html)
+    html = re.sub(r":(?:class|data|func|meth):(?=<code>)", "", html)
+    return _keep_words_whole(html)
 
 
 def on_post_page(output: str, *, page: Page, **_: object) -> str:
     for element in LOADED.findall(output):
         log.warning("%s loads something from elsewhere: %s", page.file.src_uri, element)
     return output
+
+
+def _keep_words_whole(html: str) -> str:
+    """Forbid line breaks in shapes and at the hyphens of code, and allow them at underscores of a table's header."""
+
+    def whole(code: re.Match[str]) -> str:
+        return re.sub(r"[^\s<>]*[-…][^\s<>]*", r'<span class="word">\g<0></span>', code[0])
+
+    html = re.sub(r"(?<=<td>)\d+ × \d+ → \d+(?=</td>)", r'<span class="word">\g<0></span>', html)
+    html = re.sub(r"(?<!<span></span>)(?<!<pre>)(?<=<code>)[^<\n]*(?=</code>)", whole, html)
+    return re.sub(r"(?<=<th>)[^<]*(?=</th>)", lambda header: header[0].replace("_", "_<wbr>"), html)
 
 
 def _linked(start: Iterable[Path]) -> set[Path]:

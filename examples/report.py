@@ -1,6 +1,5 @@
 """Write what the demo leaves behind: a table, a picture of the loss curves and results.json."""
 
-import json
 import os
 import platform
 import subprocess
@@ -19,8 +18,9 @@ from rich.table import Table
 
 import torch_switchback
 from corpus import Corpus
+from pictures import color, draw_losses
 from presets import PRESETS
-from training import Curve, Settings
+from training import Settings
 
 
 @dataclass
@@ -138,23 +138,29 @@ def table(results: list[Result], settings: Settings) -> Table:
     return table
 
 
-def write_picture(results: list[Result], settings: Settings, path: Path) -> None:
-    """Training loss of every step, smoothed, and the validation losses on the way and, as a star, at the end."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a byte", title=f"{settings.preset} preset")
+def draw_run(document: dict[str, Any]) -> Figure:
+    """Draw the losses in a document, as as_document makes it, and how far they are from nn.Linear's."""
+    settings, results = document["settings"], document["results"]
+    precision = "bf16" if document["preset"]["bf16"] else "fp32"
+    has_linear = any(result["recipe"] == "linear" for result in results)
+    figure = Figure(figsize=(9, 7 if has_linear else 4), layout="constrained")
+    losses, *others = figure.subplots(2 if has_linear else 1, 1, squeeze=False).flatten()
     for result in results:
-        curve = Curve(**result.curve)
-        validation = curve.validation_losses
-        steps = range(1, len(curve.train_losses) + 1)
-        (line,) = axes.plot(steps, smoothed(curve.train_losses), linewidth=1, label=result.recipe)
-        validated_after, validation_losses = [step for step, _ in validation], [loss for _, loss in validation]
-        axes.plot(validated_after, validation_losses, "o", markersize=4, color=line.get_color())
-        axes.plot(settings.steps, result.final_validation_loss, "*", markersize=10, color=line.get_color())
-    axes.plot([], [], "o", markersize=4, color="grey", label="validation")
-    axes.plot([], [], "*", markersize=10, color="grey", label="validation at the end, more text")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+        train_losses = result["curve"]["train_losses"]
+        stride = -(-settings["steps"] // len(train_losses))  # committed results have only some of the losses
+        steps = range(1, settings["steps"] + 1, stride)
+        losses.plot(steps, smoothed(train_losses), linewidth=0.8, color=color(result["recipe"]), alpha=0.5)
+    curves = {}
+    for result in results:
+        points = [point for point in result["curve"]["validation_losses"] if point[0] < settings["steps"]]
+        curves[result["recipe"]] = [*points, (settings["steps"], result["final_validation_loss"])]
+    draw_losses(losses, others[0] if others else None, curves, f"nn.Linear {precision}")
+    losses.set_ylabel("loss, nats per byte")
+    losses.set_title("dots: validation; pale: training, smoothed", fontsize=10)
+    figure.suptitle(
+        f"{settings['preset']} preset, {results[0]['parameters']:,} parameters, {settings['steps']} steps", fontsize=11
+    )
+    return figure
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -168,11 +174,11 @@ def smoothed(losses: list[float]) -> list[float]:
     return averages
 
 
-def write_json(results: list[Result], settings: Settings, corpus: Corpus, path: Path) -> None:
-    preset = PRESETS[settings.preset]
-    document = {
+def as_document(results: list[Result], settings: Settings, corpus: Corpus) -> dict[str, Any]:
+    """Return what results.json holds."""
+    return {
         "settings": asdict(settings),
-        "preset": asdict(preset),
+        "preset": asdict(PRESETS[settings.preset]),
         "corpus": {
             "files": corpus.files,
             "train_bytes": len(corpus.train),
@@ -181,4 +187,3 @@ def write_json(results: list[Result], settings: Settings, corpus: Corpus, path: 
         },
         "results": [asdict(result) for result in results],
     }
-    path.write_text(json.dumps(document, indent=2) + "\n")
