@@ -131,15 +131,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = results_file.provenance("cpu" if arguments.tiny else "cuda")
     path = arguments.output or (None if arguments.tiny else RESULTS / results_file.folder(run) / "bench_training.json")
 
+    preset = "tiny" if arguments.tiny else "gpu"
     # The standard library, and everything that is installed beside torch.
     roots = [Path(sysconfig.get_path("stdlib"))] + ([] if arguments.tiny else [Path(torch.__file__).parents[1]])
     corpus = load_corpus(*roots)
     protocol = {"steps": arguments.steps, "final_batches": 4 if arguments.tiny else 128, "files": corpus.files}
     protocol |= {"train_bytes": len(corpus.train), "validation_bytes": len(corpus.validation), "sha256": corpus.sha256}
+    protocol["validation_batches"] = PRESETS[preset].validation_batches
     if path is not None and path.exists():
         if any(other["protocol"] != protocol for other in results_file.load(path)["runs"]):
             parser.error(f"{path} has runs with another protocol or corpus; move it away")
-    preset, results = "tiny" if arguments.tiny else "gpu", []
+    results = []
     for recipe in arguments.recipe or RECIPES:
         for seed in range(arguments.seeds):
             results.append(train(recipe, seed, corpus, preset, protocol["steps"], protocol["final_batches"]))

@@ -25,7 +25,6 @@ class Preset:
     steps_per_sync: int  # reading a loss waits for the GPU, so do that once in this many steps
     validation_interval: int  # steps, a multiple of steps_per_sync
     validation_batches: int
-    final_validation_batches: int
 
 
 PRESETS = {
@@ -39,8 +38,7 @@ PRESETS = {
         learning_rate=2e-3,
         steps_per_sync=1,
         validation_interval=40,
-        validation_batches=16,
-        final_validation_batches=64,
+        validation_batches=32,
     ),
     "gpu": Preset(
         device="cuda",
@@ -52,8 +50,7 @@ PRESETS = {
         learning_rate=6e-4,
         steps_per_sync=10,
         validation_interval=100,
-        validation_batches=4,
-        final_validation_batches=32,
+        validation_batches=16,
     ),
     # For train_fsdp.py: 202 M parameters, so that gathering the weights is work.
     "large": Preset(
@@ -66,8 +63,7 @@ PRESETS = {
         learning_rate=4e-4,
         steps_per_sync=10,
         validation_interval=100,
-        validation_batches=4,
-        final_validation_batches=32,
+        validation_batches=16,
     ),
     # 805 M parameters in layers as wide as an 8 B model's: the GPUs bind, not the host.
     "wide": Preset(
@@ -80,8 +76,7 @@ PRESETS = {
         learning_rate=2e-4,
         steps_per_sync=10,
         validation_interval=100,
-        validation_batches=4,
-        final_validation_batches=32,
+        validation_batches=16,
     ),
     # Says only whether everything runs.
     "tiny": Preset(
@@ -94,7 +89,6 @@ PRESETS = {
         learning_rate=3e-3,
         steps_per_sync=1,
         validation_interval=5,
-        validation_batches=1,
-        final_validation_batches=2,
+        validation_batches=2,
     ),
 }

@@ -4,7 +4,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -29,12 +30,32 @@ class Result:
 
     recipe: str
     parameters: int
-    final_validation_loss: float  # nats a byte
+    final_validation_loss: float  # nats per byte
     tokens_per_second: float | None  # of the median step; None if every step was warm-up
     peak_memory_bytes: int | None
     linear_share: float  # of a step's time
     curve: dict[str, Any]  # training.Curve
-    environment: dict[str, Any]  # here, since a checkpoint may move to another machine between two recipes
+    environment: dict[str, Any]
+
+
+class PeakMemory:
+    """The most memory that one of several models took that are on a GPU at once and are used in turns."""
+
+    def __init__(self) -> None:
+        self.peak: int | None = None  # bytes; None without a GPU, as a process's resident set is that of all models
+        self._own = 0  # what the model holds between its turns
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure a turn of the model, or its construction."""
+        if not torch.cuda.is_initialized():
+            yield
+            return
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        self.peak = max(self.peak or 0, self._own + torch.cuda.max_memory_allocated() - before)
+        self._own += torch.cuda.memory_allocated() - before
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -102,39 +123,39 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-COMPARED = ("validation\nloss", "to\nnn.Linear", "tokens/s", "peak\nmemory")
+COMPARED = ("validation\nloss", "to\nlinear", "tokens/s", "speed\nratio", "peak\nmemory")
 
 
 def compared(result: Any, results: Sequence[Any]) -> tuple[str, ...]:
-    """A row's cells under COMPARED: a recipe's result beside that of nn.Linear among all results."""
-    loss, baseline = result.final_validation_loss, None
-    if result.recipe != "linear":
-        baseline = next((other.final_validation_loss for other in results if other.recipe == "linear"), None)
+    """Return a row's cells under COMPARED: a recipe's result beside that of nn.Linear among all results."""
+    loss, speed = result.final_validation_loss, result.tokens_per_second
+    loss_ratio = speed_ratio = None
+    linear = next((other for other in results if other.recipe == "linear"), None)
+    if linear is not None and result.recipe != "linear":
+        loss_ratio = loss / linear.final_validation_loss
+        speed_ratio = speed / linear.tokens_per_second if speed and linear.tokens_per_second else None
     return (
         f"{loss:.4f}",
-        "-" if baseline is None else f"{loss / baseline - 1:+.2%}",
-        "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}",
-        "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB",
+        "-" if loss_ratio is None else f"{loss_ratio - 1:+.2%}",
+        "-" if speed is None else f"{speed:,.0f}",
+        "-" if speed_ratio is None else f"{speed_ratio:.2f} ×",
+        "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.1f} GiB",
     )
 
 
 def table(results: list[Result], settings: Settings) -> Table:
-    """One row a recipe; the difference to nn.Linear is of the validation losses."""
+    """Return a table with one row per recipe, without columns for which there is nothing to say."""
     title = f"{settings.preset} preset, {settings.steps} steps, {results[0].environment['device']}"
     # Without inner padding the longest recipe name fits a terminal of 80 columns.
-    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("recipe", no_wrap=True)
-    for header in (*COMPARED, "time in\nlinear"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(
-            result.recipe,
-            *compared(result, results),
-            f"{result.linear_share:.0%}",
-        )
-    if PRESETS[settings.preset].device == "cpu":
-        # A resident set's peak cannot be reset, so a recipe also shows what those before it took.
-        table.caption = "peak memory: resident set of the process so far"
+    rows = [(*compared(result, results), f"{result.linear_share:.0%}") for result in results]
+    headers = (*COMPARED, "time in\nlinear")
+    shown = [column for column in range(len(headers)) if any(row[column] != "-" for row in rows)]
+    for column in shown:
+        table.add_column(headers[column], justify="right", no_wrap=True)
+    for result, row in zip(results, rows, strict=True):
+        table.add_row(result.recipe, *(row[column] for column in shown))
     return table
 
 
@@ -144,7 +165,7 @@ def draw_run(document: dict[str, Any]) -> Figure:
     precision = "bf16" if document["preset"]["bf16"] else "fp32"
     has_linear = any(result["recipe"] == "linear" for result in results)
     figure = Figure(figsize=(9, 7 if has_linear else 4), layout="constrained")
-    losses, *others = figure.subplots(2 if has_linear else 1, 1, squeeze=False).flatten()
+    losses, *others = figure.subplots(2 if has_linear else 1, 1, sharex=True, squeeze=False).flatten()
     for result in results:
         train_losses = result["curve"]["train_losses"]
         stride = -(-settings["steps"] // len(train_losses))  # committed results have only some of the losses

@@ -290,7 +290,7 @@ def finish(run: ShardedRun) -> Result:
         recipe=run.recipe,
         all_gather=run.all_gather,
         parameters=sum(p.numel() for p in run.model.parameters()),
-        final_validation_loss=run.validation_loss(run.preset.final_validation_batches),
+        final_validation_loss=run.validation_loss(run.preset.validation_batches),
         tokens_per_second=tokens_per_step / statistics.median(seconds) if seconds else None,
         peak_memory_bytes=largest_over_ranks(peak_memory_bytes(run.device), run.device),
         bytes_per_step=run.bytes_per_step,
@@ -324,7 +324,7 @@ def table(results: list[Result], settings: Settings) -> Table:
     title = (
         f"{settings.preset} preset, {settings.steps} steps, {processes} processes, {results[0].parameters:,} parameters"
     )
-    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("recipe", no_wrap=True)
     for header in (*COMPARED, "gathered\na step", "reduced\na step"):
         table.add_column(header, justify="right", no_wrap=True)

@@ -1,13 +1,14 @@
-"""Train one small GPT twice, with nn.Linear and with SwitchBack's INT8 layers, and compare.
+"""Train one small GPT with nn.Linear and with SwitchBack's INT8 layers, and compare.
 
     python examples/train_gpt.py
     python examples/train_gpt.py --recipe linear --recipe rowwise --steps 400
     python examples/train_gpt.py --resume runs/demo/checkpoint.pt
 
-Every recipe starts from the same weights and reads the same data in the same order. Ctrl-C leaves a checkpoint.
+Every recipe starts from the same weights and reads the same data in the same order. The recipes take turns of some
+steps, so that other work on the machine slows all of them. Ctrl-C leaves a checkpoint, which the next run continues.
 """
 
-import gc
+import json
 import math
 import shlex
 import signal
@@ -25,10 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from corpus import Corpus, CorpusError, load_corpus
 from presets import PRESETS, RECIPES
-from report import Result, environment, peak_memory_bytes, table, write_json, write_picture
+from report import PeakMemory, Result, as_document, draw_run, environment, table
 from step_profile import linear_share
 from training import DivergedError, Run, Settings
 
+CHECKPOINT = "checkpoint.pt"
+SYNCS_PER_TURN = 5  # a recipe takes so many times the preset's steps_per_sync before the next one's turn
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
 
@@ -56,6 +59,7 @@ def main(
     resume: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="go on from a checkpoint, with its settings")
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="ignore a checkpoint that an earlier run has left")] = False,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="by default runs/demo, or the checkpoint's directory", show_default=False),
@@ -65,6 +69,8 @@ def main(
         raise typer.BadParameter(f"steps must be at least 1, got {steps}")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise typer.BadParameter(f"learning rate must be positive, got {learning_rate}")
+    if fresh and resume is not None:
+        raise typer.BadParameter("--fresh ignores checkpoints, --resume goes on from one; leave one out")
     flags = {
         "preset": preset,
         "recipes": None if recipe is None else expand_recipes(recipe),
@@ -73,18 +79,27 @@ def main(
         "learning_rate": learning_rate,
         "compile": compile,
     }
-    checkpoint = None if resume is None else load_checkpoint(resume)
-    settings = new_settings(flags) if checkpoint is None else resumed_settings(flags, checkpoint["settings"])
-    if PRESETS[settings.preset].device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"preset {settings.preset} needs a CUDA device and there is none; try --preset cpu")
+    if out is None:
+        out = Path("runs/demo") if resume is None else resume.parent
+    left = out / CHECKPOINT
+    path = resume or (left if left.exists() and not fresh else None)
     try:
         corpus = load_corpus()
     except CorpusError as error:
         raise typer.BadParameter(str(error)) from error
-    if checkpoint is not None and checkpoint["corpus_sha256"] != corpus.sha256:
-        raise typer.BadParameter(f"{resume} was trained on the standard library of another Python; use that Python")
-    if out is None:
-        out = Path("runs/demo") if resume is None else resume.parent
+    checkpoint = None
+    if path is not None:
+        try:
+            checkpoint = load_checkpoint(path, flags, corpus)
+        except typer.BadParameter as error:
+            if resume is None:
+                raise typer.BadParameter(f"{path} is left of an earlier run: {error}; --fresh ignores it") from error
+            raise
+        if resume is None and not go_on(path, checkpoint):
+            checkpoint = None
+    settings = new_settings(flags) if checkpoint is None else Settings(**checkpoint["settings"])
+    if PRESETS[settings.preset].device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"preset {settings.preset} needs a CUDA device and there is none; try --preset cpu")
     out.mkdir(parents=True, exist_ok=True)
     train_and_report(settings, corpus, checkpoint, out)
 
@@ -114,29 +129,45 @@ def new_settings(flags: dict[str, Any]) -> Settings:
     return Settings(**{key: default if flags[key] is None else flags[key] for key, default in defaults.items()})
 
 
-def resumed_settings(flags: dict[str, Any], saved: dict[str, Any]) -> Settings:
-    for key, value in flags.items():
-        if value is not None and value != saved[key]:
-            raise typer.BadParameter(f"the checkpoint's run has {key} {saved[key]}, not {value}; leave that flag out")
-    return Settings(**saved)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, flags: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
+    """Return a checkpoint that save_checkpoint wrote. Raises typer.BadParameter if flags or corpus differ from its."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can break the unpickler in any way
         raise typer.BadParameter(f"{path} is not a checkpoint: torch.load raised {type(error).__name__}") from error
-    if not isinstance(checkpoint, dict) or "corpus_sha256" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"settings", "corpus_sha256", "failures", "runs"}:
         raise typer.BadParameter(f"{path} is not a checkpoint of this demo")
+    for key, value in flags.items():
+        saved = checkpoint["settings"][key]
+        if value is not None and value != saved:
+            raise typer.BadParameter(f"the checkpoint's run has {key} {saved}, not {value}; leave that flag out")
+    if checkpoint["corpus_sha256"] != corpus.sha256:
+        raise typer.BadParameter(f"{path} was trained on the standard library of another Python; use that Python")
     return checkpoint
 
 
-def save_checkpoint(path: Path, run: Run, results: list[Result]) -> None:
+def go_on(path: Path, checkpoint: dict[str, Any]) -> bool:
+    """Ask whether to go on from a checkpoint that is there. Without a terminal, say that the run goes on from it."""
+    settings = checkpoint["settings"]
+    steps = ", ".join(f"{recipe} after {state['step']}" for recipe, state in checkpoint["runs"].items())
+    found = f"{path} holds a run of {settings['steps']} steps, preset {settings['preset']}: {steps}"
+    if is_interactive():
+        return typer.confirm(f"{found}. Go on from it?", default=True)
+    console.print(f"{found}. Going on from it; --fresh starts again.", soft_wrap=True, highlight=False)
+    return True
+
+
+def is_interactive() -> bool:
+    return sys.stdin.isatty() and console.is_terminal
+
+
+def save_checkpoint(path: Path, runs: dict[str, Run], failures: dict[str, str]) -> None:
+    run = next(iter(runs.values()))
     checkpoint = {
         "settings": asdict(run.settings),
         "corpus_sha256": run.corpus.sha256,
-        "results": [asdict(result) for result in results],
-        "run": run.state_dict(),
+        "failures": failures,
+        "runs": {recipe: run.state_dict() for recipe, run in runs.items()},
     }
     # A second Ctrl-C while writing must not cost the checkpoint that is there.
     unfinished = path.with_suffix(".unfinished")
@@ -148,61 +179,57 @@ def train_and_report(settings: Settings, corpus: Corpus, checkpoint: dict[str, A
     stop = StopRequest()
     # What is left in fp32 runs alike for every recipe: in TF32 on a GPU, in fp32 proper on a CPU.
     torch.set_float32_matmul_precision("high" if PRESETS[settings.preset].device == "cuda" else "highest")
+    torch._dynamo.config.recompile_limit = 64  # the recipes share the code of their modules
     console.print(f"{settings.preset} preset, {settings.steps} steps, {len(corpus.train):,} bytes of Python source")
 
-    results: list[Result] = []
-    recipes = settings.recipes
-    if checkpoint is not None:
-        results = [Result(**result) for result in checkpoint["results"]]
-        recipes = recipes[recipes.index(checkpoint["run"]["recipe"]) :]
-    failures = []
-    for recipe in recipes:
-        release_memory(settings)
-        run = Run(recipe, settings, corpus)
-        if checkpoint is not None:
-            run.load_state_dict(checkpoint["run"])
-            checkpoint = None
-        try:
-            if not train_with_progress(run, stop):
-                stop_with_checkpoint(run, results, out / "checkpoint.pt")
-            results.append(finish(run))
-        except DivergedError as error:
-            failures.append(f"{error}; try a lower --learning-rate than {settings.learning_rate:g}")
-        finally:
-            # Before the next one is built, or its peak memory would hold both.
-            del run
+    failures: dict[str, str] = {} if checkpoint is None else checkpoint["failures"]
+    memory = {recipe: PeakMemory() for recipe in settings.recipes}
+    runs = {}
+    for recipe in settings.recipes:
+        if recipe not in failures:
+            with memory[recipe].measured():
+                runs[recipe] = Run(recipe, settings, corpus)
+                if checkpoint is not None:
+                    runs[recipe].load_state_dict(checkpoint["runs"][recipe])
+    del checkpoint
+    if not train_in_turns(runs, memory, failures, stop):
+        stop_with_checkpoint(runs, failures, out / CHECKPOINT)
 
+    results = [finish(run, memory[recipe].peak) for recipe, run in runs.items()]
     if results:
+        document = as_document(results, settings, corpus)
         console.print(table(results, settings))
-        write_picture(results, settings, out / "loss.png")
-        write_json(results, settings, corpus, out / "results.json")
+        draw_run(document).savefig(out / "loss.png", dpi=150)
+        (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"Wrote {out / 'results.json'} and {out / 'loss.png'}", soft_wrap=True)
-    for failure in failures:
+    (out / CHECKPOINT).unlink(missing_ok=True)  # of a run that has ended
+    for failure in failures.values():
         console.print(failure, style="red", soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 
 
-def release_memory(settings: Settings) -> None:
-    """Let go of the last recipe's model, which compiled code and cycles still hold, and measure from here on."""
-    if settings.compile:
-        torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def stop_with_checkpoint(run: Run, results: list[Result], path: Path) -> NoReturn:
-    save_checkpoint(path, run, results)
+def stop_with_checkpoint(runs: dict[str, Run], failures: dict[str, str], path: Path) -> NoReturn:
+    save_checkpoint(path, runs, failures)
     # The interpreter and its options as they were typed, up to the script's own arguments.
     command = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", str(path)]
-    console.print(f"Stopped {run.recipe} after {run.step} of {run.settings.steps} steps. To go on:")
+    steps = ", ".join(f"{recipe} after {run.step}" for recipe, run in runs.items())
+    console.print(f"Stopped: {steps} steps. To go on:", soft_wrap=True)
     console.print(shlex.join(command), soft_wrap=True, markup=False, highlight=False)
     raise typer.Exit(130)
 
 
-def train_with_progress(run: Run, stop: StopRequest) -> bool:
+def train_in_turns(
+    runs: dict[str, Run], memory: dict[str, PeakMemory], failures: dict[str, str], stop: StopRequest
+) -> bool:
+    """Train every run to its last step, a few steps of each in turn. Returns False if `stop` ended it before.
+
+    A run that diverges moves from runs to failures.
+    """
+    first = next(iter(runs.values()))
+    settings, turn = first.settings, SYNCS_PER_TURN * first.preset.steps_per_sync
+    tokens_per_step = first.preset.batch_size * first.preset.model.context
+    width = max(map(len, runs))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -211,35 +238,47 @@ def train_with_progress(run: Run, stop: StopRequest) -> bool:
         TextColumn("{task.fields[speed]} tokens/s"),
         TimeRemainingColumn(),
     )
-    tokens_per_step = run.preset.batch_size * run.preset.model.context
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(run.recipe, total=run.settings.steps, completed=run.step, loss="-", speed="-")
+        task = progress.add_task("", total=settings.steps * len(runs), loss="-", speed="-")
 
         def on_progress(run: Run) -> None:
             curve = run.curve
-            speed = f"{tokens_per_step / curve.step_seconds[-1]:,.0f}" if curve.step_seconds else "-"
-            progress.update(task, completed=run.step, loss=f"{curve.train_losses[-1]:.3f}", speed=speed)
+            progress.update(
+                task,
+                description=f"{run.recipe:{width}}",
+                completed=sum(each.step for each in runs.values()),
+                total=settings.steps * len(runs),
+                loss=f"{curve.train_losses[-1]:.3f}",
+                speed=f"{tokens_per_step / curve.step_seconds[-1]:,.0f}" if curve.step_seconds else "-",
+            )
             if curve.validation_losses and curve.validation_losses[-1][0] == run.step:
                 loss = curve.validation_losses[-1][1]
                 progress.console.print(f"{run.recipe}: validation loss {loss:.4f} after {run.step} steps")
 
-        return run.train(lambda: stop.made, on_progress)
+        while unfinished := [run for run in runs.values() if run.step < settings.steps]:
+            run = min(unfinished, key=lambda run: run.step // turn)
+            try:
+                with memory[run.recipe].measured():
+                    if not run.train(lambda: stop.made, on_progress, until=(run.step // turn + 1) * turn):
+                        return False
+            except DivergedError as error:
+                failures[run.recipe] = f"{error}; try a lower --learning-rate than {settings.learning_rate:g}"
+                del runs[run.recipe]
+    return True
 
 
-def finish(run: Run) -> Result:
-    """Measure what the table shows of a run that has reached its last step."""
-    peak = peak_memory_bytes(run.device)
+def finish(run: Run, peak: int | None) -> Result:
+    """Return what the table shows of a run that has reached its last step."""
     seconds = run.curve.step_seconds
     tokens_per_step = run.preset.batch_size * run.preset.model.context
     return Result(
         recipe=run.recipe,
         parameters=sum(p.numel() for p in run.model.parameters()),
-        final_validation_loss=run.validation_loss(run.preset.final_validation_batches),
+        final_validation_loss=run.curve.validation_losses[-1][1],
         tokens_per_second=tokens_per_step / statistics.median(seconds) if seconds else None,
         peak_memory_bytes=peak,
         curve=asdict(run.curve),
-        # After the validation, since it trains on for a few steps.
-        linear_share=linear_share(run.train_step, run.device),
+        linear_share=linear_share(run.train_step, run.device),  # trains on for a few steps
         environment=environment(run.device),
     )
 

@@ -95,7 +95,7 @@ class Run:
         self.recipe, self.settings, self.corpus = recipe, settings, corpus
         self.preset = PRESETS[settings.preset]
         self.device = torch.device(self.preset.device)
-        self.step = 0
+        self.step = self.first_step = 0
         self.curve = Curve()
 
         torch.manual_seed(settings.seed)
@@ -106,15 +106,21 @@ class Run:
         if settings.compile:
             self.model.compile()
 
-    def train(self, should_stop: Callable[[], bool], on_progress: Callable[["Run"], None]) -> bool:
-        """Train to the last step. Returns False if `should_stop` ended it before. Raises DivergedError."""
-        preset, curve, first_step = self.preset, self.curve, self.step
-        while self.step < self.settings.steps:
+    def train(
+        self, should_stop: Callable[[], bool], on_progress: Callable[["Run"], None], until: int | None = None
+    ) -> bool:
+        """Train to the last step, or to step `until`. Returns False if `should_stop` ended it before.
+
+        Raises DivergedError.
+        """
+        preset, curve = self.preset, self.curve
+        last_step = self.settings.steps if until is None else min(until, self.settings.steps)
+        while self.step < last_step:
             if should_stop():
                 return False
             until_sync = preset.steps_per_sync - self.step % preset.steps_per_sync
-            steps = min(until_sync, self.settings.steps - self.step)
-            is_timed = self.step - first_step >= UNTIMED_STEPS
+            steps = min(until_sync, last_step - self.step)
+            is_timed = self.step - self.first_step >= UNTIMED_STEPS
             start = time.perf_counter()
             losses = torch.stack([self.train_step() for _ in range(steps)]).tolist()
             if is_timed:
@@ -122,7 +128,7 @@ class Run:
             curve.train_losses += losses
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"{self.recipe}: the training loss is {losses[-1]} after {self.step} steps")
-            if self.step % preset.validation_interval == 0:
+            if self.step % preset.validation_interval == 0 or self.step == self.settings.steps:
                 curve.validation_losses.append((self.step, self.validation_loss(preset.validation_batches)))
             on_progress(self)
         return True
@@ -164,7 +170,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step = self.first_step = state["step"]
         self.curve = Curve(**state["curve"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,9 +1,11 @@
 """The demo as its users run it: a script in another process. The preset `tiny` takes seconds."""
 
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the demo needs torch-switchback[demo]")
 pytest.importorskip("typer", reason="the demo needs torch-switchback[demo]")
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 import torch_switchback
@@ -64,7 +67,7 @@ class Interrupted(NamedTuple):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    """The same run, interrupted in its second recipe."""
+    """The same run, interrupted after some turns."""
     cwd = tmp_path_factory.mktemp("interrupted")
     process = start(sys.executable, str(SCRIPT), *FLAGS, cwd=cwd)
     assert process.stdout is not None
@@ -73,16 +76,29 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
             break
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    return Interrupted(process.returncode, output, cwd / "runs" / "demo" / "checkpoint.pt", cwd)
+    checkpoint = shutil.copy(cwd / "runs" / "demo" / "checkpoint.pt", cwd / "copy.pt")
+    return Interrupted(process.returncode, output, checkpoint, cwd)
+
+
+def speed(row: list[str]) -> float:
+    return float(row[3].replace(",", ""))
 
 
 def test_table_compares_the_recipes(finished: Finished) -> None:
-    linear = next(line.split() for line in finished.output.splitlines() if re.match(r" linear +\d", line))
-    switchback = next(line.split() for line in finished.output.splitlines() if re.match(r" switchback +\d", line))
+    linear = next(line.split() for line in finished.output.splitlines() if re.match(r"linear +\d", line))
+    switchback = next(line.split() for line in finished.output.splitlines() if re.match(r"switchback +\d", line))
     linear_loss, switchback_loss = float(linear[1]), float(switchback[1])
     assert linear[2] == "-"
     assert float(switchback[2].rstrip("%")) == pytest.approx(100 * (switchback_loss / linear_loss - 1), abs=0.01)
+    assert switchback[3:6] == [switchback[3], f"{speed(switchback) / speed(linear):.2f}", "×"]
     assert 0 < int(linear[-1].rstrip("%")) < 100
+    for name, loss in (("linear", linear[1]), ("switchback", switchback[1])):
+        assert f"{name}: validation loss {loss} after 60 steps" in finished.output
+
+
+def test_recipes_take_turns(finished: Finished) -> None:
+    lines = re.findall(r"^(\w+): validation loss [\d.]+ after (\d+) steps", finished.output, re.MULTILINE)
+    assert lines == [(recipe, str(step)) for step in range(5, 61, 5) for recipe in ("linear", "switchback")]
 
 
 def test_picture_is_a_png(finished: Finished) -> None:
@@ -121,9 +137,9 @@ def test_every_recipe_starts_alike_and_learns(finished: Finished) -> None:
 def test_interrupt_leaves_a_checkpoint_of_tensors_and_plain_values(interrupted: Interrupted) -> None:
     assert interrupted.returncode == 130
     checkpoint = torch.load(interrupted.checkpoint, weights_only=True)
-    assert checkpoint["run"]["recipe"] == "switchback"
-    assert 5 <= checkpoint["run"]["step"] < 60
-    assert [result["recipe"] for result in checkpoint["results"]] == ["linear"]
+    assert list(checkpoint["runs"]) == ["linear", "switchback"]
+    linear, switchback = (run["step"] for run in checkpoint["runs"].values())
+    assert 5 <= switchback < 60 and abs(linear - switchback) <= 5
 
 
 def test_printed_command_resumes_to_the_same_losses_to_the_bit(interrupted: Interrupted, finished: Finished) -> None:
@@ -131,7 +147,9 @@ def test_printed_command_resumes_to_the_same_losses_to_the_bit(interrupted: Inte
     process = start(*command, cwd=interrupted.cwd)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    resumed = json.loads((interrupted.checkpoint.parent / "results.json").read_text())
+    out = interrupted.cwd / "runs" / "demo"
+    resumed = json.loads((out / "results.json").read_text())
+    assert not (out / "checkpoint.pt").exists()
     assert resumed["settings"] == finished.document["settings"]
     for ours, theirs in zip(resumed["results"], finished.document["results"], strict=True):
         assert ours["recipe"] == theirs["recipe"]
@@ -174,6 +192,47 @@ def test_wrong_flags_are_named(arguments: tuple[str, ...], message: str) -> None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the preset needs")
 def test_gpu_preset_needs_a_gpu() -> None:
     assert "needs a CUDA device" in refused("--preset", "gpu")
+
+
+@pytest.fixture
+def left(interrupted: Interrupted, tmp_path: Path) -> Path:
+    """A folder in which an interrupted run has left its checkpoint."""
+    shutil.copy(interrupted.checkpoint, tmp_path / "checkpoint.pt")
+    return tmp_path
+
+
+def checkpoint_used(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the checkpoint from which the demo would go on, and what it says."""
+    calls = []
+    monkeypatch.setattr(train_gpt, "train_and_report", lambda *call: calls.append(call))
+    result = CliRunner().invoke(train_gpt.app, arguments)
+    assert result.exit_code == 0, result.output
+    return calls[0][2], result.output
+
+
+def test_without_a_terminal_a_checkpoint_that_is_there_is_continued(left: Path, monkeypatch) -> None:
+    # The console's file is not the runner's.
+    monkeypatch.setattr(train_gpt, "console", said := Console(file=io.StringIO()))
+    checkpoint, _ = checkpoint_used(monkeypatch, "--out", str(left))
+    assert checkpoint is not None and checkpoint["settings"]["preset"] == "tiny"
+    assert "Going on from it; --fresh starts again." in said.file.getvalue().replace("\n", " ")
+
+
+def test_fresh_ignores_the_checkpoint(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint_used(monkeypatch, "--fresh", "--preset", "tiny", "--out", str(left))[0] is None
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_on_a_terminal_the_demo_asks(answer: bool, left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_gpt, "is_interactive", lambda: True)
+    monkeypatch.setattr(train_gpt.typer, "confirm", lambda question, default: answer)
+    arguments = ("--preset", "tiny", "--out", str(left))
+    assert (checkpoint_used(monkeypatch, *arguments)[0] is not None) == answer
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_overwritten(left: Path) -> None:
+    message = refused("--seed", "8", "--out", str(left))
+    assert "has seed 7, not 8" in message and "--fresh ignores it" in message
 
 
 def test_checkpoint_of_another_preset_is_refused(interrupted: Interrupted) -> None:
