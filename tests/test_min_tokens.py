@@ -87,6 +87,39 @@ def test_what_int8_refuses_is_refused(x):
         layer_with()(x)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("x", torch.tensor(1.0)),
+        ("x", torch.zeros(3, 31)),
+        ("x", torch.zeros(3, 32).to_sparse()),
+        ("x", torch.nested.nested_tensor([torch.zeros(1, 32), torch.zeros(2, 32)], layout=torch.jagged)),
+        ("weight", torch.zeros(48, 32, dtype=torch.float64)),
+        ("weight", torch.zeros(48, 32, dtype=torch.int8)),
+        ("weight", torch.zeros(32)),
+        ("bias", torch.zeros(48, dtype=torch.float64)),
+        ("bias", torch.zeros(1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.dtype}-{value.layout}-{value.dim()}-d",
+)
+def test_what_int8_refuses_is_refused_by_the_arguments_name(argument, value):
+    fitting = {"x": torch.zeros(3, 32), "weight": torch.zeros(48, 32), "bias": torch.zeros(48)}
+    with pytest.raises((TypeError, ValueError), match=f"switchback_linear: {argument} must"):
+        switchback_linear(**fitting | {argument: value}, config=SwitchBackConfig(min_tokens=LEAST))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_another_dtype_than_the_weights_is_cast(x_dtype, device):
+    layer, x = layer_with(device, dtype=torch.bfloat16), torch.randn(3, 32, device=device, dtype=x_dtype)
+    layer.bias = nn.Parameter(layer.bias.detach().float())
+    assert torch.equal(layer(x), F.linear(x, layer.weight.to(x_dtype), layer.bias.to(x_dtype)))
+
+
+def test_another_dtype_is_cast_on_the_meta_device():
+    y = layer_with("meta")(torch.empty(3, 32, device="meta", dtype=torch.bfloat16))
+    assert (y.shape, y.dtype) == ((3, 48), torch.bfloat16)
+
+
 def test_a_prepared_layer_ignores_it(device, int8_matmuls):
     layer = layer_with(device)
     layer.prepare_for_eval()
@@ -134,6 +167,12 @@ def test_exports_are_int8(strict):
     layer = layer_with()
     program = torch.export.export(nn.Sequential(layer), (torch.randn(3, 32),), strict=strict)
     assert "torch_switchback.linear" in program.graph_module.code
+
+
+def test_traced_programs_are_int8():
+    layer, x = layer_with(), torch.randn(LEAST, 32)
+    traced = torch.jit.trace(layer, torch.randn(LEAST - 1, 32))
+    assert torch.equal(traced(x), layer(x))
 
 
 def test_it_is_saved_with_the_layer():

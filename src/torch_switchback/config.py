@@ -43,8 +43,8 @@ class SwitchBackConfig:
         min_tokens: with fewer tokens in a call the layer computes as nn.Linear does, with W and b cast to x's dtype,
             and has nn.Linear's own bits and gradients. None: :func:`convert_to_switchback` fills in from how many
             tokens on int8 is faster; a layer that is not converted takes 0, always int8. Prepared and tensor-parallel
-            layers and weights that are gathered as int8 ignore it, as do ``torch.export`` and compiled code with a
-            symbolic token count.
+            layers and weights that are gathered as int8 ignore it, as do ``torch.export``, ``torch.jit.trace`` and
+            compiled code with a symbolic token count.
 
     Raises:
         ValueError: a value does not exist; min_tokens is negative; or ``rotate_features`` comes with

@@ -109,16 +109,16 @@ def linear(
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
         weight_cache: where the int8 values of this weight stay until it changes.
     """
-    if config.min_tokens and weight_absmax is None and has_few_tokens(x, weight, config.min_tokens):
-        return _high_precision_linear(x, weight, bias)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        refuse_transforms()
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
-    x = autocast_input(x)
     tracing = torch._C._get_tracing_state()  # of torch.jit.trace, which cannot save an autograd Function
     if not tracing:  # it warns of every comparison; the operation below checks, too
         check(x, weight, bias, weight_absmax, config)
+        if config.min_tokens and weight_absmax is None and has_few_tokens(x, weight, config.min_tokens):
+            return _high_precision_linear(x, weight, bias)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        refuse_transforms()
+    x = autocast_input(x)
     if type(x) not in _PLAIN or type(weight) not in _PLAIN:
         if hasattr(x, "device_mesh") or hasattr(weight, "device_mesh"):  # a DTensor, whose module may not be loaded
             return extensions.distributed.linear(x, weight, bias, config)
@@ -139,11 +139,9 @@ def has_int8_grad_weight(config: SwitchBackConfig, weight: torch.Tensor) -> bool
     return config.grad_weight == "int8" and weight.requires_grad and torch.is_grad_enabled()
 
 
-def has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
-    """Return whether a call is too small for int8. What the int8 path refuses is not, so that it is refused there."""
-    if type(x) not in _PLAIN and (not isinstance(x, torch.Tensor) or hasattr(x, "device_mesh")):
-        return False
-    if x.dtype not in FLOAT_DTYPES or type(weight) not in _PLAIN:
+def has_few_tokens(x: torch.Tensor, weight: torch.Tensor, min_tokens: int) -> bool:
+    """Return whether a call is too small for int8. Weights that are gathered as int8, and DTensors, never are."""
+    if type(weight) not in _PLAIN or (type(x) not in _PLAIN and hasattr(x, "device_mesh")):
         return False
     tokens = x.shape[:-1].numel()
     if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
@@ -156,7 +154,8 @@ def has_few_tokens(x: Any, weight: torch.Tensor, min_tokens: int) -> bool:
 
 def _high_precision_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return nn.Linear's output, with weight and bias cast to x's dtype as autocast would."""
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
