@@ -219,6 +219,19 @@ def test_the_model_is_measured_both_ways_and_left_as_it_was(times):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_report_of_an_earlier_conversion_stays(times):
+    model = ts.convert_to_switchback(Model(), config={"*": None})
+    before = str(ts.conversion_report(model))
+    assert ts.recommend(model, torch.randint(64, (4, 8)), seconds=0).model.speed_ups
+    assert str(ts.conversion_report(model)) == before
+
+
+def test_a_frozen_model_is_measured_with_the_gradient_of_its_sample(times):
+    model, x = nn.Sequential(nn.Linear(32, 16)).requires_grad_(False), torch.randn(8, 32, requires_grad=True)
+    assert ts.recommend(model, x, seconds=0).model is not None
+    assert x.grad is None
+
+
 def test_the_original_of_a_compiled_model_is_measured(times):
     model = Model()
     found = ts.recommend(torch.compile(model, backend="eager"), torch.randint(64, (4, 8)), seconds=0)

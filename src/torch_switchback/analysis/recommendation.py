@@ -15,7 +15,7 @@ from torch import nn
 from .._text import grouped, table
 from .._timing import WORTH_CHANGING, Mode, Record, elapsed_ms, interleaved, speed_up
 from ..config import SwitchBackConfig, config_of
-from ..convert import convert_to_switchback, module_names, refuse_compiled, revert_switchback
+from ..convert import _REPORT, convert_to_switchback, module_names, refuse_compiled, revert_switchback
 from ..filters import default_filter, never_faster, with_min_tokens
 from ..nn import SwitchBackLinear
 from ..ops._validation import FLOAT_DTYPES
@@ -444,11 +444,14 @@ def _measure_model(
         _gradients(model, sample_input)
 
     def converted(config: Configs, measurement: Callable[[], Measured]) -> Measured:
+        reports = [(module, vars(module)[_REPORT]) for module in model.modules() if _REPORT in vars(module)]
         convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: True)
         try:
             return measurement()
         finally:
-            revert_switchback(model)
+            revert_switchback(model)  # drops the reports of earlier conversions, too
+            for module, report in reports:
+                object.__setattr__(module, _REPORT, report)
 
     def by_choice(measurement: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
         after = {choice: partial(converted, config, measurement) for choice, config in choices.items()}
@@ -472,7 +475,7 @@ def _measure_model(
 
 
 def _gradients(model: nn.Module, sample_input: Any) -> None:
-    """Compute the gradients that a model's parameters want of the sum of its outputs.
+    """Compute the gradients of the sum of a model's outputs that its parameters and the sample want.
 
     Raises:
         ValueError: none of the outputs requires a gradient.
@@ -486,5 +489,6 @@ def _gradients(model: nn.Module, sample_input: Any) -> None:
                 f"recommend: model returns no tensor that requires a gradient (it returns {kinds}), so its backward "
                 "cannot be measured; tokens= instead of sample_input measures its layers only"
             )
-        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        inputs = [leaf for leaf in torch.utils._pytree.tree_leaves(sample_input) if isinstance(leaf, torch.Tensor)]
+        wanted = [tensor for tensor in (*model.parameters(), *inputs) if tensor.requires_grad]
         torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)
