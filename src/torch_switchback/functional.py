@@ -154,9 +154,11 @@ def has_few_tokens(x: torch.Tensor, weight: torch.Tensor, min_tokens: int) -> bo
 
 def _high_precision_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return nn.Linear's output, with weight and bias cast to x's dtype as autocast would."""
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    dtype = x.dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        device_type = x.device.type
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 
