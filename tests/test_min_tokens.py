@@ -164,6 +164,8 @@ def test_compiled_with_a_symbolic_token_count_it_is_int8_without_a_guard(device)
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_are_int8(strict):
+    if strict and not ts.functional.DYNAMO_KNOWS_EXPORTS:
+        pytest.skip("before torch 2.13 Dynamo cannot tell an export from torch.compile")
     layer = layer_with()
     program = torch.export.export(nn.Sequential(layer), (torch.randn(3, 32),), strict=strict)
     assert "torch_switchback.linear" in program.graph_module.code

@@ -85,7 +85,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
                     _warn_that_it_does_not_train()
         else:
             weight = self.weight
-        if config.cache_quantized_weight and isinstance(input, torch.Tensor):
+        if config.cache_quantized_weight and isinstance(input, torch.Tensor) and not torch.compiler.is_compiling():
             if WeightCache.can_hold(weight):
                 cache = self.__dict__.setdefault("_weight_cache", WeightCache())
             else:  # it may be written to while it is frozen

@@ -36,12 +36,11 @@ class WeightCache:
     def can_hold(weight: Tensor) -> bool:
         """Return whether a weight's changes can be seen: int8 values, or a parameter that optimizer steps change.
 
-        What writes to a frozen parameter is a broadcast or ``.data``, which nothing tells. Nor is there a cache while
-        tracing or capturing.
+        What writes to a frozen parameter is a broadcast or ``.data``, which nothing tells. Nor is there a cache while a
+        CUDA graph is captured.
         """
         return (
-            not torch.compiler.is_compiling()
-            and (weight.dtype == torch.int8 or (type(weight) is torch.nn.Parameter and weight.requires_grad))
+            (weight.dtype == torch.int8 or (type(weight) is torch.nn.Parameter and weight.requires_grad))
             and not weight.is_inference()
             and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         )

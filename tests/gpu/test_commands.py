@@ -18,7 +18,7 @@ def large():
 
 
 def test_explain_knows_the_tuned_tiles():
-    model = ts.convert_to_switchback(large())
+    model = ts.convert_to_switchback(large(), config={"0": "switchback"})
     x = torch.randn(2, 1024, 4096, device="cuda", dtype=torch.bfloat16)
     first, last = ts.explain(model, x, strict=True).layers
     config = matmul_config(architecture(x.device), 2048, 4096, 4096)
