@@ -101,14 +101,14 @@ def real_models(document: Record) -> str:
     found = {record["name"] for record in results}
     names = [name for name in ("switchback", INT8_GRAD_WEIGHT, "recommended", *FLOAT8) if name in found]
     rows = []
-    for model, weights in dict.fromkeys((record["model"], record["weights"]) for record in results):
+    for model in dict.fromkeys(record["model"] for record in results):
 
         def cell(name: str, key: str = "speed_up", form: str = "{:.2f}", model: str = model) -> str:
             modes = (find(results, model=model, name=name, mode=mode) for mode in ("eager", "compiled"))
-            return " / ".join(field(record, key, form) for record in modes)
+            return "/".join(field(record, key, form) for record in modes)
 
-        rows.append((model, weights, cell("linear", "median_ms", "{:.1f}"), *map(cell, names)))
-    return markdown(("eager / compiled", "weights", "nn.Linear, ms", *names), rows)
+        rows.append((model, cell("linear", "median_ms", "{:.1f}"), *map(cell, names)))
+    return markdown(("eager/compiled", "nn.Linear, ms", *names), rows)
 
 
 def matmuls(document: Record) -> str:
@@ -167,9 +167,10 @@ def launch_costs(document: Record) -> str:
 
 def shards(document: Record) -> str:
     """FSDP2 on two GPUs: speed, loss, memory and bytes per step."""
-    linear = next(run for run in document["results"] if run["recipe"] == "linear")
+    linears = {run.get("mode"): run for run in document["results"] if run["recipe"] == "linear"}
     rows = []
     for run in document["results"]:
+        linear = linears[run.get("mode")]
         speed, loss = run["tokens_per_second"], run["final_validation_loss"]
         gathered, reduced = (
             sum(size for name, size in run["bytes_per_step"].items() if name.startswith(collective)) / 1e6
@@ -178,7 +179,7 @@ def shards(document: Record) -> str:
         speeds = f"{speed:,.0f}", f"{speed / linear['tokens_per_second']:.2f}"
         losses = f"{loss:.4f}", "–" if run is linear else f"{loss / linear['final_validation_loss'] - 1:+.2%}"
         memory = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
-        recipe = run["recipe"] + (", int8 gather" if run["all_gather"] == "int8" else "")
+        recipe = f"{run.get('mode', '')} {run['recipe']}".strip() + ", int8 gather" * (run["all_gather"] == "int8")
         rows.append((recipe, *speeds, *losses, *memory))
     speeds = ("tokens/s", "over nn.Linear", "validation loss", "to nn.Linear")
     return markdown(("recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"), rows)
@@ -274,7 +275,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "few_tokens": ("h200/bench_inference", few_tokens),
     "steps": ("h200/bench_linear", steps),
     "steps_h100": ("h100/bench_linear", steps),
-    "all_models": ("h200/bench_model", models(*OURS, INT8_GRAD_WEIGHT, *FLOAT8)),
+    "all_models": ("h200/bench_model", models(*OURS, INT8_GRAD_WEIGHT, TENSORWISE)),
     "real_models": ("h200/bench_real_models", real_models),
     "overhead": ("h200/bench_overhead", functools.partial(overhead, only="plans")),
     "launch_costs": ("h200/bench_launch", launch_costs),
