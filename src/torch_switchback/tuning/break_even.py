@@ -15,7 +15,7 @@ WORTH = 1.02  # int8 has to be this much faster
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a kind of device runs the parts of a layer's training step.
+    """Describes how fast a kind of device runs the parts of a layer's training step.
 
     Those of the H200 are fitted to a sweep (benchmarks/bench_break_even.py). Other GPUs are taken to reach the same
     shares of what their datasheets say.
@@ -30,7 +30,7 @@ class Rates:
 
 
 class Work(NamedTuple):
-    """What a training step of a layer consists of."""
+    """Counts what a training step of a layer consists of."""
 
     high_precision_flop: float
     int8_flop: float
