@@ -38,7 +38,7 @@ HEADLINE = {  # models of bench_real_models, and what the README calls them
     "ViT-H × 12, 128 images": "ViT-H/14, 12 blocks, 128 images",
     "ViT-L × 12, 128 images": "ViT-L/16, 12 blocks, 128 images",
     "ViT-B × 12, 256 images": "ViT-B/16, 256 images",
-    "Llama 2048 × 8, 1×1024 tokens": "Llama, width 2048, 8 layers, 1024 tokens",
+    "Llama 2048 × 8, 1×1024 tokens": "Llama, width 2048, 8 layers, 1024 tokens: no layer in INT8",
 }
 ROWWISE_FP8 = "torch._scaled_mm rowwise"
 

@@ -11,7 +11,7 @@ ROTATIONS = (16, 32, 64, 128)  # rows or columns that a block Hadamard rotation 
 
 @dataclass(frozen=True)
 class SwitchBackConfig:
-    """The choices of arXiv 2304.13013, section 2.2 and appendix A.
+    """Says how a layer computes its three matmuls (arXiv 2304.13013, section 2.2 and appendix A).
 
     Args:
         weight_scaling: what one absmax of the weight covers. ``"global"``: the whole weight (algorithm 1).
@@ -42,7 +42,7 @@ class SwitchBackConfig:
             ``weight_scaling="rowwise"`` only, in layers that are neither prepared for evaluation nor tensor-parallel.
         min_tokens: with fewer tokens in a call the layer computes as nn.Linear does, with W and b cast to x's dtype,
             and has nn.Linear's own bits and gradients. None: :func:`convert_to_switchback` fills in from how many
-            tokens on int8 is faster; a layer that is not converted takes 0, always int8. Prepared and tensor-parallel
+            tokens on int8 is faster; a layer that is built directly takes 0, always int8. Prepared and tensor-parallel
             layers and weights that are gathered as int8 ignore it, as do ``torch.export``, ``torch.jit.trace`` and
             compiled code with a symbolic token count.
 

@@ -123,8 +123,9 @@ def convert_to_switchback(
             stands under its very name, else under the first pattern that matches; under None, or under nothing, it
             stays nn.Linear. By default the paper's.
         module_filter_fn: called with a linear layer and its fully qualified name (``""`` for the model itself);
-            the layer is converted if it returns True, for each of its names if it has several. Without it, the LM
-            head and LoRA's matrices stay, unless they are the model itself or a mapping has their very name.
+            the layer is converted if it returns True, for each of its names if it has several, and int8 can be faster
+            for it (``min_tokens=0`` converts it all the same). Without it, the LM head and LoRA's matrices stay, unless
+            they are the model itself or a mapping has their very name.
 
     Returns:
         The same model.

@@ -20,6 +20,7 @@ for distribution in DISTRIBUTIONS.values():
     pytest.importorskip(distribution.removesuffix("_torch"))
 
 
+@pytest.mark.usefixtures("only_where_it_wins")  # as for the reader
 def test_every_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

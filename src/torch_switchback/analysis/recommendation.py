@@ -262,8 +262,9 @@ def recommend(
     ``convert_to_switchback(model)``. The fastest is recommended; if no conversion is faster beyond the spread, it is
     nn.Linear everywhere. The model is nn.Linear again afterwards, and its gradients are untouched.
 
-    Without a sample, or with cuda_graph, the whole model is not measured. Without both, layers stay whose step is
-    shorter than the CPU time of an int8 step on a slow host, as a model whose GPU waits for the CPU gains nothing.
+    Without a sample, or with cuda_graph, the whole model is not measured. Without a sample and without cuda_graph,
+    layers stay nn.Linear whose step is shorter than the CPU time of an int8 step on a slow host, as a model whose GPU
+    waits for the CPU gains nothing.
 
     Args:
         model: not converted yet. Of one that ``torch.compile`` has returned it is the original that is measured.
@@ -271,7 +272,8 @@ def recommend(
             Under autocast, call this function under autocast too.
         tokens: instead of a sample, how many tokens each layer sees in a step; the model is not run then, and may be
             on the meta device.
-        recipes: those to choose from (:data:`RECIPES`); by default the paper's and its memory-efficient variant.
+        recipes: those to choose from (:data:`RECIPES`); by default the paper's and its memory-efficient variant, which
+            leave the weight gradient in 16 bit. ``list(RECIPES)`` tries all.
         cuda_graph: measure layers in CUDA graphs, without the host's time, as for a model that will run in them.
         device: where the layers of a model on the meta device are measured: by default the GPU if there is one.
         dtype: what layers compute in if there is no sample; by default their weights' dtype.
