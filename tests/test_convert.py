@@ -62,7 +62,7 @@ def test_by_default_what_cannot_win_stays():
     assert converted(model) == WINNING == [layer.fqn for layer in ts.conversion_report(model).converted]
     left = reasons(model)
     assert left["output"].startswith("the LM head")
-    assert left["blocks.0.gate"].startswith("int8 is faster at no number of tokens: too few features")
+    assert left["blocks.0.gate"].startswith("int8 is never faster: too few features")
     assert left["blocks.1.q.lora_A.default"].startswith("LoRA") and left["blocks.1.q.lora_B.default"].startswith("LoRA")
     assert len(left) == 7
 
@@ -181,7 +181,7 @@ def test_what_no_pattern_matches_stays():
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (None, "2 × int8 is faster at no number of tokens: too few features"),
+        (None, "2 × int8 is never faster: too few features"),
         ({"0": None, "*": "rowwise"}, "1 × config asks for nn.Linear"),
     ],
 )

@@ -109,7 +109,7 @@ def convert_to_switchback(
     in float64 are refused when the layer is called. If a model is refused, nothing of it has been changed.
 
     A configuration without ``min_tokens`` gets one for each layer: from so many tokens on int8 is faster than nn.Linear
-    on the layer's GPU (docs/tuning.md). A layer that int8 makes faster at no number of tokens stays nn.Linear. A model
+    on the layer's GPU (docs/tuning.md). A layer for which int8 is never faster stays nn.Linear. A model
     that is not on a GPU yet is taken to run on the current GPU once the process uses one, else on an H200; with a
     CPU build of PyTorch on the CPU.
 

@@ -70,14 +70,14 @@ def look_up(patterns: Mapping[str, Value], fqn: str, default: Value | None = Non
 
 
 def with_min_tokens(config: SwitchBackConfig, layer: nn.Linear) -> SwitchBackConfig | str:
-    """Return a layer's configuration with ``min_tokens`` filled in, or why int8 is faster at no number of tokens."""
+    """Return a layer's configuration with ``min_tokens`` filled in, or why int8 is never faster for it."""
     if config.min_tokens is not None:
         return config
     where = _where(layer.weight.device)
     if reason := never_faster(where):
         return reason
     found = _with_min_tokens(config, layer.in_features, layer.out_features, layer.weight.requires_grad, where)
-    return found or "int8 is faster at no number of tokens: too few features (min_tokens=0 converts it all the same)"
+    return found or "int8 is never faster: too few features (min_tokens=0 converts it all the same)"
 
 
 @functools.cache  # equal configurations are one object, as compiled code's guards compare them
