@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from corpus import Corpus, load_corpus
+from torch_switchback import SwitchBackConfig
 from torch_switchback.integrations.transformers import SwitchBackCallback
 
 CPU = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -60,6 +61,7 @@ def main(
         monitoring = {"monitor_every": monitor_every, "monitor_layers": "*.mlp.down_proj"}
     callback = SwitchBackCallback(
         **monitoring,
+        config=SwitchBackConfig(min_tokens=None if is_cuda else 0),  # int8 also where the small model gains nothing
         module_filter_fn=lambda module, fqn: "layers." in fqn and "lora_" not in fqn,
     )
     arguments = TrainingArguments(
