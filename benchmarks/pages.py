@@ -21,6 +21,8 @@ import results_file
 from measure import RESULTS, find
 from results_file import Record, cases_of
 from shapes import Matrix, Shape
+from torch_switchback import RECIPES
+from torch_switchback.tuning.break_even import min_tokens, rates_of
 from training_statistics import BASELINE, effects, finished
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,16 @@ def real_models(document: Record) -> str:
 
         rows.append((model, cell("linear", "median_ms", "{:.1f}"), *map(cell, names)))
     return markdown(("eager/compiled", "nn.Linear, ms", *names), rows)
+
+
+def min_tokens_by_gpu(_: Record) -> str:
+    """From how many tokens on a layer takes int8 by default."""
+    gpus = {"RTX 3090": "sm_86", "RTX 4090": "sm_89", "A100": "sm_80", "H200": "sm_90", "B200": "sm_100"}
+    rows = []
+    for sizes in ((768, 3072), (1024, 1024), (1024, 4096), (2048, 8192), (4096, 4096), (4096, 14336)):
+        least = (min_tokens(rates_of(gpu), *sizes, RECIPES["switchback"]) for gpu in gpus.values())
+        rows.append((f"{sizes[0]} → {sizes[1]}", *("never" if one is None else f"{one:,}" for one in least)))
+    return markdown(("layer", *gpus), rows)
 
 
 def matmuls(document: Record) -> str:
@@ -267,7 +279,8 @@ def gradient_snr(document: Record) -> str:
     return markdown(("recipe", *(f"after {step} steps" for step in checkpoints)), rows) + skipped(records)
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+BLOCKS: dict[str, tuple[str | None, Callable[[Record], str]]] = {  # None: not of a results file
+    "min_tokens": (None, min_tokens_by_gpu),
     "headline": ("h200/bench_real_models", headline),
     "matmuls": ("h200/bench_matmul", matmuls),
     "matmuls_h100": ("h100/bench_matmul", matmuls),
@@ -310,6 +323,8 @@ def fill(page: str, folder: Path) -> str:
 
     def write(match: re.Match[str]) -> str:
         name, block = BLOCKS[match[1]]
+        if name is None:
+            return f"<!-- begin: {match[1]} -->\n{block({})}<!-- end -->"
         path = RESULTS / f"{name}.json"
         content = MISSING
         if path.exists():
