@@ -10,7 +10,6 @@ and how often a choice by them is wrong.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -107,7 +106,7 @@ def fit(results: list[Record]) -> Rates:
     milliseconds, *_ = np.linalg.lstsq(parts, np.ones(len(steps)), rcond=None)
     high_precision, int8, byte, kernel = milliseconds.tolist()  # of one operation, byte and kernel
     errors = parts @ milliseconds - 1
-    print(f"{len(steps)} steps, mean error {np.sqrt(np.mean(errors**2)):.1%}")
+    print(f"{len(steps)} steps, root mean square error {np.sqrt(np.mean(errors**2)):.1%}")
     return Rates(1e-9 / high_precision, 1e-9 / int8, 1e-6 / byte, 1e3 * kernel, 0.0, "")
 
 
@@ -138,9 +137,9 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--fit", type=Path)
-    arguments, others = parser.parse_known_args(argv)
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--fit", type=Path, help="measure nothing, and fit the rates to this results file")
+    arguments, _ = options.parse_known_args(argv)
     if arguments.fit is not None:
         results = results_file.load(arguments.fit)["results"]
         rates = fit(results)
@@ -149,9 +148,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     only_cpu = not torch.cuda.is_available()
     cases, tiny = features_of(CPU_WIDTHS if only_cpu else WIDTHS), (Features(32, 48),)
-    run("bench_break_even", measure, cases=cases, tiny=tiny, columns=COLUMNS, seconds=0.1, budget=300.0,
-        only_cpu=only_cpu, argv=others)  # fmt: skip
+    run(
+        "bench_break_even",
+        measure,
+        cases=cases,
+        tiny=tiny,
+        columns=COLUMNS,
+        seconds=0.1,
+        budget=300.0,
+        only_cpu=only_cpu,
+        options=options,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

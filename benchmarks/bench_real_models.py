@@ -31,6 +31,7 @@ from blocks import new_on
 from measure import SPEED_UP, SUSTAINED_MS, Bench, Candidate, Cycle, Mode, find, free_memory, ratio, run, speed_up
 from peers import TORCHAO, compile_in_place, convert
 from results_file import Record
+from torch_switchback.analysis.layer_calls import layer_calls
 
 RECOMMENDED = "recommended"
 EAGER = ("linear", "switchback", "switchback_int8_grad_weight")
@@ -228,20 +229,9 @@ def inner_layers(model: nn.Module) -> Callable[[nn.Module, str], bool]:
     return is_inner
 
 
-def count_int8_layers(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Run a forward, and return how many layers of the model compute in int8 for as many tokens as they get."""
-    tokens: dict[ts.SwitchBackLinear, int] = {}
-
-    def note_tokens(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tokens[layer] = max(tokens.get(layer, 0), arguments[0].numel() // layer.in_features)
-
-    layers = [module for module in model.modules() if isinstance(module, ts.SwitchBackLinear)]
-    hooks = [layer.register_forward_pre_hook(note_tokens) for layer in layers]
-    with torch.no_grad():
-        forward()
-    for hook in hooks:
-        hook.remove()
-    return sum(count >= (layer.config.min_tokens or 0) for layer, count in tokens.items())
+def count_int8_layers(model: nn.Module, sample: dict[str, Tensor]) -> int:
+    """Run the model on a sample, and return how many of its layers compute in int8 for as many tokens as they get."""
+    return sum(any(call.in_int8 for call in calls) for _, calls in layer_calls(model, sample).values())
 
 
 def measure(bench: Bench, model: Model) -> list[Record]:
@@ -275,7 +265,8 @@ def measure(bench: Bench, model: Model) -> list[Record]:
 
         notes["linear_layers"] = sum(isinstance(part, nn.Linear) for part in module.modules())
         if name != "linear" and name not in TORCHAO:
-            notes["int8_layers"] = count_int8_layers(module, loss)
+            with model.autocast(device):
+                notes["int8_layers"] = count_int8_layers(module, inputs)
         for part in module.modules():
             if type(part).__name__ in model.block_classes:
                 compile_in_place(part, mode, tiny=bench.tiny)

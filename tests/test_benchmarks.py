@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks need torch-switchback[d
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_break_even
 import bench_cpu
 import bench_inference
 import bench_linear
@@ -33,6 +34,7 @@ import signal_to_noise
 from blocks import LlamaBlock, Stack, ViTBlock
 from torch_switchback import SwitchBackLinear
 from torch_switchback.analysis.layer_steps import saved_bytes
+from torch_switchback.tuning.break_even import rates_of, work
 from training_statistics import AGAIN, effects
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad_weight='int8' stays at high precision")  # toys are too small
@@ -75,6 +77,36 @@ def test_runs_of_bench_overhead_share_a_file(tmp_path):
     assert [run["cases"] for run in document["runs"]] == [["before"], ["after"]]
     assert [record["label"] for record in document["results"]] == ["before"] * 5 + ["after"] * 5
     assert "| before | after |" in pages.overhead(document)
+
+
+def test_break_even_measures_every_step(tmp_path):
+    output = tmp_path / "out.json"
+    bench_break_even.main(["--tiny", "--output", str(output)])
+    (row,) = results_file.load(output)["results"]
+    assert row["label"] == "32 → 48" and row["tokens"] == 64
+    steps = [*bench_break_even.TRAINED, *(f"frozen {name}" for name in bench_break_even.FROZEN)]
+    assert all(row[f"{name}_ms"] > 0 for name in steps)
+    assert row["speed_up"] > 0
+
+
+def test_break_even_fits_the_rates_that_made_the_times(tmp_path, capsys):
+    rates = rates_of("sm_90")
+    rows = []
+    for tokens in (4096, 65536):
+        for features in ((1024, 4096), (4096, 4096), (2048, 512)):
+            row = {"label": str(bench_break_even.Features(*features)), "tokens": tokens, "name": "switchback"}
+            for prefix, names in (("", bench_break_even.TRAINED), ("frozen ", bench_break_even.FROZEN)):
+                for name in names:
+                    step = work(tokens, *features, bench_break_even.RECIPES[name], trains=not prefix)
+                    row[f"{prefix}{name}_ms"] = step.microseconds(rates) / 1e3
+            rows.append(row)
+    fitted = bench_break_even.fit(rows)
+    for name in ("high_precision_tflops", "int8_tops", "gb_per_s", "kernel_us"):
+        assert getattr(fitted, name) == pytest.approx(getattr(rates, name), rel=1e-6)
+    results_file.write(tmp_path / "rows.json", {"runs": [], "results": rows})
+    bench_break_even.main(["--fit", str(tmp_path / "rows.json")])
+    choices = [line for line in capsys.readouterr().out.splitlines() if "lose more than 2 %" in line]
+    assert len(choices) == 6 and all(": 0 of 6 lose" in line for line in choices)
 
 
 def test_training_is_paired_and_drawn(tmp_path):

@@ -78,8 +78,11 @@ def test_runs_of_single_modes_share_a_file_a_table_and_a_picture(tmp_path):
 
 
 def test_layers_below_their_min_tokens_or_without_a_call_do_not_count_as_int8():
+    class FirstFour(nn.ModuleList):
+        def forward(self, x):
+            return [layer(x) for layer in self[:4]]
+
     configs = [SwitchBackConfig(min_tokens=min_tokens) for min_tokens in (None, 0, 6, 7, 0)]
-    model = nn.ModuleList(SwitchBackLinear(8, 8, config=config) for config in configs)
-    x = torch.randn(2, 3, 8)
-    assert count_int8_layers(model, lambda: [layer(x) for layer in model[:4]]) == 3
+    model = FirstFour(SwitchBackLinear(8, 8, config=config) for config in configs)
+    assert count_int8_layers(model, {"x": torch.randn(2, 3, 8)}) == 3
     assert not any(layer._forward_pre_hooks for layer in model)
