@@ -33,11 +33,12 @@ def device(request) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def break_even_rule():
     """Convert the tests' small layers too, always int8, and return the rule that would not."""
+    from testing import always_int8
     from torch_switchback import convert
 
     rule = convert.with_min_tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "with_min_tokens", lambda config, layer: config)
+        patch.setattr(convert, "with_min_tokens", always_int8)
         yield rule
 
 

@@ -11,6 +11,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from testing import always_int8
 from torch_switchback import convert
 
 TIMEOUT = datetime.timedelta(seconds=int(os.environ.get("WORLD_TIMEOUT", "180")))
@@ -80,7 +81,7 @@ class World:
 
 def _serve(rank, size, port, connection):
     torch.set_num_threads(1)
-    convert.with_min_tokens = lambda config, layer: config  # small layers too, always int8, as in tests/conftest.py
+    convert.with_min_tokens = always_int8  # as in tests/conftest.py
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     while True:
