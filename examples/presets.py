@@ -1,14 +1,15 @@
 """List what the demo can train: linear layers to compare, and a model, data and schedule per kind of machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch_switchback as ts
 from gpt import GPTConfig
 from torch_switchback import SwitchBackConfig
 
-# None leaves the model's nn.Linear layers as they are.
+# None leaves the model's nn.Linear layers as they are. The others are int8 for any number of tokens: the models are
+# small, and by default some of their layers would compute as nn.Linear.
 RECIPES: dict[str, SwitchBackConfig | None] = {"linear": None} | {
-    name: ts.RECIPES[name]
+    name: replace(ts.RECIPES[name], min_tokens=0)
     for name in ("switchback", "switchback_memory_efficient", "rowwise", "rowwise_memory_efficient")
 }
 

@@ -8,7 +8,7 @@ Every recipe starts from the same weights and sees the same images in the same o
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -66,7 +66,6 @@ def train(recipe: str, preset: Preset, steps: int, seed: int) -> None:
     config = RECIPES[recipe]
     if config is not None:
         # Three channels of a patch are few features, and sixteen classes fewer.
-        config = replace(config, min_tokens=0)  # in int8 also where that is not faster
         convert_to_switchback(model, config=config, module_filter_fn=lambda module, fqn: fqn.startswith("blocks."))
     forward = torch.compile(model) if is_cuda else model
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
