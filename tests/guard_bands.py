@@ -104,6 +104,15 @@ def check_dequantizer(shape, dtype, band):
     check(launcher_of("dequantize_rowwise"), (x, absmax, dtype), expected, band)
 
 
+def check_prepared_weight(shape, dtype, band):
+    rows, cols = shape[0], -(-shape[1] // 16) * 16
+    x, grad, absmax = random_int8(rows, cols), torch.randn(shape[1], rows).to(dtype), torch.rand(rows)
+    calls = {"transpose_int8": (x,), "quantize_folded_rowwise": (grad, absmax), "requantize_rotated": (x, absmax, 16)}
+    for name, args in calls.items():
+        expected = getattr(torch.ops.torch_switchback, name)(*args)
+        check(launcher_of(name), args, expected, band, rotates="rotated" in name)
+
+
 def check_product(config, shape, dtype, band):
     m, n, k = shape
     for absmaxes, op in ((1, ops.int8_matmul_mixed_dequantize), (n, ops.int8_matmul_rowwise_dequantize)):

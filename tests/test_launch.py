@@ -235,6 +235,12 @@ def random_call(name, rng):
         return a, random_int8(n, cols).t(), state_x, state_w, bias, dtype
     if name == "dequantize_rowwise":
         return random_int8(rows, cols), torch.empty(rows), dtype
+    if name == "transpose_int8":
+        return (random_int8(rows, cols),)
+    if name == "quantize_folded_rowwise":
+        return x, torch.empty(cols)
+    if name == "requantize_rotated":
+        return random_int8(rows, -(-cols // 16) * 16), torch.empty(rows), 16
     if "by_absmax" in name:
         return x, torch.empty(rows if name == "quantize_by_absmax" and rng.random() < 0.5 else 1)
     return (x, 16) if "rotated" in name else (x,)

@@ -48,6 +48,19 @@ def test_dequantize_rowwise(dtype, device):
         torch.library.opcheck(OPS.dequantize_rowwise.default, (x, torch.rand(17, device=device), dtype))
 
 
+@layouts
+@dtypes
+def test_quantize_folded_rowwise(dtype, layout, device):
+    scale = torch.rand(166, device=device)[::2]
+    torch.library.opcheck(OPS.quantize_folded_rowwise.default, (layout(17, 83, dtype, device), scale))
+
+
+def test_what_prepared_layers_make_of_their_int8_values(device):
+    for x in (random_int8(17, 96, device), random_int8(96, 17, device).t()):
+        torch.library.opcheck(OPS.transpose_int8.default, (x,))
+        torch.library.opcheck(OPS.requantize_rotated.default, (x, torch.rand(17, device=device), 32))
+
+
 @dtypes
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])

@@ -1,5 +1,6 @@
 """Layers prepared for evaluation, back in training, and the state_dicts of both."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,12 +9,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_switchback as ts
-from testing import assert_same, dtypes, gradients, make_layer, revert_copy, signal_to_noise, unrotated
+from testing import assert_same, dtypes, gradients, make_layer, revert_copy, signal_to_noise, strategies, unrotated
 from torch_switchback import SwitchBackLinear
 from torch_switchback.functional import quantize_weight
 
 
-@unrotated
+@strategies
 @dtypes
 def test_prepare_for_eval_changes_no_output(config, dtype, device):
     layer = make_layer(config, device=device, dtype=dtype)
@@ -30,7 +31,7 @@ def test_prepare_for_eval_changes_no_output(config, dtype, device):
     assert "prepared" in repr(layer)
 
 
-@unrotated
+@strategies
 def test_prepared_layer_still_has_an_input_gradient(config, device):
     layer = make_layer(config, device=device)
     x, grad = torch.randn(5, 64, device=device), torch.randn(5, 48, device=device)
@@ -157,7 +158,7 @@ def test_a_layer_without_a_weight_is_not_prepared(remove):
     assert layer(torch.ones(2, 8)).shape == (2, 8)
 
 
-@unrotated
+@strategies
 def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
     layer = make_layer(config, device=device)
     layer.prepare_for_eval()
@@ -171,7 +172,7 @@ def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
         assert torch.equal(fresh(x), layer(x))
 
 
-@unrotated
+@strategies
 def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     layer, other = make_layer(config, device=device), make_layer(config, device=device)
     other.prepare_for_eval()
@@ -275,7 +276,7 @@ def test_a_training_state_dict_loads_as_into_nn_linear(state, hooked):
     assert results[0] == results[1]
 
 
-@unrotated
+@strategies
 def test_a_hook_may_transpose_or_rename_int8_values(config):
     layer = make_layer(config)
     layer.prepare_for_eval()
@@ -358,7 +359,7 @@ def test_a_computed_weight_is_not_prepared(device):
     assert list(layer.state_dict()) == keys
 
 
-@unrotated
+@strategies
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
 def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device):
     layer = make_layer(config, device=device, bias=False).to(dtype)
@@ -368,7 +369,7 @@ def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device
         assert list(layer.state_dict()) == ["weight"]
 
 
-@unrotated
+@strategies
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
     layer = make_layer(config, device=device)
@@ -402,3 +403,109 @@ def test_a_layer_that_was_cut_smaller_comes_back():
     layer.prepare_for_eval()
     layer.prepare_for_training()
     assert layer.weight.shape == (32, 64)
+
+
+# Whole models
+
+
+def make_model(config="switchback"):
+    return nn.Sequential(SwitchBackLinear(64, 48, config=config), nn.ReLU(), SwitchBackLinear(48, 32, config=config))
+
+
+@pytest.mark.parametrize("config", ts.RECIPES)
+def test_a_model_is_prepared_and_comes_back(config):
+    model = make_model(config)
+    x = torch.randn(5, 64)
+    before = model(x)
+    assert ts.prepare_for_eval(model) is model
+    assert [layer.is_prepared for layer in model[::2]] == [True, True]
+    assert torch.equal(model.eval()(x), before)
+    assert ts.prepare_for_eval(model) is model
+    assert ts.prepare_for_training(model) is model
+    assert ts.prepare_for_training(model) is model
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert signal_to_noise(model(x), before) > 40
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_trains_the_parameters_that_come_back(make):
+    model = make_model()
+    parameters = list(model.parameters())
+    optimizer = make(parameters, lr=0.1)
+    model(torch.randn(5, 64)).sum().backward()
+    ts.prepare_for_eval(model)
+    assert [each.untyped_storage().nbytes() for each in parameters[::2]] == [0, 0]
+    optimizer.step()  # of the biases alone
+    ts.prepare_for_training(model)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    before = [each.detach().clone() for each in parameters]
+    optimizer.zero_grad()
+    model(torch.randn(5, 64)).sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(each, old) for each, old in zip(parameters, before, strict=True))
+
+
+def test_moved_and_cast_while_prepared():
+    model = make_model()
+    parameters = list(model.parameters())
+    ts.prepare_for_training(ts.prepare_for_eval(model).bfloat16())
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert {each.dtype for each in parameters} == {torch.bfloat16}
+    model(torch.randn(5, 64, dtype=torch.bfloat16)).sum().backward()
+    assert all(each.grad is not None for each in parameters)
+
+
+def test_a_layer_prepared_by_itself_comes_back_to_who_holds_its_parameter():
+    layer = SwitchBackLinear(64, 48)
+    weight = layer.weight
+    layer.prepare_for_eval()
+    assert weight.shape == (48, 64)
+    twin = copy.deepcopy(layer)
+    for each in (layer, twin):
+        each.prepare_for_training()
+    assert layer.weight is weight
+    assert twin.weight is not weight
+    assert torch.equal(twin.weight, weight)
+
+
+def test_a_graph_from_before_does_not_use_what_is_gone():
+    model = make_model()
+    loss = model(torch.randn(5, 64, requires_grad=True)).sum()
+    ts.prepare_for_eval(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def tied(model):
+    model.embedding = nn.Embedding(32, 48)
+    model.embedding.weight = model[2].weight
+
+
+def parametrized(model):
+    nn.utils.parametrizations.weight_norm(model[2])
+
+
+def in_float64(model):
+    model[2].double()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (tied, RuntimeError, "prepare_for_eval: 2: weight is shared with another module"),
+        (parametrized, RuntimeError, "prepare_for_eval: 2: weight is no parameter of this layer"),
+        (in_float64, TypeError, r"prepare_for_eval: 2\.weight must be float16, bfloat16 or float32, got torch.float64"),
+    ],
+)
+def test_a_model_that_is_refused_is_as_it_was(change, error, message):
+    model = make_model()
+    change(model)
+    with pytest.raises(error, match=message):
+        ts.prepare_for_eval(model)
+    assert not any(module.is_prepared for module in model.modules() if isinstance(module, SwitchBackLinear))
+    assert model[0].weight.numel() == 48 * 64
+
+
+def test_a_model_without_a_layer_is_refused():
+    with pytest.raises(ValueError, match="prepare_for_eval: model has no SwitchBackLinear"):
+        ts.prepare_for_eval(nn.Sequential(nn.Linear(4, 4)))

@@ -1,5 +1,7 @@
 """rotate_features: row-wise int8 values of rows rotated along their columns, and the layer whose products they feed."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,8 @@ from testing import (
 from torch_switchback import SwitchBackConfig
 from torch_switchback.analysis.monitor import measure
 from torch_switchback.functional import quantize_weight
-from torch_switchback.ops._hadamard import rotate, rotate_features
+from torch_switchback.ops._hadamard import rotate, rotate_features, rotate_features_back
+from torch_switchback.ops.prepared_weight import dequantize_rotated
 
 BLOCKS = [16, 32, 64, 128]
 blocks = pytest.mark.parametrize("block", BLOCKS)
@@ -64,6 +67,15 @@ def test_both_rotations_are_one(block):
         strict=True,
     ):
         assert_same(by_columns, by_rows)
+
+
+@blocks
+def test_rotated_back_it_is_what_it_was(block):
+    x = torch.randn(7, 3 * block)
+    torch.testing.assert_close(rotate_features_back(rotate_features(x, block), block), x, rtol=0, atol=1e-5)
+    whole = torch.randint(-127, 128, (7, 3 * block)).float()
+    exact = rotate(rotate_features_back(whole, block).double(), block, dim=1)
+    torch.testing.assert_close(exact, whole.double(), rtol=0, atol=1e-4)
 
 
 @blocks
@@ -187,26 +199,70 @@ def test_config_refuses(arguments, message):
         SwitchBackConfig(**{"weight_scaling": "rowwise", "rotate_features": 64} | arguments)
 
 
-def test_a_layer_that_rotates_is_not_prepared(device):
-    layer = make_layer(ROTATED, device=device)
-    x = torch.randn(3, 64, device=device)
-    y = layer(x)
-    with pytest.raises(ValueError, match="rotate_features=16"):
+# Prepared
+
+
+def test_a_prepared_layer_keeps_both_products_accurate(device):
+    """X has large channels, W large rows: the first spoil the output without the rotation, the second grad_input."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    grad = torch.randn(256, 256, generator=generator)
+    weight[9] *= 50
+    x[:, 7] *= 50
+    noise = []
+    for config in (SwitchBackConfig("rowwise"), SwitchBackConfig("rowwise", rotate_features=64)):
+        layer = make_layer(config, 512, 256, device, bias=False)
+        layer.weight.data.copy_(weight)
         layer.prepare_for_eval()
-    with pytest.raises(ValueError, match="rotate_features=16"):
-        quantize_weight(layer.weight, ROTATED)
-    assert not layer.is_prepared
-    assert torch.equal(layer(x), y)
+        y, grad_input = gradients(layer, x.to(device), grad.to(device))
+        exact = x.double() @ weight.double().t(), grad.double() @ weight.double()
+        noise.append([signal_to_noise(*each) for each in zip((y.cpu(), grad_input.cpu()), exact, strict=True)])
+    plain, rotated = noise
+    assert max(plain) < 30
+    assert min(rotated) > 33
 
 
-def test_int8_values_of_a_prepared_layer_are_refused(device):
-    prepared = make_layer(SwitchBackConfig("rowwise"), device=device)
-    prepared.prepare_for_eval()
-    layer = make_layer(ROTATED, device=device)
-    before = layer.weight.clone()
-    with pytest.raises(RuntimeError, match="it comes as int8 values, which rotate_features cannot use"):
-        layer.load_state_dict(prepared.state_dict())
-    assert torch.equal(layer.weight, before)
-    prepared.config = ROTATED
-    with pytest.raises(ValueError, match="rotate_features=16 needs a float weight, not int8 values"):
-        prepared(torch.randn(3, 64, device=device))
+@pytest.mark.parametrize("cached", [False, True])
+@blocks
+def test_the_backward_of_a_prepared_layer_requantizes_what_it_keeps(block, cached, device):
+    config = SwitchBackConfig("rowwise", rotate_features=block, cache_quantized_weight=cached)
+    layer = make_layer(config, 83, 70, device)
+    x, grad = torch.randn(37, 83, device=device), torch.randn(37, 70, device=device)
+    before = layer(x)
+    layer.prepare_for_eval()
+    assert layer.weight_int8.shape == (70, -(-83 // block) * block)
+    assert layer.weight_rotation.item() == block
+    kept = copy.deepcopy(layer)
+    kept.prepare_for_training()
+    for _ in range(2):
+        y, grad_input, _ = gradients(layer, x, grad)
+        assert torch.equal(y, before)
+        _, of_kept, *_ = gradients(kept, x, grad)
+        assert signal_to_noise(grad_input, of_kept) > 40  # the int8 values of the columns differ by a step at most
+
+
+def test_int8_values_that_are_rotated_in_another_way_are_refused(device):
+    layers = [make_layer(config, device=device) for config in (SwitchBackConfig("rowwise"), ROTATED)]
+    layers.append(make_layer(SwitchBackConfig("rowwise", rotate_features=64), device=device))
+    for layer in layers:
+        layer.prepare_for_eval()
+    for source in layers:
+        for target in layers:
+            fresh = make_layer(target.config, device=device)
+            before = fresh.weight.clone()
+            if source is target:
+                assert fresh.load_state_dict(source.state_dict()) == ([], [])
+                assert torch.equal(fresh.weight_int8, source.weight_int8)
+                continue
+            given, own = (each.config.rotate_features for each in (source, target))
+            with pytest.raises(RuntimeError, match=f"comes with rotate_features={given}, the layer has {own}"):
+                fresh.load_state_dict(source.state_dict())
+            assert torch.equal(fresh.weight, before)
+
+
+def test_int8_values_of_the_weight_rotated_back(device):
+    layer = make_layer(ROTATED, 83, 70, device)
+    qdata, absmax = quantize_weight(layer.weight, ROTATED)
+    weight = dequantize_rotated(qdata, absmax, 16)
+    assert signal_to_noise(weight[:, :83], layer.weight.detach()) > 38
+    assert weight[:, 83:].abs().max() <= absmax.max() / 127 * 4  # 16 half steps at most, times 1 / sqrt(16)

@@ -175,7 +175,7 @@ ROTATED_FEATURES = {"rowwise rotated features": SwitchBackConfig("rowwise", rota
 strategies = pytest.mark.parametrize(
     "config", (STRATEGIES | ROTATED_FEATURES).values(), ids=STRATEGIES | ROTATED_FEATURES
 )
-unrotated = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)  # what can be prepared, too
+unrotated = pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)  # exact sums
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 

@@ -8,6 +8,7 @@ from .convert import conversion_report, convert_to_switchback, revert_switchback
 from .functional import switchback_linear
 from .integrations.bitsandbytes import install_as_bitsandbytes
 from .nn import SwitchBackLinear
+from .prepared import prepare_for_eval, prepare_for_training
 
 __version__ = "0.2.0"
 
@@ -19,6 +20,8 @@ __all__ = [
     "convert_to_switchback",
     "explain",
     "install_as_bitsandbytes",
+    "prepare_for_eval",
+    "prepare_for_training",
     "recommend",
     "revert_switchback",
     "switchback_linear",

@@ -43,18 +43,13 @@ def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized
         config: how it is scaled.
 
     Returns:
-        int8 values [out, in] and their absmax: (1,) if scaling is global, (out,) if rowwise.
+        int8 values [out, in], of a layer that rotates its features in whole blocks of them; and their absmax: (1,) if
+        scaling is global, (out,) if rowwise.
 
     Raises:
         TypeError: the weight has another dtype.
-        ValueError: the config rotates the features: nothing in a state_dict would tell those values from plain ones.
     """
     check_float("quantize_weight", "weight", weight)
-    if config.rotate_features is not None:
-        raise ValueError(
-            f"rotate_features={config.rotate_features}: a rotated weight cannot be quantized for good, as nothing "
-            "would tell its int8 values from plain ones; use a config with rotate_features=None"
-        )
     return _quantize(scaling_for(config, weight), weight)
 
 
@@ -208,8 +203,9 @@ def check(
         check_dtype(op, "weight_absmax", weight_absmax, torch.float32)
         check_shape(op, "weight_absmax", weight_absmax, config.scales_of(out_features))
         check_same_device(op, x, weight_absmax=weight_absmax)
-        if config.rotate_features is not None:
-            raise ValueError(f"{op}: rotate_features={config.rotate_features} needs a float weight, not int8 values")
+        block = config.rotate_features
+        if block is not None and x.dim() and -(-x.shape[-1] // block) * block == in_features:
+            in_features = x.shape[-1]  # zeros fill the last block
     elif weight.dtype not in FLOAT_DTYPES:
         check_float(op, "weight", weight)
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -340,6 +336,7 @@ def _gradients(
     grad = _as_rows(grad_output)
     scheme = scaling_for(config, grad, weight) if scaling is None else scaling
     int8_grad_weight = needs_weight and int8_grad_weight
+    is_prepared = needs_input and weight.dtype == torch.int8
     grad_input = grad_weight = grad_bias = None
 
     if int8_grad_weight and needs_input:
@@ -348,17 +345,23 @@ def _gradients(
         )
     elif int8_grad_weight:
         columns_int8, column_absmax = scheme.quantize_columns(grad, config.rotate_tokens)
-    elif needs_input:
+    elif needs_input and not is_prepared:
         grad_int8, row_absmax = scheme.quantize_grad(grad)
 
-    if needs_input and transposed_int8 is None and _fuses(scheme, weight):
+    if is_prepared:
+        if transposed_int8 is None:
+            transposed_int8, absmax = scheme.transpose_prepared(weight, absmax)
+        in_features = ctx.input_shape[-1]
+        if transposed_int8.shape[0] != in_features:  # of whole rotated blocks
+            transposed_int8, absmax = transposed_int8[:in_features], absmax[:in_features]
+        grad_input = scheme.prepared_grad_input(grad, transposed_int8, absmax, input_dtype)
+    elif needs_input and transposed_int8 is None and _fuses(scheme, weight):
         grad_input = scheme.ops.int8_linear_grad_input(
             grad_int8, row_absmax, weight, absmax, scheme.fused_rowwise, input_dtype
         )
     elif needs_input:
         if transposed_int8 is None:
-            transpose = scheme.transpose_quantized if weight.dtype == torch.int8 else scheme.quantize_weight_transpose
-            transposed_int8, absmax = transpose(weight, absmax)
+            transposed_int8, absmax = scheme.quantize_weight_transpose(weight, absmax)
         grad_input = scheme.matmul(grad_int8, transposed_int8.t(), row_absmax, absmax, None, input_dtype)
     if grad_input is not None and len(ctx.input_shape) != 2:
         grad_input = grad_input.view(ctx.input_shape)

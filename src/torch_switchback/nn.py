@@ -114,7 +114,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_weight_cache", "_former_weight")}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")

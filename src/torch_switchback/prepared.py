@@ -1,23 +1,59 @@
 """The prepared state of a layer: its weight replaced by int8 values, and state_dicts with either of the two."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from . import extensions
 from .config import SwitchBackConfig
 from .functional import quantize_weight
 from .ops import dequantize_rowwise
+from .ops._validation import check_float
+from .ops.prepared_weight import dequantize_rotated
 
-_PREPARED = "weight_int8", "weight_absmax"
+Model = TypeVar("Model", bound=nn.Module)
+
+_PREPARED = "weight_int8", "weight_absmax", "weight_rotation"
 _OF_BITSANDBYTES = "W_int8", "state_W"
 _NO_WEIGHT = (
     "{} has no weight while it is prepared, only weight_int8 and weight_absmax: prepare_for_training() gives it one "
     "back, and revert_switchback(model) makes it nn.Linear"
 )
+
+
+def int8_state(weight: Tensor, config: SwitchBackConfig) -> dict[str, Tensor]:
+    """Return the entries that take the place of ``weight`` in the state_dict of a prepared layer.
+
+    Args:
+        weight: [out, in], float16, bfloat16 or float32.
+        config: the layer's.
+
+    Returns:
+        ``weight_int8`` int8 [out, in], ``weight_absmax`` float32, (1,) or (out,), and of a layer that rotates its
+        features ``weight_rotation``, an int64 scalar with the block, where in is rounded up to whole blocks.
+
+    Raises:
+        TypeError: the weight has another dtype.
+    """
+    qdata, absmax = quantize_weight(weight, config)
+    state = {"weight_int8": qdata, "weight_absmax": absmax}
+    if config.rotate_features is not None:
+        state["weight_rotation"] = torch.tensor(config.rotate_features, device=qdata.device)
+    return state
+
+
+def float_weight(state: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] that the entries of :func:`int8_state` stand for, dequantized."""
+    qdata, absmax = state["weight_int8"], state["weight_absmax"]
+    if "weight_rotation" in state:
+        weight = dequantize_rotated(qdata, absmax, int(state["weight_rotation"]))[:, :in_features]
+    else:
+        weight = dequantize_rowwise(qdata, absmax.expand(qdata.shape[0]).contiguous(), torch.float32)
+    return weight.to(dtype).contiguous()
 
 
 class PreparedWeight(nn.Module):
@@ -27,9 +63,11 @@ class PreparedWeight(nn.Module):
     out_features: int
     config: SwitchBackConfig
     weight: torch.Tensor
-    weight_int8: torch.Tensor  # while prepared, as are the next two
+    weight_int8: torch.Tensor  # while prepared, as are the next four
     weight_absmax: torch.Tensor
+    weight_rotation: torch.Tensor  # if the config has rotate_features
     _weight_requires_grad: bool
+    _former_weight: TensorWeakRef | None = None
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
 
@@ -56,48 +94,65 @@ class PreparedWeight(nn.Module):
         super().__setattr__(name, value)
 
     def prepare_for_eval(self) -> None:
-        """Quantize the weight for good and free it: the same output bit for bit, less time and memory.
+        """Quantize the weight for good: the same output bit for bit, less time and memory.
 
         The input still gets its gradient, the weight none. Calling it again does nothing.
-        :meth:`prepare_for_training` undoes it.
+        :meth:`prepare_for_training` undoes it. The weight's memory is freed unless something else, such as an
+        optimizer, holds the parameter; :func:`torch_switchback.prepare_for_eval` frees it then too.
 
         Raises:
             RuntimeError: the weight is not a parameter of this layer but computed from others, or is a DTensor.
             TypeError: the weight is not float16, bfloat16 or float32.
-            ValueError: the layer rotates its features.
         """
         if self.is_prepared:
             return
         if reason := self._why_not_prepared():
             raise RuntimeError(f"prepare_for_eval: {reason}")
         with torch.inference_mode(False), torch.no_grad():
-            qdata, absmax = quantize_weight(self.weight, self.config)
-        self._become_prepared(qdata, absmax)
+            state = int8_state(self.weight, self.config)
+        self._become_prepared(state)
 
     def prepare_for_training(self) -> None:
-        """Undo :meth:`prepare_for_eval`: a new ``weight`` parameter, dequantized, in the dtype it had.
+        """Undo :meth:`prepare_for_eval`: a ``weight``, dequantized, in the dtype it had.
 
-        What was rounded away stays away (at most absmax / 254 per element), and an optimizer must be given the
-        new parameter. A weight that was tied to another module's is no longer. On an unprepared layer it does nothing.
+        It is the same parameter object if something, such as an optimizer or a module that shares it, still holds that.
+        What was rounded away stays away (at most absmax / 254 per element). On an unprepared layer it does nothing.
         """
         if not self.is_prepared:
             return
+        assert self._weight_dtype is not None
         with torch.inference_mode(False), torch.no_grad():
-            absmax = self.weight_absmax.expand(self.weight_int8.shape[0]).contiguous()
-            weight = dequantize_rowwise(self.weight_int8, absmax, torch.float32).to(self._weight_dtype)
-            self._become_unprepared(weight)
+            state = {name: self._buffers[name] for name in self._prepared_tensors()}
+            self._become_unprepared(float_weight(state, self.in_features, self._weight_dtype))  # type: ignore[arg-type]
 
-    def _become_prepared(self, qdata: torch.Tensor, absmax: torch.Tensor) -> None:
-        dtype, self._weight_requires_grad = self.weight.dtype, self.weight.requires_grad
+    def _prepared_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the names of what takes the place of the weight, with shapes and dtypes."""
+        block = self.config.rotate_features
+        columns = self.in_features if block is None else -(-self.in_features // block) * block
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight_int8": ((self.out_features, columns), torch.int8),
+            "weight_absmax": ((self.config.scales_of(self.out_features),), torch.float32),
+        }
+        return tensors if block is None else tensors | {"weight_rotation": ((), torch.int64)}
+
+    def _become_prepared(self, state: Mapping[str, Tensor]) -> None:
+        weight = self.weight
         self.__dict__.pop("_weight_cache", None)
         del self.weight
-        self._weight_dtype = dtype
-        self.register_buffer("weight_int8", qdata)
-        self.register_buffer("weight_absmax", absmax)
+        self._weight_dtype, self._weight_requires_grad = weight.dtype, weight.requires_grad
+        self._former_weight = TensorWeakRef(weight)
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor)
 
-    def _become_unprepared(self, weight: torch.Tensor) -> None:
-        parameter = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
-        del self.weight_int8, self.weight_absmax, self._weight_dtype, self._weight_requires_grad
+    def _become_unprepared(self, weight: Tensor) -> None:
+        parameter = None if self._former_weight is None else self._former_weight()
+        if parameter is None:
+            parameter = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
+        else:
+            _replace_data(parameter, weight)
+        for name in (*self._prepared_tensors(), "_weight_dtype", "_weight_requires_grad"):
+            delattr(self, name)
+        self.__dict__.pop("_former_weight", None)
         others = dict(self._parameters)
         self._parameters.clear()  # the weight comes first again: optimizers tell parameters by their order
         self.weight = parameter
@@ -152,11 +207,15 @@ class PreparedWeight(nn.Module):
                 state_dict[f"{prefix}weight"] = extensions.distributed.wrap_like(found["weight"], weight)
             with torch.inference_mode(False):  # whose tensors no later training could use
                 if becomes_prepared and weight is not None:
-                    qdata = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=weight.device)
-                    absmax = qdata.new_empty(self.config.scales_of(self.out_features), dtype=torch.float32)
-                    self._become_prepared(qdata, absmax)
+                    self._become_prepared(
+                        {
+                            name: torch.empty(shape, dtype=dtype, device=weight.device)
+                            for name, (shape, dtype) in self._prepared_tensors().items()
+                        }
+                    )
                 elif "weight" in found and self.is_prepared:
-                    self._become_unprepared(torch.empty_like(self.weight_int8, dtype=self._weight_dtype))
+                    features = self.out_features, self.in_features
+                    self._become_unprepared(self.weight_int8.new_empty(features, dtype=self._weight_dtype))
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
@@ -165,10 +224,11 @@ class PreparedWeight(nn.Module):
 
     def _problems(self, found: dict[str, Any], prefix: str, becomes_prepared: bool) -> Iterator[str]:
         """Yield why the int8 values cannot come, or go, as a state_dict asks."""
-        if becomes_prepared and found.keys() & {"weight", *_PREPARED} != {*_PREPARED}:
+        int8, rotation = self._prepared_tensors(), self.config.rotate_features
+        if becomes_prepared and found.keys() & {"weight", *_PREPARED[:2]} != {*_PREPARED[:2]}:
             yield f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do."
-        elif becomes_prepared and self.config.rotate_features is not None:
-            yield f"mismatch for {prefix}weight: it comes as int8 values, which rotate_features cannot use."
+        elif becomes_prepared and (given := _rotation_of(found)) not in (rotation, "any"):
+            yield f"mismatch for {prefix}weight: it comes with rotate_features={given}, the layer has {rotation}."
         elif becomes_prepared and not self.is_prepared and (reason := self._why_not_prepared()):
             yield f"mismatch for {prefix}weight: it comes as int8 values, and {reason}"
         elif not becomes_prepared and not found.keys().isdisjoint(_OF_BITSANDBYTES):
@@ -178,13 +238,11 @@ class PreparedWeight(nn.Module):
             )
         if not becomes_prepared and not (self.is_prepared and "weight" in found):
             return
-        features = self.out_features, self.in_features
-        shapes: dict[str, tuple[int, ...]] = {"weight": features, "weight_int8": features}
-        shapes["weight_absmax"] = (self.config.scales_of(self.out_features),)
+        shapes = {"weight": (self.out_features, self.in_features)} | {name: shape for name, (shape, _) in int8.items()}
         for name, tensor in (*self._parameters.items(), *self._buffers.items()):
             if tensor is not None and name not in self._non_persistent_buffers_set:
                 shapes.setdefault(name, tuple(tensor.shape))
-        dtypes = {"weight_int8": torch.int8, "weight_absmax": torch.float32}
+        dtypes = {name: dtype for name, (_, dtype) in int8.items()}
         for name in shapes.keys() & found.keys():
             tensor = found[name]
             if not isinstance(tensor, torch.Tensor):
@@ -205,3 +263,96 @@ class PreparedWeight(nn.Module):
         if hasattr(weight, "device_mesh"):
             return "weight is sharded over processes; load its state into a plain model"
         return ""
+
+
+def prepare_for_eval(model: Model) -> Model:
+    """Quantize the weights of a model's SwitchBackLinear layers for good, and free them: 1 byte per element is left.
+
+    Outputs stay the same bit for bit. Layers still pass gradients to their inputs, but none to their weights, and are
+    int8 for any number of tokens. An optimizer may keep the parameters: they have no memory and no gradient until
+    :func:`prepare_for_training` gives both back to the same objects.
+
+    Args:
+        model: any module with SwitchBackLinear layers. If it is refused, it is as it was.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no SwitchBackLinear.
+        RuntimeError: a layer's weight is shared with another module, computed from others, or a DTensor; or
+            DistributedDataParallel holds the layer.
+        TypeError: a weight is not float16, bfloat16 or float32.
+    """
+    layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, PreparedWeight)}
+    if not layers:
+        raise ValueError("prepare_for_eval: model has no SwitchBackLinear; call convert_to_switchback before")
+    refuse_weights("prepare_for_eval", model, layers)
+    prepare_layers(layers.values())
+    return model
+
+
+def prepare_for_training(model: Model) -> Model:
+    """Undo :func:`prepare_for_eval`: each layer gets a weight, dequantized, in the dtype it had.
+
+    What was rounded away stays away, at most absmax / 254 per element. A parameter that an optimizer or another owner
+    has kept is the same object as before. Layers that are not prepared stay as they are.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, PreparedWeight):
+            module.prepare_for_training()
+    return model
+
+
+def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
+    """Raise if the weight of one of these layers, by name, cannot be freed."""
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    under_ddp = {
+        part
+        for module in model.modules()
+        if isinstance(module, nn.parallel.DistributedDataParallel)
+        for part in module.modules()
+    }
+    for fqn, layer in layers.items():
+        if layer.is_prepared:
+            continue
+        reason = layer._why_not_prepared()
+        if not reason and owners[id(layer.weight)] > 1:
+            reason = "weight is shared with another module, which would lose it"
+        elif layer in under_ddp:
+            reason = "call it before DistributedDataParallel wraps the model"
+        if reason:
+            raise RuntimeError(f"{caller}: {fqn or 'the layer'}: {reason}")
+        check_float(caller, f"{fqn}.weight".lstrip("."), layer.weight)
+
+
+def prepare_layers(layers: Iterable[PreparedWeight]) -> None:
+    """Prepare layers that :func:`refuse_weights` has let pass, and free their weights whoever holds the parameters."""
+    for layer in layers:
+        if layer.is_prepared:
+            continue
+        weight = layer.weight
+        layer.prepare_for_eval()
+        weight.grad = None
+        _replace_data(weight, weight.new_empty(0))
+
+
+def _replace_data(parameter: Tensor, data: Tensor) -> None:
+    """Give a parameter another memory, so that a graph which has saved the former one raises."""
+    parameter.data = data
+    torch.autograd.graph.increment_version(parameter)
+
+
+def _rotation_of(found: Mapping[str, Any]) -> int | str | None:
+    """Return the block by which int8 values of a state_dict are rotated, None, or "any" if only its shape is known."""
+    rotation = found.get("weight_rotation")
+    if rotation is None:
+        return None
+    is_number = isinstance(rotation, Tensor) and rotation.numel() == 1 and not rotation.is_meta
+    return int(rotation) if is_number else "any"

@@ -53,9 +53,14 @@ class Scaling:
         quantized = self.quantize_weight(weight)
         return quantized, self.quantize_weight_transpose(weight, quantized[1])
 
-    def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
-        """Return Wᵀ quantized, given W quantized: int8 [in, out]. For grad_input of a prepared layer."""
-        raise NotImplementedError
+    def transpose_prepared(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
+        """Return what :meth:`prepared_grad_input` takes for Wᵀ, given W quantized: int8 [in, out] and an absmax."""
+        return self.ops.transpose_int8(weight_int8), absmax
+
+    def prepared_grad_input(self, grad: Tensor, transposed: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """Compute grad_input [tokens, in] of a prepared layer from G [tokens, out]."""
+        grad_int8, row_absmax = self.quantize_grad(grad)
+        return self.matmul(grad_int8, transposed.t(), row_absmax, absmax, None, out_dtype)
 
     def quantize_columns(self, x: Tensor, rotate_tokens: int | None) -> Quantized:
         """Quantize the columns of X or G for an int8 grad_weight, rotated along the tokens: int8 [features, tokens]."""
@@ -85,19 +90,19 @@ class GlobalScaling(Scaling):
         weight_int8, transposed_int8, absmax = self.ops.quantize_global_with_transpose(weight)
         return (weight_int8, absmax), (transposed_int8, absmax)
 
-    def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
-        return weight_int8.t().contiguous(), absmax
-
 
 class RowwiseScaling(Scaling):
-    """One absmax per row of W (out feature), and one per column (in feature) for grad_input (algorithm 3)."""
+    """One absmax per row of W (out feature), and one per column (in feature) for grad_input (algorithm 3).
+
+    A prepared layer has the first alone, and quantizes G times it (:mod:`.ops.prepared_weight`).
+    """
 
     def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)
 
-    def transpose_quantized(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
-        weight = self.ops.dequantize_rowwise(weight_int8, absmax, torch.float32)
-        return self.ops.quantize_columnwise_and_transpose(weight)
+    def prepared_grad_input(self, grad: Tensor, transposed: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
+        grad_int8, row_absmax, one = self.ops.quantize_folded_rowwise(grad, absmax)
+        return self.ops.int8_matmul_mixed_dequantize(grad_int8, transposed.t(), row_absmax, one, None, out_dtype)
 
 
 class RotatedScaling(Scaling):
@@ -118,6 +123,10 @@ class RotatedScaling(Scaling):
 
     def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_rotated_columnwise_and_transpose(weight, self.block)
+
+    def transpose_prepared(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
+        """Quantize Wᵀ rotated along the out features: W's own int8 values are rotated along the in features."""
+        return self.ops.requantize_rotated(weight_int8, absmax, self.block)
 
     def quantize_rows_and_columns(self, x: Tensor, rotate_tokens: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *self.quantize_rows(x), *self.quantize_columns(x, rotate_tokens)

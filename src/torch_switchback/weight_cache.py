@@ -64,7 +64,7 @@ class WeightCache:
         with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
             scaling = scaling_for(config, weight)
             if absmax is not None:
-                quantized = (weight, absmax), scaling.transpose_quantized(weight, absmax) if with_transpose else None
+                quantized = (weight, absmax), scaling.transpose_prepared(weight, absmax) if with_transpose else None
             elif with_transpose:
                 quantized = scaling.quantize_weight_with_transpose(weight)
             else:

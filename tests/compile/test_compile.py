@@ -17,10 +17,12 @@ from torch_switchback.kernels import (
     int8_matmul_warp_specialized,
     quantize_by_absmax,
     quantize_columnwise,
+    quantize_folded_rowwise,
     quantize_global,
     quantize_rotated,
     quantize_rotated_rowwise,
     quantize_rowwise,
+    transpose_int8,
 )
 from torch_switchback.tuning import MatmulConfig, matmul_config, matmul_table
 from torch_switchback.tuning._tables import KERNELS
@@ -67,6 +69,7 @@ def test_rotating_quantizers(architecture, dtype, block):
     x, qdata = torch.empty(65, 256, dtype=DTYPES[dtype]), torch.empty(65, 256, dtype=torch.int8)
     outputs = qdata, torch.empty(65), torch.empty(256, 128, dtype=torch.int8), torch.empty(256)
     launches = record(quantize_rotated.plan_quantize_rowwise_and_rotated_columnwise, x, block, *outputs)
+    launches += record(quantize_rotated.plan_requantize_rotated, qdata, torch.empty(65), block, *outputs[2:])
     for cols in (5120, 28_672):  # held in several tiles, and read twice
         launches += rotated_rowwise_launches(65, cols, DTYPES[dtype], block)
     compile_all(launches, architecture)
@@ -117,6 +120,8 @@ def quantizer_launches(dtype, rows, cols):
         (quantize_global.plan_quantize_global_with_transpose, x, qdata, qdata_t, absmax),
         (quantize_columnwise.plan_quantize_columnwise_and_transpose, x, qdata_t, absmax_col),
         (quantize_by_absmax.plan_quantize_by_absmax, x, absmax_row, qdata),
+        (quantize_folded_rowwise.plan_quantize_folded_rowwise, x, absmax_col, qdata, absmax_row, absmax),
+        (transpose_int8.plan_transpose_int8, qdata, qdata_t),
     ]
     return {make.__name__.removeprefix("plan_"): record(make, *args) for make, *args in calls}
 
@@ -135,6 +140,8 @@ def test_launches():
         "quantize_global_with_transpose": 2,
         "quantize_columnwise_and_transpose": 2,
         "quantize_by_absmax": 1,
+        "quantize_folded_rowwise": 1,
+        "transpose_int8": 1,
     }
 
 
@@ -304,10 +311,12 @@ KERNEL_MODULES = (
     int8_matmul_warp_specialized,
     quantize_by_absmax,
     quantize_columnwise,
+    quantize_folded_rowwise,
     quantize_global,
     quantize_rotated,
     quantize_rotated_rowwise,
     quantize_rowwise,
+    transpose_int8,
 )
 
 
@@ -339,6 +348,10 @@ def step_launches(tokens, in_features=256, out_features=384):
         *record(quantize_rowwise.plan_quantize_rowwise, x, x_int8, absmax),
         *record(quantize_rowwise.plan_quantize_rowwise, grad, grad.to(torch.int8), absmax),
         *record(quantize_rowwise.plan_dequantize_rowwise, x_int8, absmax, x.dtype, x),
+        *record(
+            quantize_folded_rowwise.plan_quantize_folded_rowwise,
+            *(grad, torch.empty(out_features), grad.to(torch.int8), absmax, torch.empty(1)),
+        ),
         *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
         *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
     ]

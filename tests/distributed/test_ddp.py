@@ -1,10 +1,14 @@
 """DistributedDataParallel: the gradients are those of one process with the whole batch."""
 
+import copy
+
 import pytest
 import torch
 from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch.nn.parallel import DistributedDataParallel
+
+from torch_switchback import prepare_for_eval
 
 STRATEGIES = [
     {"weight_scaling": scaling, "mem_efficient": mem_efficient}
@@ -72,3 +76,19 @@ def test_a_weight_cache_with_an_optimizer_that_shards_its_state(scaling):
             optimizer.zero_grad()
             outputs.append(y)
         assert torch.equal(*outputs)
+
+
+@in_processes(2)
+def test_a_frozen_base_is_prepared_before_the_model_is_wrapped():
+    model = converted(mlp())
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"module\.0: call it before DistributedDataParallel wraps the model"):
+        prepare_for_eval(DistributedDataParallel(model))
+    model[0].prepare_for_eval()
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    x = batch()
+    alone = copy.deepcopy(model)
+    for each, rows in ((alone, x), (parallel, own(x))):
+        loss_of(each(rows)).backward()
+    for actual, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
+        assert_close(actual.grad, expected.grad)

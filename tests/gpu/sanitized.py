@@ -65,6 +65,7 @@ def cases():
             yield lambda s=shape, d=dtype, n=name, m=max_small: quantize(n, s, d, m)
         yield lambda s=shape, d=dtype: guard_bands.check_by_absmax(s, d, Alone())
         yield lambda s=shape, d=dtype: guard_bands.check_dequantizer(s, d, Alone())
+        yield lambda s=shape, d=dtype: guard_bands.check_prepared_weight(s, d, Alone())
     for shape, dtype in zip(PRODUCTS, itertools.cycle(DTYPES), strict=False):
         for config in (None, next(forced)):
             yield lambda s=shape, d=dtype, c=config: guard_bands.check_product(c, s, d, Written())

@@ -21,6 +21,7 @@ def test_quantizers_between_bands(shape, name, dtype, shift):
 def test_given_absmax_between_bands(shape, dtype, shift):
     guard_bands.check_by_absmax(shape, dtype, guard_bands.Band("cuda", shift))
     guard_bands.check_dequantizer(shape, dtype, guard_bands.Band("cuda", shift))
+    guard_bands.check_prepared_weight(shape, dtype, guard_bands.Band("cuda", shift))
 
 
 @pairwise(

@@ -115,6 +115,25 @@ def test_rotated_int8_values_of_exact_sums(block, dtype):
         assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_requantized_int8_values(block):
+    x, absmax = random_int8(1000, 384), torch.rand(1000)
+    actual = torch.ops.torch_switchback.requantize_rotated(x.cuda(), absmax.cuda(), block)
+    assert_same_within_one_step(actual, torch.ops.torch_switchback.requantize_rotated(x, absmax, block))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1000, 777), (5, 20_011), (3, 14_336)], ids=str)
+def test_quantize_folded_rowwise(shape, dtype):
+    x, scale = torch.randn(shape).to(dtype), torch.rand(shape[1])
+    for actual, expected in zip(
+        torch.ops.torch_switchback.quantize_folded_rowwise(x.cuda(), scale.cuda()),
+        torch.ops.torch_switchback.quantize_folded_rowwise(x, scale),
+        strict=True,
+    ):
+        assert_same(actual, expected)
+
+
 @dtypes
 def test_dequantize_rowwise(dtype):
     x, absmax = random_int8(1000, 777), torch.rand(1000)
@@ -136,6 +155,8 @@ OPERATIONS = {
     "quantize_transpose_by_absmax": lambda: (torch.rand(333, 128), torch.rand(1) + 1),
     "quantize_by_absmax": lambda: (torch.rand(333, 128), torch.rand(333) + 1),
     "quantize_columnwise_and_transpose": lambda: (torch.randn(333, 1280),),
+    "transpose_int8": lambda: (random_int8(333, 1280),),
+    "quantize_folded_rowwise": lambda: (torch.randn(333, 1280), torch.rand(1280)),
     "int8_matmul_mixed_dequantize": lambda: product_of(640, 384, 1024, 1, True),
     "int8_matmul_rowwise_dequantize": lambda: product_of(300, 200, 83, 200, False),
 }
@@ -144,7 +165,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_later_launches_get_their_own_arguments(name):
     """The first call compiles, the others launch what is cached."""
-    operation, kept = getattr(ops, name), []
+    operation, kept = getattr(torch.ops.torch_switchback, name), []
     for _ in range(3):
         args = OPERATIONS[name]()
         gpu_args = (on_gpu(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)

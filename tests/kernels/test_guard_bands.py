@@ -19,6 +19,7 @@ def test_quantizers_between_bands(shape, name):
 def test_given_absmax_between_bands(shape):
     guard_bands.check_by_absmax(shape, torch.float32, guard_bands.Band("cpu", 1))
     guard_bands.check_dequantizer(shape, torch.float16, guard_bands.Band("cpu", 1))
+    guard_bands.check_prepared_weight(shape, torch.float16, guard_bands.Band("cpu", 1))
 
 
 @pytest.mark.parametrize("shift", [0, 1])

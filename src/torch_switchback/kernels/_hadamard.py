@@ -15,16 +15,31 @@ def hadamard_matrix(dtype: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
     dtype: of what it is to rotate; float32 is rotated in parts of bfloat16.
     """
     part: tl.constexpr = tl.bfloat16 if dtype == tl.float32 else dtype
-    row = tl.arange(0, SIZE)[:, None]
     place = tl.arange(0, SIZE)[None, :]
     col = (place // 2 % 4) * (SIZE // 4) + place // 8 * 2 + place % 2
-    within = row & (BLOCK - 1)
-    bits = (within & col) ^ (within & (within >> 1) & 0x55)
+    return signed_hadamard(tl.arange(0, SIZE)[:, None], col, BLOCK).to(part)
+
+
+@triton.jit
+def signed_hadamard(place, sum, BLOCK: tl.constexpr):
+    """Return with what the value at a place goes into a sum of its block: the place's sign times ±1; else 0."""
+    within = place & (BLOCK - 1)
+    bits = (within & sum) ^ (within & (within >> 1) & 0x55)
     bits ^= bits >> 4
     bits ^= bits >> 2
-    bits ^= bits >> 1  # whose last bit is the parity of the bits that row and col share, and of row's pairs of bits
+    bits ^= bits >> 1  # whose last bit is the parity of the bits that both share, and of the place's pairs of bits
     sign = 1 - 2 * (bits & 1)
-    return tl.where(row // BLOCK == col // BLOCK, sign, 0).to(tl.float32).to(part)
+    return tl.where(place // BLOCK == sum // BLOCK, sign, 0).to(tl.float32)
+
+
+@triton.jit
+def rotate_int8_back(qdata, BLOCK: tl.constexpr):
+    """Return float32 [rows, cols]: int8 values [rows, cols] that were rotated along the columns, rotated back."""
+    cols: tl.constexpr = qdata.shape[1]
+    sum = tl.arange(0, cols)[:, None]
+    matrix = signed_hadamard(tl.arange(0, cols)[None, :], sum, BLOCK).to(tl.bfloat16)
+    exact = qdata.to(tl.float32).to(tl.bfloat16)  # by float32, as the interpreter gets int8 to bfloat16 wrong
+    return tl.dot(exact, matrix) * BLOCK**-0.5  # sums of integers below 2**24: exact, too
 
 
 @triton.jit

@@ -11,7 +11,7 @@ What all of them have in common:
   they are in the hardware's order: the same from run to run, and a few int8 values one from the CPU's.
 """
 
-from . import int8_linear  # noqa: F401  (defines its operations)
+from . import int8_linear, prepared_weight  # noqa: F401  (define their operations)
 from ._flops import register_flop_formulas
 from .int8_matmul import int8_matmul_mixed_dequantize, int8_matmul_rowwise_dequantize
 from .quantize_by_absmax import quantize_by_absmax  # noqa: F401  (internal, as are all that __all__ does not list)

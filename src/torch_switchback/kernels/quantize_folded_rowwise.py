@@ -1,0 +1,83 @@
+"""Row-wise quantization of x times one scale per column: x is read once where a row fits a program."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
+from .launch import Plan, bind, ceil_div
+from .quantize_rowwise import load_chunk, row_tile
+
+
+@triton.jit
+def load_scaled(x, scale_ptr, col, cols, stride_scale):
+    """Return float32 x times the scales of its columns."""
+    return x.to(tl.float32) * tl.load(scale_ptr + col * stride_scale, mask=col < cols, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantize_folded_rowwise_kernel(
+    x_ptr,  # [rows, cols] fp16/bf16/fp32
+    scale_ptr,  # [cols] fp32
+    qdata_ptr,  # [rows, cols] int8, contiguous
+    absmax_ptr,  # [rows] fp32
+    one_ptr,  # [1] fp32
+    rows,
+    cols,
+    stride_row,
+    stride_col,
+    stride_scale,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_COLS columns, that hold a row; 0: it is too long to be held and is read twice
+):
+    if tl.program_id(0) == 0:
+        tl.store(one_ptr, 1.0)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    block = tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :]
+    x_rows = x_ptr + row * stride_row
+    code_rows = qdata_ptr + row * cols
+    in_rows = row < rows
+
+    held = ()
+    for chunk in tl.static_range(CHUNKS):
+        held += (load_chunk(x_rows, in_rows, chunk * BLOCK_COLS + block, cols, stride_col),)
+    bits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.int32)
+    for chunk in tl.static_range(CHUNKS):
+        scaled = load_scaled(held[chunk], scale_ptr, chunk * BLOCK_COLS + block, cols, stride_scale)
+        bits = tl.maximum(bits, magnitude_bits(scaled))
+    if CHUNKS == 0:
+        for start in range(0, cols, BLOCK_COLS):
+            x = load_chunk(x_rows, in_rows, start + block, cols, stride_col)
+            bits = tl.maximum(bits, magnitude_bits(load_scaled(x, scale_ptr, start + block, cols, stride_scale)))
+
+    absmax = bits_to_float(tl.max(bits, axis=1, keep_dims=True))
+    inverse = inverse_scale(absmax)
+    tl.store(absmax_ptr + row, absmax, mask=in_rows)
+    for chunk in tl.static_range(CHUNKS):
+        col = chunk * BLOCK_COLS + block
+        scaled = load_scaled(held[chunk], scale_ptr, col, cols, stride_scale)
+        tl.store(code_rows + col, quantize(scaled, inverse), mask=in_rows & (col < cols))
+    if CHUNKS == 0:
+        for start in range(0, cols, BLOCK_COLS):
+            col = start + block
+            x = load_chunk(x_rows, in_rows, col, cols, stride_col)
+            scaled = load_scaled(x, scale_ptr, col, cols, stride_scale)
+            tl.store(code_rows + col, quantize(scaled, inverse), mask=in_rows & (col < cols))
+
+
+def plan_quantize_folded_rowwise(
+    x: torch.Tensor, scale: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor, one: torch.Tensor
+) -> Plan:
+    rows, cols = x.shape
+    sizes = cols, *x.stride(), scale.stride(0)
+    tile = row_tile(cols)
+    constants = dict(BLOCK_ROWS=tile.BLOCK_ROWS, BLOCK_COLS=tile.BLOCK_COLS, CHUNKS=tile.CHUNKS)
+    tensors = x, scale, qdata, absmax, one
+    launch = bind(quantize_folded_rowwise_kernel, (*tensors, rows, *sizes), **constants, num_warps=tile.num_warps)
+
+    def run(x: torch.Tensor, scale: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor, one: torch.Tensor) -> None:
+        rows = x.shape[0]
+        launch((max(1, ceil_div(rows, tile.BLOCK_ROWS)), 1, 1), x, scale, qdata, absmax, one, rows, *sizes)
+
+    return run

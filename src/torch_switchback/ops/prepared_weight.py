@@ -1,0 +1,88 @@
+"""What the backward of a layer with an int8 weight needs: its transpose, and gradients that take on its scales.
+
+With the weight W ≈ diag(s) Q / 127, Q int8 [out, in] and one absmax s per row, grad_input = G W = (G diag(s)) Q / 127.
+The scales lie along the sum over the out features, so they go into G before it is quantized: both matmuls of such a
+layer use the same int8 values.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.device import empty
+from ._hadamard import rotate_features_back
+from ._library import define, dispatched
+from ._numerics import ONE_OVER_127, Quantized, absmax_of, quantize, row_blocks
+
+transpose_int8 = define(
+    "transpose_int8(Tensor x) -> Tensor",
+    fake=lambda x: empty(x, (x.shape[1], x.shape[0]), torch.int8),
+    reference=lambda x: x.t().clone(memory_format=torch.contiguous_format),
+    kernels="transpose_int8",
+)
+"""Return the transpose [cols, rows] of int8 values [rows, cols]."""
+
+
+def _fake_quantize_folded_rowwise(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = x.shape
+    return empty(x, (rows, cols), torch.int8), empty(x, (rows,), torch.float32), empty(x, (1,), torch.float32)
+
+
+def _quantize_folded_rowwise_reference(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the rows of ``x * scale``: the reference.
+
+    Args:
+        x: [rows, cols], float.
+        scale: float32 [cols].
+
+    Returns:
+        int8 values [rows, cols]; their absmax [rows]; and what stands for scale in the matmul that follows, 1 in the
+        shape (1,).
+    """
+    qdata, absmax, one = _fake_quantize_folded_rowwise(x, scale)
+    for block in row_blocks(x):
+        scaled = x[block].float() * scale
+        absmax[block] = absmax_of(scaled, dim=1)
+        qdata[block] = quantize(scaled, absmax[block, None])
+    return qdata, absmax, one.fill_(1.0)
+
+
+quantize_folded_rowwise = define(
+    "quantize_folded_rowwise(Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_quantize_folded_rowwise,
+    reference=_quantize_folded_rowwise_reference,
+    kernels="quantize_folded_rowwise",
+)
+
+
+def dequantize_rotated(qdata: Tensor, absmax: Tensor, block: int) -> Tensor:
+    """Return float32 [rows, cols] of int8 values that :func:`quantize_rowwise` has rotated along the columns."""
+    return rotate_features_back(qdata.float(), block) * (absmax * ONE_OVER_127)[:, None]
+
+
+def _requantize_rotated_reference(qdata: Tensor, absmax: Tensor, rotate_features: int) -> Quantized:
+    """Quantize the columns of a weight, rotated along the rows, given its rows rotated along the columns.
+
+    Args:
+        qdata: int8 [out, in], in a multiple of rotate_features.
+        absmax: float32 [out].
+        rotate_features: how many rows, and how many columns, a rotation mixes.
+
+    Returns:
+        int8 [in, out up to a multiple of rotate_features], and their absmax [in].
+    """
+    weight = dequantize_rotated(qdata, absmax, rotate_features)
+    return dispatched.quantize_rotated_columnwise_and_transpose(weight, rotate_features)
+
+
+def _fake_requantize_rotated(qdata: Tensor, absmax: Tensor, rotate_features: int) -> Quantized:
+    rows, cols = qdata.shape
+    padded_rows = (rows + rotate_features - 1) // rotate_features * rotate_features
+    return empty(qdata, (cols, padded_rows), torch.int8), empty(qdata, (cols,), torch.float32)
+
+
+requantize_rotated = define(
+    "requantize_rotated(Tensor qdata, Tensor absmax, int rotate_features) -> (Tensor, Tensor)",
+    fake=_fake_requantize_rotated,
+    reference=_requantize_rotated_reference,
+    kernels="quantize_rotated",
+)

@@ -1,0 +1,65 @@
+"""The kernels of a prepared layer's backward, interpreted, against their operations in plain torch."""
+
+import pytest
+import torch
+from test_kernels import poisoned
+
+from testing import DTYPES, LAYOUTS, assert_same, assert_same_within_one_step, pairwise, planned, random_int8
+from torch_switchback.kernels import quantize_folded_rowwise, quantize_rotated, quantize_rowwise, transpose_int8
+
+OPS = torch.ops.torch_switchback
+SHAPES = [(1, 1), (3, 5), (17, 83), (130, 67), (0, 4), (4, 0)]
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (256, 128), (300, 1000)], ids=str)
+def test_transpose_int8(shape):
+    x = random_int8(*shape)
+    for each in (x, x.t().contiguous().t(), torch.cat((x, x), 1)[:, ::2]):
+        out = poisoned(*shape[::-1])
+        planned(transpose_int8.plan_transpose_int8)(each, out)
+        assert_same(out, each.t().contiguous())
+
+
+def check_folded(x, scale):
+    expected = OPS.quantize_folded_rowwise(x, scale)
+    out = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
+    planned(quantize_folded_rowwise.plan_quantize_folded_rowwise)(x, scale, *out)
+    for actual, wanted in zip(out, expected, strict=True):
+        assert_same(actual, wanted)
+
+
+@pairwise(dtype=DTYPES, layout=LAYOUTS, shape=SHAPES)
+def test_quantize_folded_rowwise(dtype, layout, shape):
+    scale = torch.rand(2 * shape[1])[::2]
+    check_folded(layout(*shape, dtype), scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_scales_that_are_not_finite(value):
+    scale = torch.rand(83)
+    scale[5] = value
+    x = torch.randn(7, 83)
+    x[2, 5] = 0.0
+    check_folded(x, scale)
+    assert OPS.quantize_folded_rowwise(x, scale)[1].isfinite().all() == (value == 0.0)
+
+
+@pytest.mark.parametrize("most", [1024, 128])
+def test_rows_in_chunks_and_read_twice(most, monkeypatch):
+    monkeypatch.setattr(quantize_rowwise, "MAX_BLOCK_COLS", most)
+    quantize_rowwise.row_tile.cache_clear()
+    check_folded(torch.randn(5, 700), torch.rand(700))
+    quantize_rowwise.row_tile.cache_clear()
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("shape", [(1, 128), (70, 128), (130, 384)], ids=str)
+def test_requantize_rotated(shape, block):
+    x, absmax = random_int8(*shape), torch.rand(shape[0])
+    expected = OPS.requantize_rotated(x, absmax, block)
+    for each in (x, x.t().contiguous().t()):
+        out = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
+        planned(quantize_rotated.plan_requantize_rotated)(each, absmax, block, *out)
+        assert_same_within_one_step(out, expected)
