@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_kernels import poisoned
+from test_kernels import poisoned, truncate_to_bfloat16
 
 from testing import DTYPES, LAYOUTS, assert_same, assert_same_within_one_step, pairwise, planned, random_int8
 from torch_switchback.kernels import quantize_folded_rowwise, quantize_rotated, quantize_rowwise, transpose_int8
+from torch_switchback.ops.prepared_weight import dequantize_rotated
 
 OPS = torch.ops.torch_switchback
 SHAPES = [(1, 1), (3, 5), (17, 83), (130, 67), (0, 4), (4, 0)]
@@ -58,7 +59,8 @@ def test_rows_in_chunks_and_read_twice(most, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 128), (70, 128), (130, 384)], ids=str)
 def test_requantize_rotated(shape, block):
     x, absmax = random_int8(*shape), torch.rand(shape[0])
-    expected = OPS.requantize_rotated(x, absmax, block)
+    weight = truncate_to_bfloat16(dequantize_rotated(x, absmax, block))
+    expected = OPS.quantize_rotated_columnwise_and_transpose(weight, block)
     for each in (x, x.t().contiguous().t()):
         out = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
         planned(quantize_rotated.plan_requantize_rotated)(each, absmax, block, *out)

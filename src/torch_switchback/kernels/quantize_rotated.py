@@ -28,10 +28,10 @@ CTAS_PER_SM = 16  # many, so that few of them run alone at the end
 
 @triton.jit
 def load_tile(tile, in_x, row_absmax_ptr, row, rows, ROTATED_BY: tl.constexpr):
-    """Return a tile of x, float: of int8 values that were rotated the values that they stand for."""
+    """Return a tile of x, float: of int8 values that were rotated the values that they stand for, in bf16."""
     x = tl.load(tile, mask=in_x, other=0.0)
     if ROTATED_BY:
-        x = rotate_int8_back(x, ROTATED_BY) * load_scale(row_absmax_ptr, row, rows)[:, None]
+        x = (rotate_int8_back(x, ROTATED_BY) * load_scale(row_absmax_ptr, row, rows)[:, None]).to(tl.bfloat16)
     return x
 
 
@@ -57,7 +57,7 @@ def rotated_absmax_kernel(
     first = (program // col_tiles).to(tl.int64) * tiles * TILE_ROWS
     row = tl.arange(0, TILE_ROWS)
     tile = x_ptr + (first + row)[:, None] * stride_row + (col * stride_col)[None, :]
-    dtype: tl.constexpr = tl.float32 if ROTATED_BY else x_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.bfloat16 if ROTATED_BY else x_ptr.dtype.element_ty
     matrix = hadamard_matrix(dtype, BLOCK, TILE_ROWS)
     bits = tl.zeros([TILE_COLS], dtype=tl.int32)
     left = tl.minimum(rows - first, tiles * TILE_ROWS).to(tl.int32)
@@ -101,7 +101,7 @@ def quantize_rotated_kernel(
     first = (program // col_tiles).to(tl.int64) * tiles * TILE_ROWS
     row = tl.arange(0, TILE_ROWS)
     tile = x_ptr + (first + row)[:, None] * stride_row + (col * stride_col)[None, :]
-    dtype: tl.constexpr = tl.float32 if ROTATED_BY else x_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.bfloat16 if ROTATED_BY else x_ptr.dtype.element_ty
     matrix = hadamard_matrix(dtype, BLOCK, TILE_ROWS)
     inverse = inverse_scale(tl.load(col_absmax_ptr + col, mask=col < cols, other=0.0)) * BLOCK**-0.5
     left = tl.minimum(rows - first, tiles * TILE_ROWS).to(tl.int32)
@@ -182,8 +182,8 @@ def _plan(
         BLOCK=block,
         TILE_ROWS=tile_rows,
         TILE_COLS=tile_cols,
-        num_warps=NUM_WARPS[4 if rotated_by else x.element_size()],
-        num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS[2 if rotated_by else x.element_size()],
+        num_stages=1 if rotated_by else NUM_STAGES,
     )
     col_tiles = ceil_div(cols, tile_cols)
     most_programs = CTAS_PER_SM * num_sms(x.device)
