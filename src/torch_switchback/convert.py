@@ -18,6 +18,7 @@ from ._text import table
 from .config import SwitchBackConfig, config_of
 from .filters import default_filter, look_up, with_min_tokens
 from .nn import SwitchBackLinear
+from .weight_readers import weights_read_by_parents
 
 Model = TypeVar("Model", bound=nn.Module)
 Asked = SwitchBackConfig | str | Mapping[str, Any] | None
@@ -262,12 +263,15 @@ def _report(
     """Return the report of a model, given why layers were left, and which parts are compiled; None: just converted."""
     listed = [(fqn, module, sizes) for fqn, module in owner.named_modules() if (sizes := _sizes(module))]
     is_run = any(isinstance(module, SwitchBackLinear) and module._was_called for _, module, _ in listed)
+    readers = weights_read_by_parents(owner) if is_run and compiled is not None else {}
     rows: list[ConvertedLayer] = []
     for fqn, module, sizes in listed:
         config, reason = None, _why_never(module) or reasons.get(fqn) or _SINCE
         if isinstance(module, SwitchBackLinear):
             is_missed = is_run and compiled is not None and not module._was_called and module not in compiled
             config, reason = module.config, _UNCALLED if is_missed else ""
+            if is_missed and module in readers:
+                reason += f" ({readers[module]} reads it)"
         rows.append(ConvertedLayer(fqn, type(module).__name__, *sizes, config, reason))
     return ConversionReport(tuple(rows))
 
