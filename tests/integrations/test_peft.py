@@ -1,4 +1,4 @@
-"""PEFT's LoRA over converted base layers, trained or kept in int8 alone, on the CPU."""
+"""PEFT's adapters over converted base layers, trained or kept in int8 alone, on the CPU."""
 
 import copy
 import gc
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("peft")
 
+import peft
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as lora_config
 from tasks import (
     Regressor,
     all_but_the_head,
@@ -20,7 +22,7 @@ from tasks import (
 )
 
 import torch_switchback as ts
-from torch_switchback.integrations.peft import freeze_base, unfreeze_base
+from torch_switchback.integrations.peft import _reads_weight, freeze_base, unfreeze_base
 
 TARGETS = ["body.0", "body.2"]
 BASES = [f"base_model.model.{name}.base_layer" for name in TARGETS]
@@ -93,8 +95,9 @@ def test_freezing_changes_no_bit_with_one_absmax_a_weight(cached):
 
 
 @pytest.mark.parametrize("cached", [{}, CACHED])
-def test_freezing_rowwise_keeps_the_output_and_almost_the_gradients(cached):
-    model = make_model(ts.SwitchBackConfig("rowwise", **cached))
+@pytest.mark.parametrize("rotated", [{}, {"rotate_features": 16}])
+def test_freezing_rowwise_keeps_the_output_and_almost_the_gradients(rotated, cached):
+    model = make_model(ts.SwitchBackConfig("rowwise", **rotated, **cached))
     x = torch.randn(16, 32)
     before = gradients(model, x)
     freeze_base(model)
@@ -173,16 +176,197 @@ def test_refusals():
         freeze_base(make_model().requires_grad_(True))
     model = freeze_base(make_model())
     assert freeze_base(model) is model, "frozen already"
-    with pytest.raises(ValueError, match="computes with its base layer's weight"):
-        freeze_base(make_model(use_dora=True))
     model = make_model()
     model.merge_adapter()
-    with pytest.raises(ValueError, match="call unmerge_adapter first"):
+    with pytest.raises(ValueError, match=r"body.0 is merged into its base layer; call unmerge_adapter first"):
         freeze_base(model)
 
 
 def test_a_model_with_a_layer_that_cannot_be_frozen_stays_as_it_was():
-    model = make_model({TARGETS[0]: "rowwise", TARGETS[1]: "rowwise_rotated_features"})
-    with pytest.raises(ValueError, match="rotated features cannot be kept as int8 values"):
+    model = make_model()
+    torch.nn.utils.parametrize.register_parametrization(base_layers(model)[1], "weight", torch.nn.Identity())
+    with pytest.raises(RuntimeError, match=BASES[1]):
         freeze_base(model)
     assert not any(layer.is_prepared for layer in base_layers(model))
+
+
+# Every method of PEFT that has an adapter beside a linear layer, and whether it works over a frozen base.
+
+
+class Square(torch.nn.Module):
+    """Layers of one shape: some methods share matrices between layers, or need as many inputs as outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+def lora(init=False, **arguments):
+    return LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=init, **arguments)
+
+
+def other(name, **arguments):
+    return getattr(peft, f"{name}Config")(target_modules=["up", "down"], **arguments)
+
+
+RANDOM = {"r": 4, "init_weights": False}
+WORKING = {
+    "LoRA": lora,
+    "LoRA with biases": lambda: lora(lora_bias=True),
+    "rsLoRA": lambda: lora(use_rslora=True),
+    "PiSSA": lambda: lora("pissa"),
+    "OLoRA": lambda: lora("olora"),
+    "orthogonal": lambda: lora("orthogonal"),
+    "MiCA": lambda: lora("mica"),
+    "KaSA": lambda: lora(kasa_config=lora_config.KasaConfig()),
+    "VeLoRA": lambda: lora(velora_config=lora_config.VeloraConfig()),
+    "BD-LoRA": lambda: lora(use_bdlora=lora_config.BdLoraConfig(["up"], ["down"], nblocks=2)),
+    "MonteCLoRA": lambda: lora(monteclora_config=lora_config.MontecloraConfig()),
+    "AdaLoRA": lambda: other("AdaLora", init_r=4, target_r=2, total_step=10, init_lora_weights=False),
+    "BEFT": lambda: other("Beft", init_weights=False),
+    "BOFT": lambda: other("BOFT", boft_block_size=4, init_weights=False),
+    "C3A": lambda: other("C3A", block_size=8, init_weights=False),
+    "DEFT": lambda: other("Deft", **RANDOM),
+    "DeLoRA": lambda: other("Delora", **RANDOM),
+    "FourierFT": lambda: other("FourierFT", n_frequency=50, init_weights=False),
+    "FRoD": lambda: other("Frod", init_weights=False, progressbar=False),
+    "GraLoRA": lambda: other("Gralora", gralora_k=2, **RANDOM),
+    "IA3": lambda: other("IA3", feedforward_modules=["down"], init_ia3_weights=False),
+    "Lily": lambda: other("Lily", **RANDOM),
+    "MiSS": lambda: other("Miss", **RANDOM),
+    "OFT": lambda: other("OFT", r=0, oft_block_size=8, init_weights=False),
+    "OSF": lambda: other("OSF", effective_rank=8),
+    "PSOFT": lambda: other("Psoft", **RANDOM),
+    "PVeRA": lambda: other("Pvera", **RANDOM),
+    "RandLoRA": lambda: other("RandLora", **RANDOM),
+    "RoAd": lambda: other("Road", group_size=8, init_weights=False),
+    "TinyLoRA": lambda: other("TinyLora", r=2, u=8),
+    "UniLoRA": lambda: other("UniLora", r=4, theta_d_length=64),
+    "VB-LoRA": lambda: other("VBLoRA", r=4, vector_length=8, num_vectors=16),
+    "VeRA": lambda: other("Vera", **RANDOM),
+    "WaveFT": lambda: other("WaveFT", n_frequency=50, init_weights=False),
+}
+READING = {
+    "DoRA": lambda: lora(use_dora=True),
+    "target_parameters": lambda: LoraConfig(r=4, target_modules=[], target_parameters=["up.weight", "down.weight"]),
+    "LoHa": lambda: other("LoHa", **RANDOM),
+    "LoKr": lambda: other("LoKr", **RANDOM),
+    "HRA": lambda: other("HRA", **RANDOM),
+    "HiRA": lambda: other("Hira", **RANDOM),
+    "SHiRA": lambda: other("Shira", **RANDOM),
+    "Bone": lambda: other("Miss", r=4, init_weights="bat"),
+    "PEANuT": lambda: other("Peanut", **RANDOM),
+    "Supertuning": lambda: other("Supertuning"),
+}
+CANNOT_MERGE = {"Lily"}
+MERGE_NO_WEIGHT = {"BEFT"}  # it trains biases
+
+
+def adapted(config, base=None):
+    base = ts.convert_to_switchback(base or Square(), module_filter_fn=lambda module, fqn: True)
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # no method's first output is its base's
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def prepared(model):
+    return [module.is_prepared for module in model.modules() if isinstance(module, ts.SwitchBackLinear)]
+
+
+def used_gradients(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return y, *torch.autograd.grad(y.square().sum(), [x, *trainable], allow_unused=True)
+
+
+@pytest.mark.parametrize("method", WORKING)
+def test_a_method_over_a_frozen_base_computes_saves_and_merges(method, tmp_path):
+    original = Square()
+    model = adapted(WORKING[method](), copy.deepcopy(original))
+    x = torch.randn(16, 32)
+    before = used_gradients(model, x)
+    freeze_base(model)
+    assert prepared(model) == [True, True]
+    for actual, expected in zip(used_gradients(model, x), before, strict=True):
+        assert actual is expected or torch.equal(actual, expected)
+
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path)
+    assert signal_to_noise(plain(x), before[0]) > 25
+    if method in CANNOT_MERGE:
+        return
+    if method not in MERGE_NO_WEIGHT:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(AttributeError, match="has no weight while it is prepared"):
+                merge()
+    merged = unfreeze_base(model).merge_and_unload()
+    assert signal_to_noise(merged(x), before[0]) > 25
+
+
+@pytest.mark.parametrize("method", READING)
+def test_a_method_that_reads_the_bases_weight_is_refused(method):
+    model = adapted(READING[method]())
+    x = torch.randn(16, 32)
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"base_model.model.up \(peft\..*\) computes with its base layer's weight"):
+        freeze_base(model)
+    assert prepared(model) == [False, False]
+    assert torch.equal(model(x), expected)
+
+
+def test_trying_an_adapter_leaves_no_trace():
+    model = adapted(lora(lora_dropout=0.5)).train()
+    base = model.base_model.model.up.base_layer
+    base.forward = forward = base.forward  # as Accelerate's hooks set one
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    assert not _reads_weight(model.base_model.model.up, base)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert vars(base)["forward"] is forward
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_come_and_go_while_the_base_is_frozen(tmp_path):
+    model = freeze_base(adapted(lora()))
+    x = torch.randn(16, 32)
+    first = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+    second = model(x)
+    assert not torch.equal(second, first)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path / "second", "loaded")
+    model.set_adapter("loaded")
+    assert torch.equal(model(x), second)
+    both = model(x, adapter_names=["default"] * 8 + ["second"] * 8)
+    torch.testing.assert_close(both, torch.cat([first[:8], second[8:]]))
+    with pytest.raises(AttributeError, match="has no weight while it is prepared"):
+        model.add_adapter("third", lora("pissa"))
+    assert torch.equal(model.unload()(x), base)
+
+
+class Reading(Square):
+    """It asks a layer's weight for its dtype, as T5's MLP does."""
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)).to(self.down.weight.dtype))
+
+
+def test_a_layer_whose_weight_its_model_reads_stays():
+    model = adapted(lora(), Reading())
+    x = torch.randn(16, 32)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r"base_model.model.down.base_layer \(Reading.forward\)"):
+        freeze_base(model)
+    assert prepared(model) == [True, False]
+    assert torch.equal(model(x), expected)

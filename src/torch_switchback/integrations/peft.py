@@ -1,15 +1,29 @@
-"""PEFT: LoRA beside base weights that are kept in int8 alone.
+"""PEFT: adapters beside base weights that are kept in int8 alone.
 
 convert_to_switchback(model)
 model = freeze_base(get_peft_model(model, LoraConfig(…)))
+
+Of PEFT 0.21's methods for linear layers, these work over a frozen base: LoRA (with rsLoRA, lora_bias, PiSSA, OLoRA,
+orthogonal, MiCA, KaSA, VeLoRA, BD-LoRA, MonteCLoRA), AdaLoRA, BEFT, BOFT, C3A, DEFT, DeLoRA, FourierFT, FRoD, GraLoRA,
+IA3, Lily, MiSS, OFT, OSF, PSOFT, PVeRA, RandLoRA, RoAd, TinyLoRA, UniLoRA, VB-LoRA, VeRA and WaveFT. The others read
+the base's weight in every forward, so freeze_base refuses them: DoRA, target_parameters, LoHa, LoKr, HRA, HiRA, SHiRA,
+MiSS with ``"bat"`` (Bone), PEANuT and Supertuning. tests/integrations/test_peft.py runs each of them.
+
+Merging, and adding an adapter that starts from the base's weight, as PiSSA does, raise an AttributeError that says
+how to get the weight back. Were the dequantized weight there to read, the merge would add to a copy, which is lost.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-from .. import SwitchBackLinear
+from .. import SwitchBackLinear, prepare_for_training
+from ..prepared import prepare_layers, refuse_weights
+from ..weight_readers import leave_read_layers
 from ._peer import peer
 
 with peer("peft", "peft>=0.18,<1"):
@@ -22,11 +36,14 @@ def freeze_base(model: Model) -> Model:
     """Quantize the frozen weights of a PEFT model's SwitchBack layers once and for all, and free them.
 
     A frozen layer then keeps 1 byte per element. With one absmax per weight its output and input gradient stay the
-    same to the bit. The backward transposes the int8 values each time, and with ``"rowwise"`` quantizes them again by
-    column; with ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once, and keeps 2 bytes per element.
+    same to the bit. The backward transposes the int8 values each time; with
+    ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once, and keeps 2 bytes per element.
 
     Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
     So do all, if one is refused.
+
+    An adapter that is added or loaded later starts on the CPU, since PEFT places it where the base's weight is: call
+    ``model.to(device)`` then.
 
     Args:
         model: ``get_peft_model`` of a converted model.
@@ -35,45 +52,74 @@ def freeze_base(model: Model) -> Model:
         The same model. Its adapters save and load as ever; merge them after :func:`unfreeze_base`.
 
     Raises:
-        ValueError: the model has no adapters, or one is merged, or one (as DoRA) computes with the base's weight; or no
-            SwitchBack layer is frozen, or one rotates its features.
-        RuntimeError: a frozen layer's weight is sharded over processes.
+        ValueError: the model has no adapters; one is merged, or reads its base layer's weight in its forward; or no
+            SwitchBack layer is frozen.
+        RuntimeError: a frozen layer's weight is computed from others or a DTensor, or DistributedDataParallel holds it.
+
+    Warns:
+        UserWarning: a module of the model, as T5's MLP, reads a layer's weight itself, so the layer stays as it is.
     """
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not adapted:
+    adapters = {fqn: module for fqn, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not adapters:
         raise ValueError("freeze_base: model has no adapter layers; call get_peft_model first")
-    for module in adapted:
-        if module.merged:
-            raise ValueError("freeze_base: adapters are merged into the base; call unmerge_adapter first")
-        if any(getattr(module, "lora_variant", {}).values()):
-            raise ValueError(f"freeze_base: {type(module).__name__} computes with its base layer's weight: {module}")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    frozen = [
-        module
-        for module in model.modules()
+    layers = {
+        fqn: module
+        for fqn, module in model.named_modules()
         if isinstance(module, SwitchBackLinear)
         and not module.is_prepared
         and not module.weight.requires_grad
-        and owners[id(module.weight)] == 1
-    ]
-    if not frozen and not any(getattr(module, "is_prepared", False) for module in model.modules()):
+        and owners[id(module.weight)] <= 1
+    }
+    if not layers and not any(getattr(module, "is_prepared", False) for module in model.modules()):
         raise ValueError(
             "freeze_base: model has no frozen SwitchBackLinear with a weight of its own; call convert_to_switchback "
             "before get_peft_model"
         )
-    for module in frozen:  # prepare_for_eval would refuse them too, but after those before them have been freed
-        if module.config.rotate_features is not None:
-            raise ValueError(f"freeze_base: a frozen layer's rotated features cannot be kept as int8 values: {module}")
-        if hasattr(module.weight, "device_mesh"):
-            raise RuntimeError(f"freeze_base: a frozen layer's weight is sharded over processes: {module}")
-    for module in frozen:
-        module.prepare_for_eval()
+    layers = leave_read_layers("freeze_base", model, layers)
+    refuse_weights("freeze_base", model, layers)
+    bases = {*layers.values()}
+    for fqn, adapter in adapters.items():
+        if adapter.merged:
+            raise ValueError(f"freeze_base: {fqn} is merged into its base layer; call unmerge_adapter first")
+        base = adapter.get_base_layer()
+        if base in bases and _reads_weight(adapter, base):
+            raise ValueError(
+                f"freeze_base: {fqn} ({type(adapter).__module__}.{type(adapter).__name__}) computes with its base "
+                "layer's weight, which a frozen base does not have"
+            )
+    prepare_layers(layers.values())
     return model
 
 
 def unfreeze_base(model: Model) -> Model:
     """Undo :func:`freeze_base`: weights in the dtype they had, dequantized. What was rounded away stays away."""
-    for module in model.modules():
-        if isinstance(module, SwitchBackLinear):
-            module.prepare_for_training()
-    return model
+    return prepare_for_training(model)
+
+
+def _reads_weight(adapter: nn.Module, base: SwitchBackLinear) -> bool:
+    """Return whether an adapter layer's forward reads the weight of its base layer: run it on a token without one."""
+    token = base.weight.new_zeros(1, 1, base.in_features)
+    with _without_weight(base), torch.no_grad(), torch.random.fork_rng([token.device] if token.is_cuda else []):
+        try:
+            adapter.forward(token)
+        except AttributeError as error:
+            return error.name == "weight"
+        except Exception:  # it takes more than an input, as Poly does
+            pass
+    return False
+
+
+@contextmanager
+def _without_weight(layer: SwitchBackLinear) -> Iterator[None]:
+    """Take away a layer's weight, and have the layer return zeros."""
+    attributes, parameters = dict(vars(layer)), dict(layer._parameters)
+    del layer._parameters["weight"]
+    vars(layer)["forward"] = lambda x: x.new_zeros(*x.shape[:-1], layer.out_features)
+    try:
+        yield
+    finally:
+        vars(layer).pop("forward")
+        vars(layer).update(attributes)  # a forward of its own, which Accelerate gives layers
+        layer._parameters.clear()  # the weight comes first again
+        layer._parameters.update(parameters)
