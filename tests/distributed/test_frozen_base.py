@@ -1,0 +1,103 @@
+"""Adapters over a base that is kept in int8: DistributedDataParallel and fully_shard train them as one process does."""
+
+import pytest
+import torch
+from dist_utils import in_processes
+from models import assert_close, batch, converted, loss_of, mlp, own, sgd
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_switchback as ts
+
+CONFIGS = [
+    {},
+    {"weight_scaling": "rowwise"},
+    {"weight_scaling": "rowwise", "rotate_features": 16},
+    {"cache_quantized_weight": True},
+]
+configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
+
+
+class Adapted(nn.Module):
+    """A frozen layer, and LoRA's two matrices beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 3, bias=False)
+        self.up = nn.Linear(3, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def frozen(config):
+    first, activation, last = converted(mlp(hidden=32), **config)
+    torch.manual_seed(1)
+    return ts.prepare_for_eval(nn.Sequential(Adapted(first), activation, Adapted(last)))
+
+
+def steps(model, rows=lambda x: x, count=3):
+    """Train, and return the outputs of each step's batch."""
+    optimizer = sgd(model)
+    outputs = []
+    for step in range(count):
+        y = model(rows(batch(step=step)))
+        loss_of(y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        outputs.append(y.detach())
+    return outputs
+
+
+def int8_buffers(model):
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(("weight_int8", "weight_absmax"))}
+
+
+@pytest.mark.parametrize("broadcast_buffers", [False, True])
+@configs
+@in_processes(2)
+def test_ddp(config, broadcast_buffers):
+    expected = steps(frozen(config))
+    model = frozen(config)
+    before = {name: buffer.clone() for name, buffer in int8_buffers(model).items()}
+    parallel = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+    for actual, whole in zip(steps(parallel, own), expected, strict=True):
+        assert_close(actual, own(whole))
+    for name, buffer in int8_buffers(model).items():
+        assert torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+@configs
+@in_processes(2)
+def test_fsdp_shards_the_adapters_and_keeps_the_int8_values_whole(config, reshard):
+    expected = steps(frozen(config))
+    model = frozen(config)
+    before = {name: buffer.clone() for name, buffer in int8_buffers(model).items()}
+    for block in (model[0], model[2]):
+        fully_shard(block, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    for actual, whole in zip(steps(model, own), expected, strict=True):
+        assert_close(actual, own(whole))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert len(before) == 4
+    for name, buffer in int8_buffers(model).items():
+        assert type(buffer) is torch.Tensor
+        assert torch.equal(buffer, before[name]), name
+
+
+@configs
+@in_processes(2)
+def test_fsdp_with_a_policy_computes_in_its_dtype(config):
+    model = frozen(config)
+    for block in (model[0], model[2]):
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    x = own(batch())
+    y = model(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, frozen(config).to(torch.bfloat16)(x.to(torch.bfloat16)))
+    loss_of(y).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
