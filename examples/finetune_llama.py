@@ -1,10 +1,9 @@
-"""Fine-tune a Llama with Hugging Face's Trainer, its linear layers in SwitchBack; or LoRA over an int8 base.
+"""Fine-tune a Llama with Hugging Face's Trainer, its linear layers in SwitchBack.
 
     python examples/finetune_llama.py           # a random Llama, small or for a GPU, on bytes of text
-    python examples/finetune_llama.py --lora    # the base in int8 alone, no 16-bit copy
     python examples/finetune_llama.py --model path/to/llama --out runs/llama
 
-Needs pip install 'transformers>=5,<6' accelerate, and peft for --lora.
+Needs pip install 'transformers>=5,<6' accelerate. finetune_lora.py trains adapters instead.
 """
 
 from pathlib import Path
@@ -42,7 +41,6 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 @app.command(help="Fine-tune a Llama with Hugging Face's Trainer and SwitchBack.")
 def main(
     model: Annotated[str | None, typer.Option(help="of from_pretrained; by default a small random one")] = None,
-    lora: Annotated[bool, typer.Option(help="train adapters; keep the base as int8")] = False,
     steps: Annotated[int, typer.Option(min=1)] = 60,
     monitor_every: Annotated[int, typer.Option(min=0, help="steps from one sample of the noise to the next")] = 20,
     seed: Annotated[int, typer.Option(help="of the weights and the data order")] = 0,
@@ -57,17 +55,17 @@ def main(
     else:
         llama = AutoModelForCausalLM.from_pretrained(model)
     monitoring: dict[str, Any] = {}
-    if monitor_every and not lora:  # a frozen layer has no weight gradient to compare with
+    if monitor_every:
         monitoring = {"monitor_every": monitor_every, "monitor_layers": "*.mlp.down_proj"}
     callback = SwitchBackCallback(
         **monitoring,
         config=SwitchBackConfig(min_tokens=None if is_cuda else 0),  # int8 also where the small model gains nothing
-        module_filter_fn=lambda module, fqn: "layers." in fqn and "lora_" not in fqn,
+        module_filter_fn=lambda module, fqn: "layers." in fqn,
     )
     arguments = TrainingArguments(
         str(out),
         max_steps=steps,
-        learning_rate=1e-2 if lora else (3e-4 if is_cuda else 3e-3),
+        learning_rate=3e-4 if is_cuda else 3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         per_device_train_batch_size=16 if is_cuda else 8,
@@ -78,25 +76,10 @@ def main(
         report_to="none",
         seed=seed,
     )
-    trainer = Trainer(
-        with_adapters(llama) if lora else llama,
-        arguments,
-        train_dataset=Windows(load_corpus(), context),
-        callbacks=[callback],
-    )
-    if lora:
-        from torch_switchback.integrations.peft import freeze_base
-
-        freeze_base(trainer.model)
+    trainer = Trainer(llama, arguments, train_dataset=Windows(load_corpus(), context), callbacks=[callback])
     trainer.train()
     trainer.save_model(str(out))
     report(trainer, out)
-
-
-def with_adapters(model: torch.nn.Module) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
 def report(trainer: Trainer, out: Path) -> None:
