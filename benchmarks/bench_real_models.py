@@ -18,7 +18,7 @@ parameters, gradients, activations and the optimizer's state.
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -234,6 +234,22 @@ def count_int8_layers(model: nn.Module, sample: dict[str, Tensor]) -> int:
     return sum(any(call.in_int8 for call in calls) for _, calls in layer_calls(model, sample).values())
 
 
+def training_step(
+    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], learning_rate: float = 1e-4
+) -> Callable[[], Tensor]:
+    """Return a function that does a training step and returns its loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return step
+
+
 def measure(bench: Bench, model: Model) -> list[Record]:
     device = bench.device
     inputs, labels = model.new_batch(device)
@@ -270,15 +286,7 @@ def measure(bench: Bench, model: Model) -> list[Record]:
         for part in module.modules():
             if type(part).__name__ in model.block_classes:
                 compile_in_place(part, mode, tiny=bench.tiny)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-
-        def step() -> Tensor:
-            value = loss()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return value.detach()
-
+        step = training_step(module.parameters(), loss)
         torch.manual_seed(0)  # for dropout
         notes["loss"] = [step() for _ in range(LOSS_STEPS)][-1].item()
         if device.type == "cuda":

@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from corpus import Corpus, load_corpus
+from dit import FLUX, DiT, DiTConfig, flow
 from gpt import GPT, GPTConfig, RotaryEmbedding
 from pictures import BASELINE, DARK, GREY, color, draw_losses
 from presets import PRESETS
@@ -15,10 +16,13 @@ from training import Run, Settings, descend, learning_rate_at, new_optimizer
 __all__ = [
     "BASELINE",
     "DARK",
+    "FLUX",
     "GPT",
     "GREY",
     "PRESETS",
     "Corpus",
+    "DiT",
+    "DiTConfig",
     "GPTConfig",
     "RotaryEmbedding",
     "Run",
@@ -27,6 +31,7 @@ __all__ = [
     "descend",
     "draw_losses",
     "draw_run",
+    "flow",
     "learning_rate_at",
     "load_corpus",
     "new_optimizer",

@@ -113,6 +113,28 @@ def real_models(document: Record) -> str:
     return markdown(("eager/compiled", "nn.Linear, ms", *names), rows)
 
 
+def lora(document: Record) -> str:
+    """Training steps of LoRA, eager / compiled, and the bytes of the base's weights."""
+    results = document["results"]
+    models = list(dict.fromkeys(record["model"] for record in results))
+
+    def row(label: str, name: str, key: str, form: str) -> tuple[str, ...]:
+        kept = find(results, name=name)
+        cells = (
+            "/".join(
+                field(find(results, model=model, name=name, mode=mode), key, form) for mode in ("eager", "compiled")
+            )
+            for model in models
+        )
+        return label, f"{field(kept, 'weight_bytes')} + {field(kept, 'backward_bytes')}", *cells
+
+    names = dict.fromkeys(record["name"] for record in results if "median_ms" in record)
+    rows = [row("linear, ms", "linear", "median_ms", "{:.1f}")]
+    rows += [row(name, name, "speed_up", "{:.2f}") for name in names if name != "linear"]
+    label, _, *bounds = row("bound", "linear", "bound", "{:.2f}")
+    return markdown(("base", "bytes", *models), [*rows, (label, "–", *bounds)])
+
+
 def min_tokens_by_gpu(_: Record) -> str:
     """From how many tokens on a layer takes int8 by default."""
     gpus = {"RTX 3090": "sm_86", "RTX 4090": "sm_89", "A100": "sm_80", "H200": "sm_90", "B200": "sm_100"}
@@ -290,6 +312,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[Record], str]]] = {  # None: not o
     "steps_h100": ("h100/bench_linear", steps),
     "all_models": ("h200/bench_model", models(*OURS, INT8_GRAD_WEIGHT, TENSORWISE)),
     "real_models": ("h200/bench_real_models", real_models),
+    "lora": ("h200/bench_lora", lora),
     "overhead": ("h200/bench_overhead", functools.partial(overhead, only="plans")),
     "launch_costs": ("h200/bench_launch", launch_costs),
     "shards_narrow": ("h200/fsdp/large", shards),
@@ -310,7 +333,7 @@ def origin(name: str, document: Record, folder: Path) -> str:
     for run in document["runs"]:
         versions = [run["device"], f"torch {run['torch']}", f"Triton {run['triton']}"]
         versions += [f"torchao {run['torchao']}"] if with_torchao and "torchao" in run else []
-        versions += [f"{library} {run[library]}" for library in ("transformers", "timm") if library in run]
+        versions += [f"{library} {run[library]}" for library in ("transformers", "timm", "peft") if library in run]
         commits = sources.setdefault(", ".join(versions), [])
         commits += [one for one in [f"{str(run.get('commit'))[:7]} ({run['date'][:10]})"] if one not in commits]
     where = "; ".join(f"{versions}, commit {', '.join(commits)}" for versions, commits in sources.items())
