@@ -221,7 +221,7 @@ def shards(document: Record) -> str:
 
 def noise(document: Record) -> str:
     """Signal to noise of the output and of grad_input."""
-    records = [record for record in document["results"] if record["matmul"] != "grad_weight"]
+    records = [record for record in document["results"] if record["matmul"] in ("output", "grad_input")]
     rows = []
     for record in records:
         cells = (f"{value:.1f} ({record['worst_rows'][name]:.1f})" for name, value in record["snr"].items())
@@ -238,6 +238,20 @@ def grad_weight(document: Record) -> str:
         cells = (f"{value:.1f}" for value in record["snr"].values())
         rows.append((record["x"], record["grad"], str(record["tokens"]), *cells))
     return markdown(("X", "G", "tokens", *records[0]["snr"]), rows)
+
+
+def frozen_noise(document: Record) -> str:
+    """Signal to noise of frozen layers, output / grad_input."""
+    by_data: dict[str, list[Record]] = {}
+    for record in document["results"]:
+        if record["matmul"] in ("frozen output", "frozen grad_input"):
+            by_data.setdefault(record["data"], []).append(record["snr"])
+    recipes = list(next(iter(by_data.values()))[0])
+    rows = (
+        (data, *("/".join(f"{snr[name]:.1f}" for snr in matmuls) for name in recipes))
+        for data, matmuls in by_data.items()
+    )
+    return markdown(("output/grad_input, dB", *recipes), rows)
 
 
 def skipped(records: Iterable[Record]) -> str:
@@ -319,6 +333,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[Record], str]]] = {  # None: not o
     "shards_wide": ("h200/fsdp/wide", shards),
     "noise": ("cpu/signal_to_noise", noise),
     "grad_weight": ("cpu/signal_to_noise", grad_weight),
+    "frozen_noise": ("cpu/signal_to_noise", frozen_noise),
     "gpt": ("h200/bench_training", gpt),
     "snr": ("h200/bench_training", gradient_snr),
 }

@@ -1,4 +1,4 @@
-"""Signal to noise of the three matmuls of a layer on several kinds of data: INT8 beside float8.
+"""Signal to noise of the three matmuls of a layer on several kinds of data: INT8 beside float8; and of frozen layers.
 
     python benchmarks/signal_to_noise.py
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import results_file
 from measure import RESULTS
 from results_file import Record
-from torch_switchback import SwitchBackConfig, switchback_linear
+from torch_switchback import SwitchBackConfig, SwitchBackLinear, switchback_linear
 
 SIZE = 2048  # tokens and features of the output and of grad_input
 IN, OUT = 2048, 256  # features of grad_weight
@@ -73,6 +73,13 @@ ROWS: list[tuple[str, str, Draw]] = [
     *(("output", name, draw) for name, draw in INPUTS.items()),
     ("grad_input", "tokens log-normal σ = 2", GRADIENTS["tokens log-normal σ = 2"]),
 ]
+
+FROZEN: dict[str, tuple[Draw, Draw]] = {  # X [tokens, in], and Wᵀ [in, out]
+    "Gaussian": (gaussian, gaussian),
+    "0.1 % of X's channels × 50": (outlier_channels, gaussian),
+    "0.1 % of W's output rows × 50": (gaussian, outlier_channels),
+}
+FROZEN_RECIPES = ("switchback", "rowwise", "rowwise_rotated_features")
 
 
 def float8(values: Tensor, dim: int | None = None) -> Tensor:
@@ -149,6 +156,24 @@ def grad_weight_snr(x_name: str, grad_name: str, tokens: int, in_features: int =
     return record | {"snr": {name: round(value, 1) for name, value in found.items()}}
 
 
+def frozen_snr(data: str, size: int = SIZE) -> list[Record]:
+    """Measure output and grad_input of a layer that keeps nothing but its int8 values, with a Gaussian G."""
+    draw = torch.Generator().manual_seed(0)
+    draw_x, draw_weight = FROZEN[data]
+    x, weight = draw_x(size, size, draw).bfloat16(), draw_weight(size, size, draw).t().bfloat16()
+    grad = gaussian(size, size, draw).bfloat16()
+    exact = {"frozen output": x.double() @ weight.double().t(), "frozen grad_input": grad.double() @ weight.double()}
+    records: dict[str, Record] = {matmul: {"matmul": matmul, "data": data, "snr": {}} for matmul in exact}
+    for name in FROZEN_RECIPES:
+        layer = SwitchBackLinear(size, size, bias=False, dtype=torch.bfloat16, config=name).requires_grad_(False)
+        layer.weight.copy_(weight)
+        layer.prepare_for_eval()
+        y = layer(x.requires_grad_())
+        for matmul, actual in zip(exact, (y, *torch.autograd.grad(y, x, grad)), strict=True):
+            records[matmul]["snr"][name] = round(decibels(actual.detach(), exact[matmul]).item(), 1)
+    return list(records.values())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the signal to noise of a layer's matmuls on the CPU.")
     parser.add_argument("--tiny", action="store_true", help="toy sizes; shows only that the script runs")
@@ -157,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.output or (None if arguments.tiny else RESULTS / "cpu" / "signal_to_noise.json")
     run = results_file.provenance("cpu")
     records = [rows_snr(*row, size=64 if arguments.tiny else SIZE) for row in ROWS]
+    for data in FROZEN:
+        records += frozen_snr(data, size=64 if arguments.tiny else SIZE)
     for x in INPUTS:
         for grad in GRADIENTS:
             records += [grad_weight_snr(x, grad, tokens) for tokens in ((256,) if arguments.tiny else (2048, 8192))]

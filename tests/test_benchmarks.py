@@ -145,6 +145,8 @@ def test_signal_to_noise_runs(tmp_path):
     document = results_file.load(tmp_path / "out.json")
     assert "| Gaussian | output |" in pages.noise(document)
     assert "| Gaussian | Gaussian | 256 |" in pages.grad_weight(document)
+    header, _, *rows = pages.frozen_noise(document).splitlines()
+    assert header.endswith("| switchback | rowwise | rowwise_rotated_features |") and len(rows) == 3
 
 
 @pytest.mark.parametrize("grad", signal_to_noise.GRADIENTS)
