@@ -126,7 +126,7 @@ def lora(document: Record) -> str:
             )
             for model in models
         )
-        return label, f"{field(kept, 'weight_bytes')} + {field(kept, 'backward_bytes')}", *cells
+        return label, f"{field(kept, 'weight_bytes')}+{field(kept, 'backward_bytes')}", *cells
 
     names = dict.fromkeys(record["name"] for record in results if "median_ms" in record)
     rows = [row("linear, ms", "linear", "median_ms", "{:.1f}")]

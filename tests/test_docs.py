@@ -40,7 +40,7 @@ PAGES = {
 # Page and need of every block that is only compiled.
 NOT_RUN: set[tuple[str, str]] = set()
 # Pages that another test runs, which has what they need.
-RUN_ELSEWHERE = {"docs/integrations.md": "tests/integrations/test_docs_integrations.py"}
+RUN_ELSEWHERE = dict.fromkeys(("docs/integrations.md", "docs/lora.md"), "tests/integrations/test_docs_integrations.py")
 # Pages whose blocks are alternatives, each with what is given anew.
 ALTERNATIVES = {"docs/scaling.md"}
 

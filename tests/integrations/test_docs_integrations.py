@@ -1,4 +1,4 @@
-"""The Python blocks of docs/integrations.md, in order, as one program; and its table of versions."""
+"""The Python blocks of docs/integrations.md, in order, as one program, and its table of versions; and docs/lora.md."""
 
 import re
 from importlib.metadata import version
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+from torch_switchback import SwitchBackLinear
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "integrations.md").read_text()
 DISTRIBUTIONS = {
     "open_clip": "open_clip_torch",
     "Lightning": "lightning",
@@ -23,11 +26,26 @@ for distribution in DISTRIBUTIONS.values():
 @pytest.mark.usefixtures("only_where_it_wins")  # as for the reader
 def test_every_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 7
+    blocks = python_blocks(PAGE)
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(compile(block, "docs/integrations.md", "exec"), names)
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_four_lines_freeze_the_base_of_a_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 8}
+    names = {"model": LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))}
+    (block,) = python_blocks((DOCS / "lora.md").read_text())
+    exec(compile(block, "docs/lora.md", "exec"), names)
+    layers = [layer for layer in names["model"].modules() if isinstance(layer, SwitchBackLinear)]
+    assert len(layers) == 7 and all(layer.is_prepared for layer in layers)
 
 
 def test_the_table_names_the_versions_that_these_tests_run_with():
