@@ -14,6 +14,7 @@ from .functional import quantize_weight
 from .ops import dequantize_rowwise
 from .ops._validation import check_float
 from .ops.prepared_weight import dequantize_rotated
+from .weight_readers import leave_read_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,7 +22,7 @@ _PREPARED = "weight_int8", "weight_absmax", "weight_rotation"
 _OF_BITSANDBYTES = "W_int8", "state_W"
 _NO_WEIGHT = (
     "{} has no weight while it is prepared, only weight_int8 and weight_absmax: prepare_for_training() gives it one "
-    "back, and revert_switchback(model) makes it nn.Linear"
+    "back (for PEFT, unfreeze_base(model)), and revert_switchback(model) makes it nn.Linear"
 )
 
 
@@ -287,6 +288,7 @@ def prepare_for_eval(model: Model) -> Model:
     layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, PreparedWeight)}
     if not layers:
         raise ValueError("prepare_for_eval: model has no SwitchBackLinear; call convert_to_switchback before")
+    layers = leave_read_layers("prepare_for_eval", model, layers)
     refuse_weights("prepare_for_eval", model, layers)
     prepare_layers(layers.values())
     return model

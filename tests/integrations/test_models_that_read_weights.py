@@ -11,8 +11,6 @@ import transformers
 from tasks import converted
 
 import torch_switchback as ts
-from torch_switchback.prepared import prepare_layers
-from torch_switchback.weight_readers import leave_read_layers
 
 TOKENS = torch.arange(16).reshape(2, 8)
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
@@ -82,16 +80,16 @@ def test_layers_that_a_model_reads_stay_and_the_others_are_prepared(name, recwar
     layers = {fqn: model.get_submodule(fqn) for fqn in converted(model)}
     before = run()
     recwarn.clear()
-    chosen = leave_read_layers("prepare_for_eval", model, layers)
-    left = layers.keys() - chosen.keys()
+    ts.prepare_for_eval(model)
+    left = [fqn for fqn, layer in layers.items() if not layer.is_prepared]
     assert {fqn.rpartition(".")[2] for fqn in left} == expected
     assert [str(warning.message).startswith("prepare_for_eval leaves") for warning in recwarn] == [True] * bool(left)
-    prepare_layers(chosen.values())
     assert torch.equal(run(), before)
     model.train()
     run().square().mean().backward()
     if left:
-        prepare_layers(layers.values())
+        for fqn in left:
+            layers[fqn].prepare_for_eval()
         with pytest.raises(AttributeError, match="has no weight while it is prepared"):
             model.eval()
             run()
