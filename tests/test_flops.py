@@ -29,3 +29,12 @@ def test_as_many_as_nn_linear(scaling, grad_weight, trains, device):
     expected = flops(linear, x)
     layer = ts.convert_to_switchback(linear, config=SwitchBackConfig(scaling, grad_weight=grad_weight))
     assert flops(layer, x) == expected == (2 * 128 * 32 * 48, (6 if trains else 4) * 128 * 32 * 48)
+
+
+@pytest.mark.parametrize("config", ["switchback", "rowwise", "rowwise_rotated_features"])
+def test_as_many_once_prepared(config, device):
+    layer = ts.SwitchBackLinear(64, 128, device=device, config=config)
+    layer.prepare_for_eval()
+    x = torch.randn(2, 64, 64, device=device, requires_grad=True)
+    ts.ops.register_flop_formulas()
+    assert flops(layer.eval(), x) == (2 * 128 * 64 * 128, 4 * 128 * 64 * 128)

@@ -235,6 +235,9 @@ def random_call(name, rng):
         return a, random_int8(n, cols).t(), state_x, state_w, bias, dtype
     if name == "dequantize_rowwise":
         return random_int8(rows, cols), torch.empty(rows), dtype
+    if name == "prepared_grad_input":
+        rowwise = rng.random() < 0.5
+        return x, random_int8(cols, rng.choice(WIDTHS)), torch.empty(cols if rowwise else 1), rowwise, x.dtype
     if name == "transpose_int8":
         return (random_int8(rows, cols),)
     if name == "quantize_folded_rowwise":

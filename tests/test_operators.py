@@ -62,6 +62,14 @@ def test_what_prepared_layers_make_of_their_int8_values(device):
 
 
 @dtypes
+@pytest.mark.parametrize("rowwise", [False, True], ids=["global", "rowwise"])
+def test_prepared_grad_input(rowwise, dtype, device):
+    grad, absmax = torch.randn(17, 48, device=device, dtype=dtype), torch.rand(48 if rowwise else 1, device=device)
+    args = grad, random_int8(48, 64, device), absmax, rowwise, dtype
+    torch.library.opcheck(OPS.prepared_grad_input.default, args)
+
+
+@dtypes
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
 def test_products(has_bias, rowwise, dtype, device):

@@ -58,7 +58,10 @@ class Scaling:
         return self.ops.transpose_int8(weight_int8), absmax
 
     def prepared_grad_input(self, grad: Tensor, transposed: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """Compute grad_input [tokens, in] of a prepared layer from G [tokens, out]."""
+        """Compute grad_input [tokens, in] of a prepared layer from G [tokens, out].
+
+        Where fused_rowwise is not None, the operation of this name does both.
+        """
         grad_int8, row_absmax = self.quantize_grad(grad)
         return self.matmul(grad_int8, transposed.t(), row_absmax, absmax, None, out_dtype)
 

@@ -5,7 +5,13 @@ import torch
 from test_kernels import poisoned, truncate_to_bfloat16
 
 from testing import DTYPES, LAYOUTS, assert_same, assert_same_within_one_step, pairwise, planned, random_int8
-from torch_switchback.kernels import quantize_folded_rowwise, quantize_rotated, quantize_rowwise, transpose_int8
+from torch_switchback.kernels import (
+    int8_linear,
+    quantize_folded_rowwise,
+    quantize_rotated,
+    quantize_rowwise,
+    transpose_int8,
+)
 from torch_switchback.ops.prepared_weight import dequantize_rotated
 
 OPS = torch.ops.torch_switchback
@@ -53,6 +59,23 @@ def test_rows_in_chunks_and_read_twice(most, monkeypatch):
     quantize_rowwise.row_tile.cache_clear()
     check_folded(torch.randn(5, 700), torch.rand(700))
     quantize_rowwise.row_tile.cache_clear()
+
+
+@pytest.mark.parametrize("rowwise", [False, True], ids=["global", "rowwise"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prepared_grad_input(shape, rowwise):
+    (tokens, out_features), in_features = shape, 48
+    grad, weight_int8 = torch.randn(tokens, out_features), random_int8(out_features, in_features)
+    args = grad, weight_int8, torch.rand(out_features if rowwise else 1), rowwise, torch.float32
+    out = poisoned(tokens, in_features, dtype=torch.float32)
+    planned(int8_linear.plan_prepared_grad_input)(*args, out)
+    assert_same(out, OPS.prepared_grad_input(*args))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_several_blocks_of_rows_in_a_program(rows, monkeypatch):
+    monkeypatch.setattr(quantize_folded_rowwise, "FEW_ROWS", 0)
+    check_folded(torch.randn(rows, 1200), torch.rand(1200))
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])

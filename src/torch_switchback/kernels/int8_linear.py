@@ -1,4 +1,4 @@
-"""A weight's quantization and its matmul, one after the other."""
+"""The kernels of a matmul with a weight that is quantized or transposed first, one after the other."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from .device import empty
 from .int8_matmul import plan_int8_matmul
 from .launch import Plan
 from .quantize_columnwise import plan_quantize_columnwise_and_transpose
+from .quantize_folded_rowwise import plan_quantize_folded_rowwise
 from .quantize_global import plan_quantize_global, plan_quantize_transpose_by_absmax
 from .quantize_rowwise import plan_quantize_rowwise
+from .transpose_int8 import plan_transpose_int8
 
 
 def plan_int8_linear(
@@ -68,5 +70,45 @@ def plan_int8_linear_grad_input(
         else:
             quantize(weight, weight_absmax, transposed)
         multiply(grad_int8, transposed.t(), grad_absmax, weight_absmax, None, out_dtype, out)
+
+    return run
+
+
+def plan_prepared_grad_input(
+    grad: torch.Tensor,
+    weight_int8: torch.Tensor,
+    weight_absmax: torch.Tensor,
+    rowwise: bool,
+    out_dtype: torch.dtype,
+    out: torch.Tensor,
+) -> Plan:
+    out_features, in_features = weight_int8.shape
+
+    def workspace(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tokens = grad.shape[0]
+        transposed = empty(grad, (in_features, out_features), torch.int8)
+        grad_int8 = empty(grad, (tokens, out_features), torch.int8)
+        return transposed, grad_int8, empty(grad, (tokens,), torch.float32)
+
+    transposed, grad_int8, grad_absmax = workspace(grad)
+    transpose = plan_transpose_int8(weight_int8, transposed)
+    one = empty(grad, (1,), torch.float32) if rowwise else weight_absmax
+    if rowwise:
+        quantize = plan_quantize_folded_rowwise(grad, weight_absmax, grad_int8, grad_absmax, one)
+    else:
+        quantize = plan_quantize_rowwise(grad, grad_int8, grad_absmax)
+    operands = grad_int8, transposed.t(), grad_absmax, one, None, out_dtype, out
+    multiply = plan_int8_matmul(*operands, absmax_per_col=False)
+
+    def run(grad: Any, weight_int8: Any, weight_absmax: Any, rowwise: bool, out_dtype: Any, out: Any) -> None:
+        transposed, grad_int8, grad_absmax = workspace(grad)
+        transpose(weight_int8, transposed)
+        if rowwise:
+            one = empty(grad, (1,), torch.float32)
+            quantize(grad, weight_absmax, grad_int8, grad_absmax, one)
+        else:
+            one = weight_absmax
+            quantize(grad, grad_int8, grad_absmax)
+        multiply(grad_int8, transposed.t(), grad_absmax, one, None, out_dtype, out)
 
     return run

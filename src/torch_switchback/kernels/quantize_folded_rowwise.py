@@ -8,7 +8,10 @@ from ._numerics import bits_to_float, inverse_scale, magnitude_bits, quantize
 from .launch import Plan, bind, ceil_div
 from .quantize_rowwise import load_chunk, row_tile
 
-BLOCKS = 4  # of rows, that a program does one after the other: it loads the scales, twice as many bytes as a row, once
+# Blocks of rows that a program does one after the other: it loads the scales, twice as many bytes as a row, only once.
+BLOCKS = 4
+FEW_ROWS = 4096  # at most: they are too few programs then
+LONG_ROW = 12288  # columns, at most: registers hold the scales of no more
 
 
 @triton.jit
@@ -79,8 +82,9 @@ def plan_quantize_folded_rowwise(
     rows, cols = x.shape
     sizes = cols, *x.stride(), scale.stride(0)
     tile = row_tile(cols)
-    constants = dict(BLOCKS=BLOCKS, BLOCK_ROWS=tile.BLOCK_ROWS, BLOCK_COLS=tile.BLOCK_COLS, CHUNKS=tile.CHUNKS)
-    rows_per_program = BLOCKS * tile.BLOCK_ROWS
+    blocks = 1 if rows <= FEW_ROWS or cols > LONG_ROW else BLOCKS
+    constants = dict(BLOCKS=blocks, BLOCK_ROWS=tile.BLOCK_ROWS, BLOCK_COLS=tile.BLOCK_COLS, CHUNKS=tile.CHUNKS)
+    rows_per_program = blocks * tile.BLOCK_ROWS
     tensors = x, scale, qdata, absmax, one
     launch = bind(quantize_folded_rowwise_kernel, (*tensors, rows, *sizes), **constants, num_warps=tile.num_warps)
 

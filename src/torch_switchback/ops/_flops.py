@@ -17,6 +17,7 @@ def register_flop_formulas() -> None:
         matmuls = [ops.int8_matmul_mixed_dequantize, ops.int8_matmul_rowwise_dequantize]
         register_flop_formula(matmuls, get_raw=True)(mm_flop)  # which takes tensors by now, not shapes
         register_flop_formula([ops.int8_linear, ops.int8_linear_grad_input])(_int8_linear_flop)
+        register_flop_formula(ops.prepared_grad_input, get_raw=True)(mm_flop)
 
 
 def _int8_linear_flop(rows: tuple[int, int], absmax: Any, weight: tuple[int, int], *args: Any, **kwargs: Any) -> int:

@@ -3,6 +3,8 @@
 With the weight W ≈ diag(s) Q / 127, Q int8 [out, in] and one absmax s per row, grad_input = G W = (G diag(s)) Q / 127.
 The scales lie along the sum over the out features, so they go into G before it is quantized: both matmuls of such a
 layer use the same int8 values.
+
+The functions here are the references. The layer calls the operations of the same names.
 """
 
 import torch
@@ -86,4 +88,39 @@ requantize_rotated = define(
     fake=_fake_requantize_rotated,
     reference=_requantize_rotated_reference,
     kernels="quantize_rotated",
+)
+
+
+def _prepared_grad_input_reference(
+    grad: Tensor, weight_int8: Tensor, weight_absmax: Tensor, rowwise: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """Compute the input's gradient from int8 values of the weight that are not rotated: the reference.
+
+    Args:
+        grad: [tokens, out], float.
+        weight_int8: int8 [out, in].
+        weight_absmax: float32, (out,) if rowwise, else (1,).
+        rowwise: whether there is one absmax per row of the weight, or one for all of it.
+        out_dtype: of the result.
+
+    Returns:
+        The input's gradient [tokens, in].
+    """
+    one = weight_absmax
+    if rowwise:
+        grad_int8, grad_absmax, one = dispatched.quantize_folded_rowwise(grad, weight_absmax)
+    else:
+        grad_int8, grad_absmax = dispatched.quantize_rowwise(grad)
+    transposed = dispatched.transpose_int8(weight_int8)
+    return dispatched.int8_matmul_mixed_dequantize(grad_int8, transposed.t(), grad_absmax, one, None, out_dtype)
+
+
+prepared_grad_input = define(
+    "prepared_grad_input(Tensor grad, Tensor weight_int8, Tensor weight_absmax, bool rowwise, ScalarType out_dtype)"
+    " -> Tensor",
+    fake=lambda grad, weight_int8, weight_absmax, rowwise, out_dtype: empty(
+        grad, (grad.shape[0], weight_int8.shape[1]), out_dtype
+    ),
+    reference=_prepared_grad_input_reference,
+    kernels="int8_linear",
 )
