@@ -4,7 +4,16 @@ import pytest
 import torch
 from test_kernels import poisoned, truncate_to_bfloat16
 
-from testing import DTYPES, LAYOUTS, assert_same, assert_same_within_one_step, pairwise, planned, random_int8
+from testing import (
+    DTYPES,
+    LAYOUTS,
+    assert_same,
+    assert_same_within_one_step,
+    pairwise,
+    planned,
+    random_int8,
+    signal_to_noise,
+)
 from torch_switchback.kernels import (
     int8_linear,
     quantize_folded_rowwise,
@@ -12,6 +21,7 @@ from torch_switchback.kernels import (
     quantize_rowwise,
     transpose_int8,
 )
+from torch_switchback.kernels.launch import specialization_key
 from torch_switchback.ops.prepared_weight import dequantize_rotated
 
 OPS = torch.ops.torch_switchback
@@ -27,6 +37,35 @@ def test_transpose_int8(shape):
         out = poisoned(*shape[::-1])
         planned(transpose_int8.plan_transpose_int8)(each, out)
         assert_same(out, each.t().contiguous())
+
+
+def test_a_plan_serves_all_that_share_its_key():
+    """Which are numbers of rows up to the same power of two that 16 divides, and all weights of one shape."""
+    small, large, scale = random_int8(96, 48), random_int8(128, 48), torch.rand(48)
+    assert specialization_key((small,)) == specialization_key((large,))
+    calls = {
+        transpose_int8.plan_transpose_int8: ((small,), (large,)),
+        quantize_folded_rowwise.plan_quantize_folded_rowwise: ((small.float(), scale), (large.float(), scale)),
+        quantize_rotated.plan_requantize_rotated: ((small, torch.rand(96), 16), (large, torch.rand(128), 16)),
+        int8_linear.plan_prepared_grad_input: [
+            (each.float(), random_int8(48, 32), scale, True, torch.float32) for each in (small, large)
+        ],
+    }
+    for make, (first, *others) in calls.items():
+        operation = getattr(OPS, make.__name__.removeprefix("plan_"))
+        outputs = operation(*first)
+        plan = make(*first, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        for args in (*others, first):
+            expected = operation(*args)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            out = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
+            plan(*args, *out)
+            if make is quantize_rotated.plan_requantize_rotated:
+                assert out[0].shape == expected[0].shape
+                assert signal_to_noise(out[0].float(), expected[0].float()) > 30  # the interpreter truncates bfloat16
+            else:
+                for actual, wanted in zip(out, expected, strict=True):
+                    assert_same(actual, wanted)
 
 
 def check_folded(x, scale):

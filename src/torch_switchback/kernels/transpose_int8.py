@@ -33,12 +33,11 @@ def transpose_int8_kernel(
 
 
 def plan_transpose_int8(x: torch.Tensor, out: torch.Tensor) -> Plan:
-    rows, cols = x.shape
-    sizes = rows, cols, *x.stride()
-    grid = (ceil_div(rows, BLOCK) * ceil_div(cols, BLOCK), 1, 1)
-    launch = bind(transpose_int8_kernel, (x, out, *sizes), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    cols, strides = x.shape[1], x.stride()
+    launch = bind(transpose_int8_kernel, (x, out, x.shape[0], cols, *strides), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
     def run(x: torch.Tensor, out: torch.Tensor) -> None:
-        launch(grid, x, out, *sizes)
+        rows = x.shape[0]
+        launch((ceil_div(rows, BLOCK) * ceil_div(cols, BLOCK), 1, 1), x, out, rows, cols, *strides)
 
     return run
