@@ -349,11 +349,13 @@ def load(path):
     return load_file(path)
 
 
-@pytest.mark.parametrize("recipe", ["switchback", "rowwise_memory_efficient"])
+@pytest.mark.parametrize("recipe", ["switchback", "rowwise_memory_efficient", "rowwise_rotated_features"])
 def test_export_is_prepare_for_eval(checkpoint, recipe):
     arguments = ("export", "training.safetensors", "int8.safetensors", "--config", recipe, "--layers", "[13]")
     found = loaded(*arguments)
-    assert found["layers"] == ["1", "3"] and found["bytes_after"] < found["bytes_before"]
+    assert found["layers"] == ["1", "3"]
+    is_padded = recipe == "rowwise_rotated_features"  # from 16 features to a block of 64
+    assert (found["bytes_after"] < found["bytes_before"]) != is_padded
     model = convert_all(checkpoint, recipe)
     x = torch.randint(10, (5,))
     expected = model(x)
@@ -361,6 +363,10 @@ def test_export_is_prepare_for_eval(checkpoint, recipe):
     assert state["1.weight_int8"].dtype == torch.int8 and state["0.weight"].dtype == torch.bfloat16
     model.load_state_dict(state)
     assert model[1].is_prepared and torch.equal(model(x), expected)
+    call("export", "int8.safetensors", "again.safetensors", "--back")
+    again, reverted = load("again.safetensors"), ts.revert_switchback(model).state_dict()
+    assert again.keys() == reverted.keys()
+    assert all(torch.equal(tensor, reverted[name]) for name, tensor in again.items())
 
 
 def test_export_and_back(checkpoint, folder):
@@ -404,8 +410,99 @@ def test_export_reads_what_torch_saved_but_runs_no_code_of_it(checkpoint):
     assert torch.equal(load("int8.safetensors")["tied.weight"], state["1.weight"])
     torch.save({"weight": nn.Linear(2, 2)}, "module.pt")
     assert "weights_only" in call("export", "module.pt", "x.safetensors", "--layers", "*", code=1).stderr
-    torch.save({"model": state}, "nested.pt")
-    assert "holds no state_dict" in call("export", "nested.pt", "x.safetensors", "--layers", "*", code=1).stderr
+
+
+def test_export_names_the_key_of_a_state_dict_that_is_not_alone(checkpoint):
+    state = checkpoint.state_dict()
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, "model": state, "optimizer": optimizer, "ema": {}}, "nested.pt")
+    arguments = ("export", "nested.pt", "int8.safetensors", "--layers", "[13]")
+    assert "2 layers of the state_dict under 'model', " in call(*arguments).stdout
+    assert loaded(*arguments)["key"] == "model"
+    call("export", "training.safetensors", "plain.safetensors", "--layers", "[13]")
+    int8, expected = load("int8.safetensors"), load("plain.safetensors")
+    assert int8.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in int8.items())
+
+    torch.save({"state_dict": int8}, "nested.pt")
+    assert loaded("export", "nested.pt", "again.safetensors", "--back")["key"] == "state_dict"
+    assert load("again.safetensors").keys() == state.keys()
+    for content, message in (
+        ({"model": state, "ema": state}, "but tensors under 'model', 'ema'"),
+        ({"model": state, "step": torch.tensor(3)}, "but tensors under 'model'"),
+        ({"model": [state]}, "holds no state_dict"),
+        ([state], "holds no state_dict"),
+        ({}, "holds no state_dict"),
+    ):
+        torch.save(content, "nested.pt")
+        assert message in call("export", "nested.pt", "x.safetensors", "--layers", "*", code=1).stderr
+
+
+def save_shards(state, index, **notes):
+    """Write each tensor to a file of its own, and the index of them all."""
+    from safetensors.torch import save_file
+
+    folder, places = Path(index).parent, {}
+    folder.mkdir(exist_ok=True)
+    for number, (name, tensor) in enumerate(state.items()):
+        places[name] = f"model-{number}{Path(index).name.removesuffix('.index.json')[5:]}"
+        if index.endswith(".bin.index.json"):
+            torch.save({name: tensor}, folder / places[name])
+        else:
+            save_file({name: tensor}, folder / places[name], metadata=notes)
+    Path(index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_export_reads_several_files(checkpoint, name):
+    state = checkpoint.state_dict()
+    save_shards(state, f"shards/{name}")
+    call("export", "training.safetensors", "one.safetensors", "--layers", "[13]")
+    expected = load("one.safetensors")
+    for source in ("shards", f"shards/{name}"):
+        assert loaded("export", source, "int8.safetensors", "--layers", "[13]")["layers"] == ["1", "3"]
+        found = load("int8.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+    note = json.dumps({"1": {"dtype": "float32"}})
+    save_shards(expected, f"int8/{name}", torch_switchback=note)
+    assert loaded("export", "int8", "again.safetensors", "--back")["layers"] == ["1", "3"]
+    again = load("again.safetensors")
+    assert again.keys() == state.keys()
+    assert again["1.weight"].dtype == (torch.float32 if "safetensors" in name else torch.bfloat16)
+    assert again["3.weight"].dtype == torch.bfloat16
+
+
+def test_export_takes_a_folder_with_one_checkpoint(checkpoint, folder):
+    (folder / "model").mkdir()
+    arguments = ("export", "model", "int8.safetensors", "--layers", "[13]")
+    assert "model holds no index.json and no .safetensors" in call(*arguments, code=1).stderr
+    content = (folder / "training.safetensors").read_bytes()
+    (folder / "model" / "model.safetensors").write_bytes(content)
+    assert loaded(*arguments)["layers"] == ["1", "3"]
+    (folder / "model" / "ema.safetensors").write_bytes(content)
+    message = "model holds several checkpoints: ema.safetensors, model.safetensors"
+    assert message in call(*arguments, code=1).stderr
+    save_shards(checkpoint.state_dict(), "model/model.safetensors.index.json")
+    save_shards({"9.weight": torch.ones(2, 2)}, "model/pytorch_model.bin.index.json")
+    assert loaded(*arguments)["layers"] == ["1", "3"]
+
+
+def test_an_index_that_is_none_or_wrong_is_named(checkpoint, folder):
+    index = "shards/model.safetensors.index.json"
+    save_shards(checkpoint.state_dict(), index)
+    content = json.loads(Path(index).read_text())
+    arguments = ("x.safetensors", "--layers", "*")
+    assert "config.json is no index of a checkpoint" in call("export", "config.json", *arguments, code=1).stderr
+    for change, message in (
+        ({"9.weight": content["weight_map"]["1.weight"]}, f"{index} says that model-1.safetensors holds 9.weight"),
+        ({"9.weight": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ):
+        Path(index).write_text(json.dumps(content | {"weight_map": content["weight_map"] | change}))
+        assert message in call("export", index, *arguments, code=1).stderr
+    for arguments in (("training.safetensors", index), ("training.safetensors", "x.safetensors", "--config", index)):
+        assert index in call("export", *arguments, "--layers", "*", code=2).stderr
 
 
 def test_export_refuses(checkpoint, folder):
