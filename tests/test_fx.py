@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from testing import convert_all
-from torch_switchback import SwitchBackConfig, SwitchBackLinear
+from torch_switchback import SwitchBackConfig, SwitchBackLinear, prepare_for_eval
 
 CONFIGS = [
     SwitchBackConfig(),
     SwitchBackConfig("rowwise", grad_weight="int8"),
     SwitchBackConfig(cache_quantized_weight=True),
+    SwitchBackConfig("rowwise", rotate_features=16),
 ]
 
 
@@ -64,12 +65,31 @@ def test_a_model_of_torch_jit_trace_is_saved_and_trains(config, prepared, device
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_a_frozen_model_of_torch_jit_trace_is_saved(config, grad, device):
+    model = convert_all(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)), config).to(device)
+    model.requires_grad_(False).eval()
+    prepare_for_eval(model)
+    file, x = io.BytesIO(), torch.randn(2, 5, 8, device=device)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, x)
+    torch.jit.save(torch.jit.freeze(traced), file)
+    file.seek(0)
+    for program in (traced, torch.jit.load(file)):
+        assert torch.equal(program(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript)")
+@pytest.mark.parametrize("prepared", [False, True], ids=["training", "prepared"])
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_torch_onnx_export_is_refused_by_name(dynamo):
+def test_torch_onnx_export_is_refused_by_name(dynamo, prepared):
     if dynamo:
         pytest.importorskip("onnxscript")
-    model = convert_all(nn.Sequential(nn.Linear(8, 16))).eval()
+    model = convert_all(nn.Sequential(nn.Linear(8, 16))).eval().requires_grad_(False)
+    if prepared:
+        prepare_for_eval(model)
     with pytest.raises(Exception, match=r"SwitchBackLinear.*revert_switchback"):
         torch.onnx.export(model, (torch.randn(2, 8),), io.BytesIO(), dynamo=dynamo)
 

@@ -193,13 +193,18 @@ def test_transforms_of_an_exported_program_are_refused_by_name(device):
         torch.func.grad(lambda x: exported(x).sum())(x)
 
 
-def test_an_exported_program_of_prepared_layers_passes_gradients_on(device):
-    model = make_model(ts.SwitchBackConfig("rowwise"), device)
-    for module in (model[1], model[3]):
-        module.prepare_for_eval()
-    x = torch.randn(8, 64, device=device)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.equal(step(model, exported, x)[1], step(model, model, x)[1])
+@strategies
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_of_prepared_layers_is_saved_and_passes_gradients_on(config, strict, device):
+    model = ts.prepare_for_eval(make_model(config, device)).eval()
+    x = torch.randn(8, 64, device=device, requires_grad=True)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,), strict=strict), file)
+    file.seek(0)
+    exported = torch.export.load(file).module()
+    y, expected = exported(x), model(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(*(torch.autograd.grad(each.square().mean(), x)[0] for each in (y, expected)))
 
 
 @strategies
