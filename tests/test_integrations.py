@@ -3,8 +3,13 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
+
+import torch_switchback as ts
+from testing import convert_all
 
 PEERS = {
     "accelerate": "pip install 'accelerate>=1.10,<2'",
@@ -40,6 +45,15 @@ sys.modules["accelerate"] = peer
 import torch_switchback.integrations.accelerate
 """
     assert python(code).stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'nowhere'"
+
+
+def test_preparing_a_model_of_another_version_says_that_saving_it_loses_the_int8_values(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.modeling_utils", SimpleNamespace(PreTrainedModel=nn.Sequential))
+    monkeypatch.delitem(sys.modules, "torch_switchback.integrations.transformers", raising=False)
+    model = convert_all(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.warns(UserWarning, match="save_pretrained loses the int8 values .* needs transformers>=5"):
+        ts.prepare_for_eval(model)
 
 
 def test_importing_the_package_imports_no_library():

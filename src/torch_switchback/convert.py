@@ -227,6 +227,7 @@ def convert_to_switchback(
         module.config = layer_config  # type: ignore[assignment]
     report = _report(model, reasons)
     object.__setattr__(model, _REPORT, report)
+    extensions.layers_changed(model)
     if is_news and _is_first_process():
         _log.info("SwitchBack: %s", report.summary)
     return model
@@ -310,6 +311,7 @@ def revert_switchback(model: Model) -> Model:
         for name in ("_weight_cache", "_was_called"):
             vars(module).pop(name, None)
         module.__class__ = reverts_to
+    extensions.layers_changed(model)
     return model
 
 

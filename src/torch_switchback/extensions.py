@@ -1,6 +1,6 @@
-"""Hold the functions that the core calls for tensors of torch.distributed.
+"""Hold the functions that the core calls for tensors of torch.distributed, and for models of other libraries.
 
-The core does not import ``distributed``, which registers itself here.
+The core does not import ``distributed`` and ``integrations``, which register themselves here.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,3 +30,13 @@ class DistributedTensors:
 
 
 distributed: DistributedTensors
+
+observers: list[Callable[[nn.Module], None]] = []
+"""Functions to call with a model whose layers were converted, prepared or put back, and with a layer that was prepared.
+"""
+
+
+def layers_changed(module: nn.Module) -> None:
+    """Tell the observers of a model whose layers were converted, prepared or put back, or of a layer."""
+    for observer in observers:
+        observer(module)
