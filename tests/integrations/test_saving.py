@@ -392,36 +392,58 @@ def test_the_command_dequantizes_a_saved_model(recipe, dtype, max_shard_size, pl
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
 
 
-@pytest.fixture
-def adapted(plain, tmp_path):
-    """A bfloat16 base in int8 with adapters, and its logits; base and adapters are saved as well."""
+def adapt(base, **lora):
     peft = pytest.importorskip("peft")
     from torch_switchback.integrations.peft import freeze_base
 
-    model = peft.get_peft_model(convert_model(load(plain, dtype=torch.bfloat16)), peft.LoraConfig(**LORA))
-    freeze_base(model)
+    return freeze_base(peft.get_peft_model(base, peft.LoraConfig(**LORA | lora)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@recipes
+def test_adapters_reload_over_the_plain_base_and_over_the_int8_one(recipe, dtype, plain, tmp_path):
+    model = adapt(convert_model(load(plain, dtype=dtype), recipe))
+    expected = logits(model)
     model.save_pretrained(tmp_path / "adapters")
-    prepare_model(load(plain, dtype=torch.bfloat16)).save_pretrained(tmp_path / "int8")
-    return model, logits(model)
-
-
-def test_adapters_reload_over_the_plain_base_and_over_the_int8_one(adapted, plain, tmp_path):
+    assert [*(tmp_path / "adapters").glob("*.safetensors")] == [tmp_path / "adapters" / "adapter_model.safetensors"]
+    assert all("lora_" in name for name in load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
     from peft import PeftModel
 
-    from torch_switchback.integrations.peft import freeze_base
+    from torch_switchback.integrations.peft import adapters_over_int8, freeze_base
 
-    _, expected = adapted
-    assert {path.name for path in (tmp_path / "adapters").glob("*.safetensors")} == {"adapter_model.safetensors"}
-    assert all("lora_" in name for name in load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
-    base = convert_model(load(plain, dtype=torch.bfloat16))
+    base = convert_model(load(plain, dtype=dtype), recipe)
     assert torch.equal(logits(freeze_base(PeftModel.from_pretrained(base, tmp_path / "adapters"))), expected)
-    # Of 16-bit weights the int8 values survive that they are dequantized while adapters are put in.
-    base = ts.prepare_for_training(load(tmp_path / "int8"))
-    assert torch.equal(logits(freeze_base(PeftModel.from_pretrained(base, tmp_path / "adapters"))), expected)
+
+    prepare_model(load(plain, dtype=dtype), recipe).save_pretrained(tmp_path / "int8")
+    base = load(tmp_path / "int8")
+    with pytest.raises(AttributeError, match=r"prepare_for_training\(\)"):
+        PeftModel.from_pretrained(load(tmp_path / "int8"), tmp_path / "adapters")
+    with adapters_over_int8(base):
+        again = PeftModel.from_pretrained(base, tmp_path / "adapters")
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(freeze_base(again)), expected)
+    for name, parameter in again.named_parameters():
+        assert parameter.dtype == model.get_parameter(name).dtype
+    assert not any("weight" in vars(layer) for layer in again.modules())
+
+
+def test_an_adapter_does_not_start_from_a_weight_that_is_not_there(plain):
+    from torch_switchback.integrations.peft import adapters_over_int8
+
+    base = prepare_model(load(plain))
+    with pytest.raises(RuntimeError, match="non-finite"), adapters_over_int8(base):
+        adapt(base, init_lora_weights="pissa")
+    assert not any("weight" in vars(layer) for layer in base.modules())
+
+
+@pytest.fixture
+def adapted(plain):
+    """A PeftModel over a frozen base, which is a copy of the model that was converted."""
+    return adapt(copy.deepcopy(convert_model(load(plain))))
 
 
 def test_the_base_is_saved_when_its_adapters_are_unloaded(adapted, tmp_path):
-    model, expected = adapted
+    model, expected = adapted, logits(adapted)
     base = model.base_model.model
     with pytest.raises(ValueError, match=r"q_proj.base_layer has an adapter; save the PeftModel, or call its unload"):
         base.save_pretrained(tmp_path / "base")
@@ -435,8 +457,8 @@ def test_the_base_is_saved_when_its_adapters_are_unloaded(adapted, tmp_path):
 def test_a_merged_model_saves_plain_weights(adapted, tmp_path):
     from torch_switchback.integrations.peft import unfreeze_base
 
-    model, expected = adapted
-    merged = unfreeze_base(model).merge_and_unload()
+    expected = logits(adapted)
+    merged = unfreeze_base(adapted).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert written(tmp_path / "merged") is None
     again = load(tmp_path / "merged")
@@ -447,20 +469,19 @@ def test_a_merged_model_saves_plain_weights(adapted, tmp_path):
 
 def test_a_transformers_model_with_an_adapter_saves_the_adapter(plain, tmp_path):
     peft = pytest.importorskip("peft")
-    from torch_switchback.integrations.peft import freeze_base
+    from torch_switchback.integrations.peft import adapters_over_int8, freeze_base
 
-    def base():
-        return convert_model(load(plain))
-
-    model = base()
+    model = convert_model(load(plain))
     model.add_adapter(peft.LoraConfig(**LORA))
     freeze_base(model)
     model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "config.json").exists()
     assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    again = base()
-    again.load_adapter(tmp_path / "adapter")
-    assert torch.equal(logits(freeze_base(again)), logits(model))
+    prepare_model(load(plain)).save_pretrained(tmp_path / "int8")
+    for again in (convert_model(load(plain)), load(tmp_path / "int8")):
+        with adapters_over_int8(again):
+            again.load_adapter(tmp_path / "adapter")
+        assert torch.equal(logits(freeze_base(again)), logits(model))
 
 
 # Accelerate, torch.save and safetensors

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .. import SwitchBackLinear, prepare_for_training
+from .. import SwitchBackLinear, extensions, prepare_for_training
 from ..prepared import prepare_layers, refuse_weights
 from ..weight_readers import leave_read_layers
 from ._peer import peer
@@ -49,7 +49,8 @@ def freeze_base(model: Model) -> Model:
         model: ``get_peft_model`` of a converted model.
 
     Returns:
-        The same model. Its adapters save and load as ever; merge them after :func:`unfreeze_base`.
+        The same model. Its adapters save and load as ever, also over a base that Transformers' ``save_pretrained``
+        wrote as int8 values (:func:`adapters_over_int8`). Merge them after :func:`unfreeze_base`.
 
     Raises:
         ValueError: the model has no adapters; one is merged, or reads its base layer's weight in its forward; or no
@@ -89,12 +90,37 @@ def freeze_base(model: Model) -> Model:
                 "layer's weight, which a frozen base does not have"
             )
     prepare_layers(layers.values())
+    extensions.layers_changed(model)
     return model
 
 
 def unfreeze_base(model: Model) -> Model:
     """Undo :func:`freeze_base`: weights in the dtype they had, dequantized. What was rounded away stays away."""
     return prepare_for_training(model)
+
+
+@contextmanager
+def adapters_over_int8(base: nn.Module) -> Iterator[None]:
+    """Let PEFT put adapters over layers that are prepared already, as those of a base that was saved as int8 values.
+
+    with adapters_over_int8(base):
+        model = PeftModel.from_pretrained(base, path)
+
+    PEFT asks a layer for its weight's shape, dtype and device. Here it is shown a weight of NaN that takes no memory:
+    an adapter that starts from the weight's values, as PiSSA's does, raises or becomes NaN.
+
+    Args:
+        base: a model with prepared layers; others are left alone.
+    """
+    layers = [layer for layer in base.modules() if isinstance(layer, SwitchBackLinear) and layer.is_prepared]
+    for layer in layers:
+        nan = torch.full((1, 1), torch.nan, dtype=layer._weight_dtype, device=layer.weight_int8.device)
+        vars(layer)["weight"] = nan.expand(layer.out_features, layer.in_features)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["weight"]
 
 
 def _reads_weight(adapter: nn.Module, base: SwitchBackLinear) -> bool:
