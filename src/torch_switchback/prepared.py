@@ -144,6 +144,7 @@ class PreparedWeight(nn.Module):
         self._former_weight = TensorWeakRef(weight)
         for name, tensor in state.items():
             self.register_buffer(name, tensor)
+        extensions.layers_changed(self)
 
     def _become_unprepared(self, weight: Tensor) -> None:
         parameter = None if self._former_weight is None else self._former_weight()
@@ -198,6 +199,7 @@ class PreparedWeight(nn.Module):
         try:
             for hook in hooks.values():  # run here, as they may rename or reshape what decides
                 hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            _drop_placeholder(state_dict, f"{prefix}weight")
             found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
             becomes_prepared = not found.keys().isdisjoint(_PREPARED)
             if problems := list(self._problems(found, prefix, becomes_prepared)):
@@ -291,6 +293,7 @@ def prepare_for_eval(model: Model) -> Model:
     layers = leave_read_layers("prepare_for_eval", model, layers)
     refuse_weights("prepare_for_eval", model, layers)
     prepare_layers(layers.values())
+    extensions.layers_changed(model)
     return model
 
 
@@ -309,6 +312,7 @@ def prepare_for_training(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, PreparedWeight):
             module.prepare_for_training()
+    extensions.layers_changed(model)
     return model
 
 
@@ -349,6 +353,13 @@ def _replace_data(parameter: Tensor, data: Tensor) -> None:
     """Give a parameter another memory, so that a graph which has saved the former one raises."""
     parameter.data = data
     torch.autograd.graph.increment_version(parameter)
+
+
+def _drop_placeholder(state_dict: dict[str, Any], name: str) -> None:
+    """Remove what stands for a prepared layer's weight where Transformers saved it: one int8 value, and no matrix."""
+    tensor = state_dict.get(name)
+    if isinstance(tensor, Tensor) and tensor.dtype == torch.int8 and tensor.shape == (1,):
+        del state_dict[name]
 
 
 def _rotation_of(found: Mapping[str, Any]) -> int | str | None:
