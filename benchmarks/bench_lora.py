@@ -6,9 +6,10 @@
 A step is a forward, the loss, a backward, a fused AdamW step of the adapters and ``zero_grad``, on one
 random batch. Weights are in bfloat16, and adapters in float32, as PEFT makes them by default. The models
 are a Llama of Transformers and a diffusion transformer of FLUX's width (examples/dit.py). An int8 base is
-frozen (``freeze_base``); "cached" ones also keep the transposed int8 values. In mode "compiled" the
-blocks are compiled one by one. torchao's float8 is compiled only, and leaves out the modulations, whose
-only token it cannot multiply.
+frozen (``freeze_base``); "cached" ones also keep the transposed int8 values, which compiled code does
+not. In mode "compiled" the blocks are compiled one by one. "reduce-overhead", the mode of torch.compile
+that runs CUDA graphs, compiles the whole model: it shows what is left once the CPU costs nothing. torchao's
+float8 is compiled only, and leaves out the modulations, whose only token it cannot multiply.
 
 ``bound`` is the speed-up over nn.Linear if both matmuls of each base layer, output and grad_input, were
 twice as fast, and all else took the time that it takes with nn.Linear:
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from bench_real_models import Batch, Model, llama, llama_4096, training_step
 from blocks import new_on
 from demo import FLUX, DiT, DiTConfig, flow
-from measure import SPEED_UP, SUSTAINED_MS, Bench, Candidate, Cycle, Mode, find, free_memory, reason_of, run, speed_up
+from measure import SPEED_UP, SUSTAINED_MS, Bench, Candidate, Cycle, Mode, free_memory, reason_of, run, speed_up
 from peers import RECIPES, TORCHAO, compile_in_place, convert
 from results_file import Record
 from shapes import Shape
@@ -103,8 +104,13 @@ TINY_MODELS = (
 
 def cases(models: Sequence[Model]) -> list[Case]:
     """Return all cases. The eager ones come first: the time that they leave is for those that compile."""
-    modes: tuple[Mode, ...] = ("eager", "compiled")
+    modes: tuple[Mode, ...] = ("eager", "compiled", "reduce-overhead")
     return [Case(model, mode) for mode in modes for model in models]
+
+
+def runs_in(name: str, mode: Mode) -> bool:
+    """Return whether a variant differs from others in a mode."""
+    return mode == "eager" if name.endswith(CACHED) else name != FLOAT8 or mode != "eager"
 
 
 def base_layers(model: Model, module: nn.Module) -> dict[str, nn.Linear]:
@@ -213,8 +219,8 @@ def measure(bench: Bench, case: Case) -> list[Record]:
         loss = partial(model.loss, module, inputs, labels)
         if name == "linear":
             calls.extend(calls_of(layers, loss))
-        for part in module.modules():
-            if type(part).__name__ in model.block_classes:
+        for part in [module] if mode == "reduce-overhead" else list(module.modules()):
+            if part is module or type(part).__name__ in model.block_classes:
                 compile_in_place(part, mode, tiny=bench.tiny)
         step = training_step([p for p in module.parameters() if p.requires_grad], loss, learning_rate=1e-3)
         losses = [step().item() for _ in range(LOSS_STEPS)]
@@ -239,27 +245,27 @@ def measure(bench: Bench, case: Case) -> list[Record]:
 
     chosen = [name for name in VARIANTS if name == "linear" or name in options.variants]
     candidates = []
-    for name in (*(name for name in chosen if name != FLOAT8 or mode == "compiled"), MATMULS):
+    linear, *others = (name for name in chosen if runs_in(name, mode))
+    for name in (linear, MATMULS, *others):
         notes: Record = {}
         candidates.append(Candidate(name, partial(try_to_build, name, notes), mode, SUSTAINED_MS, notes))
-    adapters = "" if options.adapters == "float32" else f", adapters in {options.adapters}"
-    *records, matmuls = bench.compare(candidates, label=f"{case}{adapters}", model=f"{model}{adapters}")
-    if (linear := find(records, name="linear")) is not None:
-        for record in records:
-            record |= compared(record, linear)
-            if "median_ms" in matmuls:
-                record |= {"bound": bound(linear["median_ms"], matmuls["median_ms"])}
-        linear["matmuls_ms"] = matmuls.get("median_ms")
-    return records
+    adapters = "" if options.adapters == "float32" else ", bf16 adapters"
+    baseline, matmuls, *records = bench.compare(candidates, label=f"{case}{adapters}", model=f"{model}{adapters}")
+    for record in (baseline, *records):
+        record |= compared(record, baseline)
+    if "median_ms" in baseline and "median_ms" in matmuls:
+        times = baseline["median_ms"], matmuls["median_ms"]
+        baseline |= {"matmuls_ms": times[1], "bound": bound(*times)}
+    return [baseline, *records]
 
 
 def compared(record: Record, linear: Record) -> Record:
     """Return what a record says beside nn.Linear's: its speed-up, and the bytes of its weights and steps."""
     found: Record = speed_up(record, linear)
-    if "kept_bytes" in record:
+    if "kept_bytes" in record and "kept_bytes" in linear:
         element = torch.bfloat16.itemsize
         found["weight_bytes"] = element + (record["kept_bytes"] - linear["kept_bytes"]) / record["elements"]
-    if record.get("step_bytes") is not None:
+    if record.get("step_bytes") is not None and linear.get("step_bytes") is not None:
         found["extra_step_bytes"] = record["step_bytes"] - linear["step_bytes"]
     return found
 

@@ -114,25 +114,21 @@ def real_models(document: Record) -> str:
 
 
 def lora(document: Record) -> str:
-    """Training steps of LoRA, eager / compiled, and the bytes of the base's weights."""
+    """Training steps of LoRA over frozen bases, eager / compiled: nn.Linear's time, the bound, and speed-ups."""
     results = document["results"]
-    models = list(dict.fromkeys(record["model"] for record in results))
-
-    def row(label: str, name: str, key: str, form: str) -> tuple[str, ...]:
-        kept = find(results, name=name)
-        cells = (
-            "/".join(
-                field(find(results, model=model, name=name, mode=mode), key, form) for mode in ("eager", "compiled")
-            )
-            for model in models
-        )
-        return label, f"{field(kept, 'weight_bytes')}+{field(kept, 'backward_bytes')}", *cells
-
-    names = dict.fromkeys(record["name"] for record in results if "median_ms" in record)
-    rows = [row("linear, ms", "linear", "median_ms", "{:.1f}")]
-    rows += [row(name, name, "speed_up", "{:.2f}") for name in names if name != "linear"]
-    label, _, *bounds = row("bound", "linear", "bound", "{:.2f}")
-    return markdown(("base", "bytes", *models), [*rows, (label, "–", *bounds)])
+    names = [name for name in dict.fromkeys(record["name"] for record in results) if name != "linear"]
+    columns = [("linear", "median_ms", "{:.1f}"), ("linear", "bound", "{:.2f}")]
+    columns += [(name, "speed_up", "{:.2f}") for name in names]
+    rows = []
+    for model in dict.fromkeys(record["model"] for record in results):
+        for modes, suffix in ((("eager", "compiled"), ""), (("reduce-overhead",), ", CUDA graphs")):
+            if any(find(results, model=model, mode=mode) for mode in modes):
+                cells = (
+                    "/".join(field(find(results, model=model, mode=mode, name=name), *how) for mode in modes)
+                    for name, *how in columns
+                )
+                rows.append((f"{model}{suffix}", *cells))
+    return markdown(("eager/compiled", "nn.Linear, ms", "bound", *names), rows)
 
 
 def min_tokens_by_gpu(_: Record) -> str:
@@ -341,15 +337,10 @@ load = functools.cache(results_file.load)  # some tables share a file
 
 
 def origin(name: str, document: Record, folder: Path) -> str:
-    """A line that links the file from a page of a folder, and says what measured it."""
-    names = (record.get("name") or record.get("recipe", "") for record in document["results"])
-    with_torchao = any("torchao" in name for name in names)
+    """A line that links the file, which has all versions, from a page of a folder, and says what measured it."""
     sources: dict[str, list[str]] = {}
     for run in document["runs"]:
-        versions = [run["device"], f"torch {run['torch']}", f"Triton {run['triton']}"]
-        versions += [f"torchao {run['torchao']}"] if with_torchao and "torchao" in run else []
-        versions += [f"{library} {run[library]}" for library in ("transformers", "timm", "peft") if library in run]
-        commits = sources.setdefault(", ".join(versions), [])
+        commits = sources.setdefault(f"{run['device']}, torch {run['torch']}", [])
         commits += [one for one in [f"{str(run.get('commit'))[:7]} ({run['date'][:10]})"] if one not in commits]
     where = "; ".join(f"{versions}, commit {', '.join(commits)}" for versions, commits in sources.items())
     link = os.path.relpath(RESULTS / f"{name}.json", folder)

@@ -1,4 +1,4 @@
-"""What the backward of a layer with an int8 weight needs: its transpose, and gradients that take on its scales.
+"""Compute the backward of a layer whose weight is int8: transpose it, and have the gradient take on its scales.
 
 With the weight W ≈ diag(s) Q / 127, Q int8 [out, in] and one absmax s per row, grad_input = G W = (G diag(s)) Q / 127.
 The scales lie along the sum over the out features, so they go into G before it is quantized: both matmuls of such a
