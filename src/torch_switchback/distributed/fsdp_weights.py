@@ -223,7 +223,7 @@ _QUANTIZERS: dict[Any, Callable[..., Any]] = {
     _OPS.quantize_global.default: lambda weight: _qdata_and_absmax(weight, 1),
     _OPS.quantize_rowwise.default: lambda weight: _qdata_and_absmax(weight, weight.shape[0]),
     _OPS.quantize_by_absmax.default: lambda weight, absmax: weight._qdata,
-    _OPS.quantize_transpose_by_absmax.default: lambda weight, absmax: weight._qdata.t().contiguous(),
+    _OPS.quantize_transpose_by_absmax.default: lambda weight, absmax: _OPS.transpose_int8(weight._qdata),
     _OPS.quantize_columnwise_and_transpose.default: lambda weight: quantize_columnwise_and_transpose(
         dequantize_rowwise(weight._qdata, weight._absmax, torch.float32)
     ),
