@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import results_file
 from demo import PRESETS, Corpus, Settings, load_corpus
-from measure import RESULTS, ratio
+from measure import RESULTS, ratio, speed_up
 from results_file import Record
 from train_fsdp import ShardedRun, label, largest_over_ranks, release_memory  # which demo finds
 
@@ -53,8 +53,9 @@ def measure(preset: str, mode: str, rounds: int, corpus: Corpus) -> list[Record]
         records.append(found)
     turns: list[list[float]] = [[turn_ms(run) for run in runs] for _ in range(rounds)]
     for index, (run, record) in enumerate(zip(runs, records, strict=True)):
-        record |= spread("median_ms", [turn[index] for turn in turns])
-        record |= spread("speed_up", [turn[0] / turn[index] for turn in turns])
+        times = {"turns": [turn[index] for turn in turns]}
+        record["median_ms"] = statistics.median(times["turns"])
+        record |= speed_up(times, {"turns": [turn[0] for turn in turns]})
         record["tokens_per_s"] = ratio(defaults.batch_size * defaults.model.context * 1e3, record["median_ms"])
         run.counted_step()
         record["bytes_per_step"] = run.bytes_per_step
@@ -63,13 +64,6 @@ def measure(preset: str, mode: str, rounds: int, corpus: Corpus) -> list[Record]
             name = f"{record['label']}: {label(run)}"
             print(f"{name} {record['median_ms']:.1f} ms, {record['speed_up']:.2f} ×", flush=True)
     return records
-
-
-def spread(key: str, values: list[float]) -> Record:
-    """Return the median of some values under a key, and their 10th and 90th percentile."""
-    low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
-    names = (key, "p10_ms", "p90_ms") if key == "median_ms" else (key, f"{key}_p10", f"{key}_p90")
-    return dict(zip(names, (statistics.median(values), low, high), strict=True))
 
 
 def turn_ms(run: ShardedRun) -> float:
