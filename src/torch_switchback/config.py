@@ -39,7 +39,7 @@ class SwitchBackConfig:
         rotate_features: how many features (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes in both operands of
             the output and of the input gradient before they are quantized; None: no rotation. It spreads channels that
             are much larger than the others and would leave those a handful of int8 levels (docs/architecture.md). With
-            ``weight_scaling="rowwise"`` only, in layers that are neither prepared for evaluation nor tensor-parallel.
+            ``weight_scaling="rowwise"`` only, in layers that are not tensor-parallel.
         min_tokens: with fewer tokens in a call the layer computes as nn.Linear does, with W and b cast to x's dtype,
             and has nn.Linear's own bits and gradients. None: :func:`convert_to_switchback` fills in from how many
             tokens on int8 is faster; a layer that is built directly takes 0, always int8. Prepared and tensor-parallel
