@@ -34,9 +34,10 @@ OURS = ("switchback", "switchback_memory_efficient")
 FLOAT8 = tuple(f"torchao float8 {recipe}" for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"))
 TENSORWISE = FLOAT8[0]
 INT8_GRAD_WEIGHT = "switchback_int8_grad_weight"
-HEADLINE = {  # models of bench_real_models, and what the README calls them
+HEADLINE = {  # models of bench_real_models and bench_lora, and what the README calls them
     "Llama 4096 × 4, 4×4096 tokens": "Llama, 4 layers of 8B's size, 16384 tokens",
     "Llama 2048 × 12, 8×2048 tokens": "Llama, width 2048, 12 layers, 16384 tokens",
+    "Llama 4096 × 4, 4×2048 tokens, bf16 adapters": "LoRA over a frozen base, 4 layers of 8B's size, 8192 tokens",
     "ViT-H × 12, 128 images": "ViT-H/14, 12 blocks, 128 images",
     "ViT-L × 12, 128 images": "ViT-L/16, 12 blocks, 128 images",
     "ViT-B × 12, 256 images": "ViT-B/16, 256 images",
@@ -87,12 +88,13 @@ def models(*names: str) -> Callable[[Record], str]:
     return table
 
 
-def headline(document: Record) -> str:
+def headline(*documents: Record) -> str:
     """Speed-ups of some models that many people train, compiled."""
     names = (TENSORWISE, "switchback", INT8_GRAD_WEIGHT)
+    results = [record for document in documents for record in document["results"]]
     rows = []
     for model, label in HEADLINE.items():
-        of = [find(document["results"], model=model, name=name, mode="compiled") for name in names]
+        of = [find(results, model=model, name=name, mode="compiled") for name in names]
         rows.append((label, "1.00 ×", *(f"{field(one)} ×" if one else "–" for one in of)))
     return markdown(("training step, compiled", "nn.Linear bf16", *names), rows)
 
@@ -313,7 +315,7 @@ def gradient_snr(document: Record) -> str:
 
 BLOCKS: dict[str, tuple[str | None, Callable[[Record], str]]] = {  # None: not of a results file
     "min_tokens": (None, min_tokens_by_gpu),
-    "headline": ("h200/bench_real_models", headline),
+    "headline": (("h200/bench_real_models", "h200/bench_lora"), headline),
     "matmuls": ("h200/bench_matmul", matmuls),
     "matmuls_h100": ("h100/bench_matmul", matmuls),
     "quantizers": ("h200/bench_quantize", quantizers),
@@ -338,11 +340,11 @@ load = functools.cache(results_file.load)  # some tables share a file
 
 def origin(name: str, document: Record, folder: Path) -> str:
     """A line that links the file, which has all versions, from a page of a folder, and says what measured it."""
-    sources: dict[str, list[str]] = {}
+    days: dict[str, str] = {}
     for run in document["runs"]:
-        commits = sources.setdefault(f"{run['device']}, torch {run['torch']}", [])
-        commits += [one for one in [f"{str(run.get('commit'))[:7]} ({run['date'][:10]})"] if one not in commits]
-    where = "; ".join(f"{versions}, commit {', '.join(commits)}" for versions, commits in sources.items())
+        machine = f"{run['device']}, torch {run['torch']}"
+        days[machine] = max(days.get(machine, ""), run["date"][:10])
+    where = "; ".join(f"{machine}, {day}" for machine, day in days.items())
     link = os.path.relpath(RESULTS / f"{name}.json", folder)
     return f"([{Path(name).name}.json]({link}): {where})\n"
 
@@ -351,14 +353,16 @@ def fill(page: str, folder: Path) -> str:
     """Return a page of a folder with every table written anew; MISSING stands for what has no results yet."""
 
     def write(match: re.Match[str]) -> str:
-        name, block = BLOCKS[match[1]]
-        if name is None:
+        files, block = BLOCKS[match[1]]
+        if files is None:
             return f"<!-- begin: {match[1]} -->\n{block({})}<!-- end -->"
-        path = RESULTS / f"{name}.json"
+        names = (files,) if isinstance(files, str) else files
+        paths = [RESULTS / f"{name}.json" for name in names]
         content = MISSING
-        if path.exists():
-            content = block(load(path))
-            content += ("\n" if "|" in content else "") + origin(name, load(path), folder)
+        if all(path.exists() for path in paths):
+            documents = [load(path) for path in paths]
+            content = block(*documents)
+            content += "\n" * ("|" in content) + "".join(map(origin, names, documents, [folder] * len(names)))
         return f"<!-- begin: {match[1]} -->\n{content}<!-- end -->"
 
     return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
