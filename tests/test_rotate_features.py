@@ -241,6 +241,16 @@ def test_the_backward_of_a_prepared_layer_requantizes_what_it_keeps(block, cache
         assert signal_to_noise(grad_input, of_kept) > 40  # the int8 values of the columns differ by a step at most
 
 
+@pytest.mark.parametrize("width", [81, 82, 84, 96])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_input_that_only_fits_whole_blocks_is_refused(width, compiled, device):
+    layer = make_layer(ROTATED, 83, 70, device)
+    layer.prepare_for_eval()
+    call = torch.compile(layer, backend="eager") if compiled else layer
+    with pytest.raises(ValueError, match=r"must have shape \(\*, 83\)"):
+        call(torch.randn(5, width, device=device))
+
+
 def test_int8_values_that_are_rotated_in_another_way_are_refused(device):
     layers = [make_layer(config, device=device) for config in (SwitchBackConfig("rowwise"), ROTATED)]
     layers.append(make_layer(SwitchBackConfig("rowwise", rotate_features=64), device=device))

@@ -80,6 +80,8 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         absmax = cache = None
         if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
+            if weight.shape[1] != self.in_features:
+                self._check_width_of(input)
             if self.training and self._weight_requires_grad and torch.is_grad_enabled():
                 if not torch.compiler.is_compiling():
                     _warn_that_it_does_not_train()
@@ -91,6 +93,16 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
             else:  # it may be written to while it is frozen
                 self.__dict__.pop("_weight_cache", None)
         return linear(input, weight, self.bias, config, absmax, cache)
+
+    def _check_width_of(self, input: torch.Tensor) -> None:
+        """Raise ValueError if input's width is another: zeros fill up W's last rotated block, so the matmul fits many.
+
+        torch.jit.trace cannot record this.
+        """
+        if isinstance(input, torch.Tensor) and not torch.jit.is_tracing() and input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"SwitchBackLinear: input must have shape (*, {self.in_features}), got {tuple(input.shape)}"
+            )
 
     def _is_leaf_of(self, tracer: torch.fx.Tracer) -> bool:
         """Return whether torch.fx may record this layer as a module, as it records layers of torch.nn.
