@@ -370,15 +370,18 @@ def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device
 
 
 @strategies
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
-def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, cast, device):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_casting_a_prepared_layer_leaves_what_it_keeps(config, dtype, device):
     layer = make_layer(config, device=device)
     layer.prepare_for_eval()
-    absmax = layer.weight_absmax.clone()
+    before = copy.deepcopy(layer.state_dict())
     layer.half()
-    getattr(layer, cast)()
-    assert_same(layer.weight_absmax, absmax)
-    assert layer.weight_int8.dtype == torch.int8
+    for cast in (layer.to, layer.type):  # the second casts integers, too
+        cast(dtype)
+        assert layer.bias.dtype == dtype
+        for name, tensor in layer.state_dict().items():
+            if name != "bias":
+                assert_same(tensor, before[name])
     layer.prepare_for_training()
     assert layer.weight.dtype == layer.bias.dtype
 
@@ -453,6 +456,27 @@ def test_moved_and_cast_while_prepared():
     assert {each.dtype for each in parameters} == {torch.bfloat16}
     model(torch.randn(5, 64, dtype=torch.bfloat16)).sum().backward()
     assert all(each.grad is not None for each in parameters)
+
+
+@pytest.mark.parametrize("config", ts.RECIPES)
+def test_moved_to_meta_while_prepared(config):
+    model = make_model(config)
+    optimizer = torch.optim.SGD(model.parameters())
+    ts.prepare_for_training(ts.prepare_for_eval(model).to("meta"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model[0].weight.shape == (48, 64)
+    assert optimizer.param_groups[0]["params"][0].shape == (0,)  # as nn.Linear, a layer has other parameters on meta
+
+
+def test_a_parameter_comes_back_with_its_hooks_though_nothing_else_holds_it():
+    model = make_model()
+    seen = []
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.shape))
+    model[0].weight.tag = "first"
+    ts.prepare_for_training(ts.prepare_for_eval(model))
+    model(torch.randn(5, 64)).sum().backward()
+    assert seen == [(48, 64)]
+    assert model[0].weight.tag == "first"
 
 
 def test_a_layer_prepared_by_itself_comes_back_to_who_holds_its_parameter():

@@ -47,11 +47,14 @@ def int8_state(weight: Tensor, config: SwitchBackConfig) -> dict[str, Tensor]:
     return state
 
 
-def float_weight(state: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-    """Return the weight [out, in] that the entries of :func:`int8_state` stand for, dequantized."""
-    qdata, absmax = state["weight_int8"], state["weight_absmax"]
-    if "weight_rotation" in state:
-        weight = dequantize_rotated(qdata, absmax, int(state["weight_rotation"]))[:, :in_features]
+def float_weight(qdata: Tensor, absmax: Tensor, block: int | None, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] that the entries of :func:`int8_state` stand for, dequantized.
+
+    Args:
+        block: how many features are rotated together, or None.
+    """
+    if block is not None:
+        weight = dequantize_rotated(qdata, absmax, block)[:, :in_features]
     else:
         weight = dequantize_rowwise(qdata, absmax.expand(qdata.shape[0]).contiguous(), torch.float32)
     return weight.to(dtype).contiguous()
@@ -68,7 +71,7 @@ class PreparedWeight(nn.Module):
     weight_absmax: torch.Tensor
     weight_rotation: torch.Tensor  # if the config has rotate_features
     _weight_requires_grad: bool
-    _former_weight: TensorWeakRef | None = None
+    _former_weight: Callable[[], Tensor | None] | None = None  # returns it while something holds it
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
 
@@ -116,15 +119,23 @@ class PreparedWeight(nn.Module):
     def prepare_for_training(self) -> None:
         """Undo :meth:`prepare_for_eval`: a ``weight``, dequantized, in the dtype it had.
 
-        It is the same parameter object if something, such as an optimizer or a module that shares it, still holds that.
-        What was rounded away stays away (at most absmax / 254 per element). On an unprepared layer it does nothing.
+        It is the same parameter object if something, such as an optimizer or a module that shares it, still holds that,
+        and gets the dequantized values whatever has been written to it meanwhile. It requires a gradient if it did, as
+        ``requires_grad_()`` does not reach it while the layer is prepared. What was rounded away stays away (at most
+        absmax / 254 per element). On an unprepared layer it does nothing.
         """
         if not self.is_prepared:
             return
         assert self._weight_dtype is not None
+        sizes = self.config.rotate_features, self.in_features  # not weight_rotation, which has no value on meta
         with torch.inference_mode(False), torch.no_grad():
-            state = {name: self._buffers[name] for name in self._prepared_tensors()}
-            self._become_unprepared(float_weight(state, self.in_features, self._weight_dtype))  # type: ignore[arg-type]
+            self._become_unprepared(float_weight(self.weight_int8, self.weight_absmax, *sizes, self._weight_dtype))
+
+    def _freeze_former_weight(self) -> None:
+        """Have the weight of a prepared layer require no gradient when :meth:`prepare_for_training` brings it back."""
+        self._weight_requires_grad = False
+        if self._former_weight is not None and (weight := self._former_weight()) is not None:
+            weight.requires_grad_(False)
 
     def _prepared_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the names of what takes the place of the weight, with shapes and dtypes."""
@@ -148,7 +159,8 @@ class PreparedWeight(nn.Module):
 
     def _become_unprepared(self, weight: Tensor) -> None:
         parameter = None if self._former_weight is None else self._former_weight()
-        if parameter is None:
+        # As in nn.Module._apply: the data of a parameter cannot go to the meta device, or come from there.
+        if parameter is None or not torch._has_compatible_shallow_copy_type(parameter, weight):
             parameter = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
         else:
             _replace_data(parameter, weight)
@@ -165,13 +177,13 @@ class PreparedWeight(nn.Module):
         self.__dict__.pop("_weight_cache", None)
         if not self.is_prepared:
             return super()._apply(fn, recurse)
-        qdata, absmax = self.weight_int8, self.weight_absmax
+        former = {name: getattr(self, name) for name in self._prepared_tensors()}
         super()._apply(fn, recurse)
-        if self.weight_int8.dtype != qdata.dtype:
-            self.weight_int8 = qdata.to(self.weight_int8.device)
-        if self.weight_absmax.dtype != absmax.dtype:
-            self.weight_absmax = absmax.to(self.weight_absmax.device)
-        self._weight_dtype = fn(absmax.new_empty(0, dtype=self._weight_dtype)).dtype
+        for name, tensor in former.items():
+            cast = getattr(self, name)
+            if cast.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(cast.device))
+        self._weight_dtype = fn(former["weight_absmax"].new_empty(0, dtype=self._weight_dtype)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -276,7 +288,8 @@ def prepare_for_eval(model: Model) -> Model:
     :func:`prepare_for_training` gives both back to the same objects.
 
     Args:
-        model: any module with SwitchBackLinear layers. If it is refused, it is as it was.
+        model: any module with SwitchBackLinear layers, and with whatever shares their weights: what is outside of it
+            would lose them. If it is refused, it is as it was.
 
     Returns:
         The same model.
@@ -347,6 +360,7 @@ def prepare_layers(layers: Iterable[PreparedWeight]) -> None:
         layer.prepare_for_eval()
         weight.grad = None
         _replace_data(weight, weight.new_empty(0))
+        layer._former_weight = lambda weight=weight: weight  # held for its hooks, as it costs no memory
 
 
 def _replace_data(parameter: Tensor, data: Tensor) -> None:

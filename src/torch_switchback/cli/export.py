@@ -112,7 +112,8 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
         if dtype is None:
             raise ValueError(f"{prefix}weight_int8 is noted as of {note['dtype']!r}, which is no dtype of a weight")
         in_features = note.get("in_features", int8["weight_int8"].shape[1])
-        result[f"{prefix}weight"] = float_weight(int8, in_features, dtype)
+        block = int(int8["weight_rotation"]) if "weight_rotation" in int8 else None
+        result[f"{prefix}weight"] = float_weight(int8["weight_int8"], int8["weight_absmax"], block, in_features, dtype)
     return result, [prefix.removesuffix(".") for prefix in layers]
 
 
