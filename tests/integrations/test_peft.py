@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tasks import (
 )
 
 import torch_switchback as ts
-from torch_switchback.integrations.peft import _reads_weight, freeze_base, unfreeze_base
+from torch_switchback.integrations.peft import _reads_weight, adapters_over_int8, freeze_base, unfreeze_base
+from torch_switchback.nn import _warn_that_it_does_not_train
 
 TARGETS = ["body.0", "body.2"]
 BASES = [f"base_model.model.{name}.base_layer" for name in TARGETS]
@@ -319,6 +321,46 @@ def test_a_method_that_reads_the_bases_weight_is_refused(method):
         freeze_base(model)
     assert prepared(model) == [False, False]
     assert torch.equal(model(x), expected)
+
+
+def with_another_active(model):
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+@pytest.mark.parametrize("change", [with_another_active, disabled])
+def test_an_adapter_that_is_not_active_is_refused_too(change):
+    model = adapted(lora(use_dora=True))
+    change(model)
+    x = torch.randn(16, 32)
+    expected = model(x)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="computes with its base layer's weight"):
+        freeze_base(model)
+    assert torch.equal(model(x), expected)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_weights_under_adapters_over_int8_come_back_frozen(held):
+    base = ts.convert_to_switchback(Square(), config="rowwise", module_filter_fn=lambda *_: True)
+    before = list(base.parameters()) if held else []
+    ts.prepare_for_eval(base)
+    if not held:
+        base = copy.deepcopy(base)
+    with adapters_over_int8(base):
+        model = get_peft_model(base, lora()).train()
+    _warn_that_it_does_not_train.cache_clear()
+    with warnings.catch_warnings(action="error"):
+        model(torch.randn(16, 32)).sum().backward()
+    unfreeze_base(model)
+    assert prepared(model) == [False, False]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name)
+    assert not any(parameter.requires_grad for parameter in before)
 
 
 def test_trying_an_adapter_leaves_no_trace():

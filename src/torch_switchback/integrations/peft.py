@@ -107,7 +107,8 @@ def adapters_over_int8(base: nn.Module) -> Iterator[None]:
         model = PeftModel.from_pretrained(base, path)
 
     PEFT asks a layer for its weight's shape, dtype and device. Here it is shown a weight of NaN that takes no memory:
-    an adapter that starts from the weight's values, as PiSSA's does, raises or becomes NaN.
+    an adapter that starts from the weight's values, as PiSSA's does, raises or becomes NaN. PEFT freezes the weights
+    of a base, and so they are when :func:`unfreeze_base` gives them back.
 
     Args:
         base: a model with prepared layers; others are left alone.
@@ -118,14 +119,35 @@ def adapters_over_int8(base: nn.Module) -> Iterator[None]:
         vars(layer)["weight"] = nan.expand(layer.out_features, layer.in_features)
     try:
         yield
+        for layer in layers:
+            layer._freeze_former_weight()
     finally:
         for layer in layers:
             del vars(layer)["weight"]
 
 
-def _reads_weight(adapter: nn.Module, base: SwitchBackLinear) -> bool:
-    """Return whether an adapter layer's forward reads the weight of its base layer: run it on a token without one."""
+def _reads_weight(adapter: BaseTunerLayer, base: SwitchBackLinear) -> bool:
+    """Return whether an adapter layer's forward reads the weight of its base layer: run it on a token without one.
+
+    It is run with each of its adapters, as another one may be made active later.
+    """
     token = base.weight.new_zeros(1, 1, base.in_features)
+    parts = [getattr(adapter, name, None) for name in adapter.adapter_layer_names]
+    names = {name for part in parts if isinstance(part, nn.ModuleDict | nn.ParameterDict) for name in part}
+    attributes = dict(vars(adapter))
+    adapter._disable_adapters = False
+    try:
+        for active in (adapter._active_adapter, *([name] for name in names)):
+            adapter._active_adapter = active
+            if _fails_without_weight(adapter, base, token):
+                return True
+    finally:
+        vars(adapter).clear()
+        vars(adapter).update(attributes)
+    return False
+
+
+def _fails_without_weight(adapter: nn.Module, base: SwitchBackLinear, token: torch.Tensor) -> bool:
     with _without_weight(base), torch.no_grad(), torch.random.fork_rng([token.device] if token.is_cuda else []):
         try:
             adapter.forward(token)
