@@ -36,7 +36,7 @@ def test_the_transpose_is_quantized_for_the_columns(config, weight):
         assert torch.equal(transposed_absmax, expected)
         inverse = 127 / expected
         assert torch.equal(transposed, (weight * inverse).round().to(torch.int8).t())
-    requantized, _ = scheme.transpose_quantized(weight_int8, absmax)
+    requantized, _ = scheme.transpose_prepared(weight_int8, absmax)
     assert (requantized.int() - weight_int8.t().int()).abs().max() <= (0 if config.weight_scaling == "global" else 127)
 
 
