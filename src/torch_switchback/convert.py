@@ -18,6 +18,7 @@ from ._text import table
 from .config import SwitchBackConfig, config_of
 from .filters import default_filter, look_up, with_min_tokens
 from .nn import SwitchBackLinear
+from .prepared import refuse_to_train_under_ddp
 from .weight_readers import weights_read_by_parents
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -292,11 +293,13 @@ def revert_switchback(model: Model) -> Model:
 
     Raises:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
-            the graph of a forward.
+            the graph of a forward; or a prepared layer's weight is to train, and DistributedDataParallel holds it.
         TypeError: model is something else.
     """
     _check_module("revert_switchback", model)
+    refuse_to_train_under_ddp("revert_switchback", model)
     extensions.distributed.undo_int8_all_gather(model)
+    prepared = [module for module in model.modules() if isinstance(module, SwitchBackLinear) and module.is_prepared]
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
         if not isinstance(module, SwitchBackLinear):
@@ -311,6 +314,8 @@ def revert_switchback(model: Model) -> Model:
         for name in ("_weight_cache", "_was_called"):
             vars(module).pop(name, None)
         module.__class__ = reverts_to
+    for layer in prepared:  # whose weights were not there to be unwrapped
+        extensions.distributed.undo_int8_all_gather(layer)
     extensions.layers_changed(model)
     return model
 

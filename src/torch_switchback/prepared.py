@@ -321,7 +321,12 @@ def prepare_for_training(model: Model) -> Model:
 
     Returns:
         The same model.
+
+    Raises:
+        RuntimeError: DistributedDataParallel holds a layer whose weight is to train, and would not average its
+            gradient.
     """
+    refuse_to_train_under_ddp("prepare_for_training", model)
     for module in model.modules():
         if isinstance(module, PreparedWeight):
             module.prepare_for_training()
@@ -329,15 +334,22 @@ def prepare_for_training(model: Model) -> Model:
     return model
 
 
+def refuse_to_train_under_ddp(caller: str, model: nn.Module) -> None:
+    """Raise if a weight would come back to train under a DistributedDataParallel that does not know it."""
+    under_ddp = _parts_under_ddp(model)
+    for fqn, module in model.named_modules():
+        if isinstance(module, PreparedWeight) and module.is_prepared and module._weight_requires_grad:
+            if module in under_ddp:
+                raise RuntimeError(
+                    f"{caller}: {fqn}: call it before DistributedDataParallel wraps the model, which averages no "
+                    "gradient of a weight that comes later"
+                )
+
+
 def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
     """Raise if the weight of one of these layers, by name, cannot be freed."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    under_ddp = {
-        part
-        for module in model.modules()
-        if isinstance(module, nn.parallel.DistributedDataParallel)
-        for part in module.modules()
-    }
+    under_ddp = _parts_under_ddp(model)
     for fqn, layer in layers.items():
         if layer.is_prepared:
             continue
@@ -349,6 +361,11 @@ def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedW
         if reason:
             raise RuntimeError(f"{caller}: {fqn or 'the layer'}: {reason}")
         check_float(caller, f"{fqn}.weight".lstrip("."), layer.weight)
+
+
+def _parts_under_ddp(model: nn.Module) -> set[nn.Module]:
+    wrappers = (module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel))
+    return {part for wrapper in wrappers for part in wrapper.modules()}
 
 
 def prepare_layers(layers: Iterable[PreparedWeight]) -> None:

@@ -8,7 +8,7 @@ from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_switchback import prepare_for_eval
+from torch_switchback import prepare_for_eval, prepare_for_training, revert_switchback
 
 STRATEGIES = [
     {"weight_scaling": scaling, "mem_efficient": mem_efficient}
@@ -92,3 +92,16 @@ def test_a_frozen_base_is_prepared_before_the_model_is_wrapped():
         loss_of(each(rows)).backward()
     for actual, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
         assert_close(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("restore", [prepare_for_training, revert_switchback])
+@in_processes(2)
+def test_a_weight_does_not_come_back_to_train_under_a_wrapper_that_does_not_know_it(restore):
+    model = prepare_for_eval(converted(mlp()))
+    parallel = DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match=r"module\.0: call it before DistributedDataParallel wraps the model"):
+        restore(parallel)
+    assert model[0].is_prepared
+    frozen = prepare_for_eval(converted(mlp()).requires_grad_(False))
+    frozen[2].bias.requires_grad_()
+    assert not restore(DistributedDataParallel(frozen)).module[0].weight.requires_grad

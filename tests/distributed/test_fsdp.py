@@ -489,6 +489,12 @@ def test_without_fully_shard_it_is_a_plain_layer():
     assert torch.equal(model[0].weight, plain[0].weight)
 
 
+def test_a_prepared_model_is_reverted_to_plain_parameters():
+    model = ts.prepare_for_eval(converted(mlp(), all_gather="int8"))
+    ts.revert_switchback(model)
+    assert [type(parameter) for parameter in model.parameters()] == [nn.Parameter] * 4
+
+
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_compiled_without_fully_shard(scaling):
     torch.compiler.reset()
