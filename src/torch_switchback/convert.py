@@ -298,8 +298,10 @@ def revert_switchback(model: Model) -> Model:
     """
     _check_module("revert_switchback", model)
     refuse_to_train_under_ddp("revert_switchback", model)
-    extensions.distributed.undo_int8_all_gather(model)
-    prepared = [module for module in model.modules() if isinstance(module, SwitchBackLinear) and module.is_prepared]
+    for module in model.modules():
+        if isinstance(module, SwitchBackLinear) and "reverts_to" in vars(type(module)):
+            module.prepare_for_training()
+    extensions.distributed.undo_int8_all_gather(model)  # of the weights that are back as well
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)
         if not isinstance(module, SwitchBackLinear):
@@ -309,13 +311,10 @@ def revert_switchback(model: Model) -> Model:
             reason = f"{type(module).__name__} is a subclass of SwitchBackLinear"
             warnings.warn(f"revert_switchback leaves {fqn!r} as it is: {reason}", stacklevel=2)
             continue
-        module.prepare_for_training()
         del module.config
         for name in ("_weight_cache", "_was_called"):
             vars(module).pop(name, None)
         module.__class__ = reverts_to
-    for layer in prepared:  # whose weights were not there to be unwrapped
-        extensions.distributed.undo_int8_all_gather(layer)
     extensions.layers_changed(model)
     return model
 
