@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def with_functional_call(layer):
         with_another_weight,
         with_none,
         with_functional_call,
+        lambda layer: layer.register_parameter("weight", nn.Parameter(torch.ones(48, 64))),
     ],
 )
 def test_a_prepared_layer_says_where_its_weight_is(use):
@@ -371,7 +373,7 @@ def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device
 
 @strategies
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_casting_a_prepared_layer_leaves_what_it_keeps(config, dtype, device):
+def test_casting_a_prepared_layer_leaves_its_absmax_in_float32(config, dtype, device):
     layer = make_layer(config, device=device)
     layer.prepare_for_eval()
     before = copy.deepcopy(layer.state_dict())
@@ -477,6 +479,28 @@ def test_a_parameter_comes_back_with_its_hooks_though_nothing_else_holds_it():
     model(torch.randn(5, 64)).sum().backward()
     assert seen == [(48, 64)]
     assert model[0].weight.tag == "first"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_an_optimizer_that_is_copied_with_its_prepared_model_trains_the_copy(duplicate):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = duplicate((ts.prepare_for_eval(model), optimizer))
+    before = copy.deepcopy(ts.prepare_for_training(model))
+    model(torch.randn(5, 64)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before[0].weight)
+
+
+def test_a_weight_that_another_model_freed_is_not_prepared():
+    model, other = make_model(), make_model()
+    other[2].weight = model[2].weight
+    ts.prepare_for_eval(model)
+    with pytest.raises(RuntimeError, match="prepare_for_eval: 2: weight is freed: prepare_for_training"):
+        ts.prepare_for_eval(other)
+    assert not other[0].is_prepared
+    ts.prepare_for_training(model)
+    assert other(torch.randn(5, 64)).shape == (5, 32)
 
 
 def test_a_layer_prepared_by_itself_comes_back_to_who_holds_its_parameter():

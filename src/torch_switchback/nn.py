@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from .config import SwitchBackConfig, WeightScaling, config_of
 from .functional import linear
@@ -126,7 +127,10 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_weight_cache", "_former_weight")}
+        state = {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}
+        if isinstance(self._former_weight, TensorWeakRef):  # which is not copied
+            del state["_former_weight"]
+        return state
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")

@@ -2,6 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -96,6 +97,12 @@ class PreparedWeight(nn.Module):
                 raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
             self.__dict__.pop("_weight_cache", None)
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a weight that the forward would not use."""
+        if name == "weight" and self.is_prepared:
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        super().register_parameter(name, param)
 
     def prepare_for_eval(self) -> None:
         """Quantize the weight for good: the same output bit for bit, less time and memory.
@@ -277,6 +284,10 @@ class PreparedWeight(nn.Module):
             return "weight is no parameter of this layer: parametrized, or pruned?"
         if hasattr(weight, "device_mesh"):
             return "weight is sharded over processes; load its state into a plain model"
+        if weight.dim() != 2:
+            return (
+                "weight is freed: prepare_for_training() of the model that shares it, and was prepared, brings it back"
+            )
         return ""
 
 
@@ -377,7 +388,11 @@ def prepare_layers(layers: Iterable[PreparedWeight]) -> None:
         layer.prepare_for_eval()
         weight.grad = None
         _replace_data(weight, weight.new_empty(0))
-        layer._former_weight = lambda weight=weight: weight  # held for its hooks, as it costs no memory
+        layer._former_weight = partial(_itself, weight)  # held for its hooks, as it costs no memory
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _replace_data(parameter: Tensor, data: Tensor) -> None:
