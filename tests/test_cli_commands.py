@@ -390,6 +390,15 @@ def test_export_and_back(checkpoint, folder):
         assert metadata["epoch"] == "3" and ("torch_switchback" in metadata) == (name == "int8.safetensors")
 
 
+def test_rotated_values_without_a_note_do_not_come_back_padded():
+    layer = ts.SwitchBackLinear(100, 24, config="rowwise_rotated_features")
+    layer.prepare_for_eval()
+    with pytest.raises(ValueError, match="weight_int8 is rotated, and no note says how many features"):
+        restored(layer.state_dict(), {})
+    again, _ = restored(layer.state_dict(), {"": {"in_features": 100}})
+    assert again["weight"].shape == (24, 100)
+
+
 def test_export_of_a_model_that_is_one_layer():
     layer = ts.SwitchBackLinear(16, 24)
     state, notes = prepared(layer.state_dict(), {"*": "switchback"})

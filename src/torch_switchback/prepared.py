@@ -35,8 +35,9 @@ def int8_state(weight: Tensor, config: SwitchBackConfig) -> dict[str, Tensor]:
         config: the layer's.
 
     Returns:
-        ``weight_int8`` int8 [out, in], ``weight_absmax`` float32, (1,) or (out,), and of a layer that rotates its
-        features ``weight_rotation``, an int64 scalar with the block, where in is rounded up to whole blocks.
+        ``weight_int8``: int8 [out, in], with in rounded up to whole blocks if the layer rotates its features.
+        ``weight_absmax``: float32, (1,) or (out,). ``weight_rotation``: int64 scalar, how many features a rotation
+        mixes; only if the layer rotates its features.
 
     Raises:
         TypeError: the weight has another dtype.

@@ -98,7 +98,8 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
     """Return a training state from a prepared one, and the layers' names. Without a note a weight becomes bfloat16.
 
     Raises:
-        ValueError: int8 values have no absmax, or the note is of no dtype that a weight can have.
+        ValueError: int8 values have no absmax, or are rotated and have no note, which says how many features there are;
+            or the note is of no dtype that a weight can have.
     """
     result = dict(state)
     layers = [name.removesuffix("weight_int8") for name in state if name.rpartition(".")[2] == "weight_int8"]
@@ -108,6 +109,11 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
         if "weight_absmax" not in int8:
             raise ValueError(f"{prefix}weight_int8 has no {prefix}weight_absmax beside it")
         note = {"dtype": "bfloat16"} | notes.get(prefix.removesuffix("."), {})
+        if "weight_rotation" in int8 and "in_features" not in note:
+            raise ValueError(
+                f"{prefix}weight_int8 is rotated, and no note says how many features it has without padding; load it "
+                "into a converted model, and call prepare_for_training(model)"
+            )
         dtype = next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{note['dtype']}"), None)
         if dtype is None:
             raise ValueError(f"{prefix}weight_int8 is noted as of {note['dtype']!r}, which is no dtype of a weight")
