@@ -5,6 +5,7 @@ holds for the page. One that needs what is not here says so in its fence, ```` `
 is in NOT_RUN.
 """
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -277,7 +278,16 @@ def test_every_public_name_is_in_the_reference():
     shown = re.findall(r"^::: torch_switchback\.(?:.*\.)?(\w+)$", PAGES["docs/reference.md"], re.MULTILINE)
     returned = [{"return": get_type_hints(function)["return"]} for function in functions()]
     results = {each.__name__ for hints in returned for each in result_types(hints)}
-    assert sorted(shown) == sorted(public().keys() | results)
+    assert sorted(shown) == sorted(public().keys() | results | names_of_integrations())
+
+
+def names_of_integrations() -> set[str]:
+    """The names that pages import from the bridges or mention. The bridges themselves import other libraries."""
+    folder = ROOT / "src/torch_switchback/integrations"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("[a-z]*.py"))]
+    defined = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    pages = " ".join(page for name, page in PAGES.items() if name != "docs/reference.md")
+    return {name for name in defined if name[0] != "_" and re.search(rf"\b{name}\b", pages)}
 
 
 def test_docstrings_are_complete_and_refer_to_what_is_public():
