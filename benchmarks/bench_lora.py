@@ -117,11 +117,15 @@ def base_layers(model: Model, module: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of the blocks by name, without those of adapters."""
     return {
         f"{fqn}.{name}": layer
-        for fqn, block in module.named_modules()
-        if type(block).__name__ in model.block_classes
+        for fqn, block in model.blocks(module).items()
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear) and "lora_" not in name
     }
+
+
+def compiled_parts(model: Model, module: nn.Module, mode: Mode) -> list[nn.Module]:
+    """Return what is compiled by itself in a mode that compiles: the whole model for CUDA graphs, else its blocks."""
+    return [module] if mode == "reduce-overhead" else list(model.blocks(module).values())
 
 
 def with_adapters(model: Model, name: str, device: torch.device, adapter_dtype: str) -> nn.Module:
@@ -219,9 +223,8 @@ def measure(bench: Bench, case: Case) -> list[Record]:
         loss = partial(model.loss, module, inputs, labels)
         if name == "linear":
             calls.extend(calls_of(layers, loss))
-        for part in [module] if mode == "reduce-overhead" else list(module.modules()):
-            if part is module or type(part).__name__ in model.block_classes:
-                compile_in_place(part, mode, tiny=bench.tiny)
+        for part in compiled_parts(model, module, mode):
+            compile_in_place(part, mode, tiny=bench.tiny)
         step = training_step([p for p in module.parameters() if p.requires_grad], loss, learning_rate=1e-3)
         losses = [step().item() for _ in range(LOSS_STEPS)]
         notes |= {"first_loss": losses[0], "loss": losses[-1]}

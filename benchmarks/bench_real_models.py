@@ -59,6 +59,10 @@ class Model(NamedTuple):
     def weights(self) -> str:
         return "bf16" if self.dtype == torch.bfloat16 else "fp32, autocast"
 
+    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return the blocks of such a model, by name."""
+        return {fqn: part for fqn, part in module.named_modules() if type(part).__name__ in self.block_classes}
+
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.float32)
 
@@ -283,9 +287,8 @@ def measure(bench: Bench, model: Model) -> list[Record]:
         if name != "linear" and name not in TORCHAO:
             with model.autocast(device):
                 notes["int8_layers"] = count_int8_layers(module, inputs)
-        for part in module.modules():
-            if type(part).__name__ in model.block_classes:
-                compile_in_place(part, mode, tiny=bench.tiny)
+        for block in model.blocks(module).values():
+            compile_in_place(block, mode, tiny=bench.tiny)
         step = training_step(module.parameters(), loss)
         torch.manual_seed(0)  # for dropout
         notes["loss"] = [step() for _ in range(LOSS_STEPS)][-1].item()

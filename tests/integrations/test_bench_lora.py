@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_lora
 import pages
 import results_file
-from bench_lora import TINY_MODELS, base_layers, calls_of, with_adapters
+from bench_lora import TINY_MODELS, base_layers, calls_of, compiled_parts, with_adapters
 from measure import find
 from shapes import Shape
 
@@ -66,6 +66,14 @@ def test_matmuls_are_those_of_the_base_and_have_a_gradient_behind_an_adapter():
     ]
     assert [call.shape for call in calls] == 2 * block
     assert [call.has_grad_input for call in calls] == [False] * 3 + [True] * 11
+
+
+def test_blocks_are_compiled_one_by_one_but_for_cuda_graphs():
+    for model in TINY_MODELS:
+        module = with_adapters(model, "linear", CPU, "float32")
+        blocks = compiled_parts(model, module, "compiled")
+        assert len(blocks) == 2 and {type(block).__name__ for block in blocks} == {*model.block_classes}
+        assert compiled_parts(model, module, "reduce-overhead") == [module]
 
 
 def test_the_bound_halves_the_matmuls_alone():
