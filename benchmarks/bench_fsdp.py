@@ -40,16 +40,17 @@ def measure(preset: str, mode: str, rounds: int, corpus: Corpus) -> list[Record]
     runs: list[ShardedRun] = []
     records: list[Record] = []
     for recipe, gather in RUNS:
-        before = allocated(defaults.device)
+        before = torch.cuda.memory_allocated()
         run = ShardedRun(recipe, gather, settings, corpus, reshard=True)
         for _ in range(WARM_UP - 1):
             run.train_step()
-        reset_peak(defaults.device)
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         run.train_step()
         runs.append(run)
         found: Record = {"label": f"{preset}, {mode}", "mode": mode, "recipe": recipe, "all_gather": gather}
         found |= {"parameters": sum(p.numel() for p in run.model.parameters()), "steps": steps}
-        found["peak_bytes"] = None if before is None else largest_over_ranks(peak() - before, run.device)
+        found["peak_bytes"] = largest_over_ranks(torch.cuda.max_memory_allocated() - before, run.device) or None
         records.append(found)
     turns: list[list[float]] = [[turn_ms(run) for run in runs] for _ in range(rounds)]
     for index, (run, record) in enumerate(zip(runs, records, strict=True)):
@@ -82,19 +83,6 @@ def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
-
-
-def allocated(device: str) -> int | None:
-    return torch.cuda.memory_allocated() if device == "cuda" else None
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak() -> int:
-    return torch.cuda.max_memory_allocated()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -317,8 +317,7 @@ def prepare_for_eval(model: Model) -> Model:
         raise ValueError("prepare_for_eval: model has no SwitchBackLinear; call convert_to_switchback before")
     layers = leave_read_layers("prepare_for_eval", model, layers)
     refuse_weights("prepare_for_eval", model, layers)
-    prepare_layers(layers.values())
-    extensions.layers_changed(model)
+    prepare_layers(model, layers.values())
     return model
 
 
@@ -350,12 +349,12 @@ def refuse_to_train_under_ddp(caller: str, model: nn.Module) -> None:
     """Raise if a weight would come back to train under a DistributedDataParallel that does not know it."""
     under_ddp = _parts_under_ddp(model)
     for fqn, module in model.named_modules():
-        if isinstance(module, PreparedWeight) and module.is_prepared and module._weight_requires_grad:
-            if module in under_ddp:
-                raise RuntimeError(
-                    f"{caller}: {fqn}: call it before DistributedDataParallel wraps the model, which averages no "
-                    "gradient of a weight that comes later"
-                )
+        is_to_train = isinstance(module, PreparedWeight) and module.is_prepared and module._weight_requires_grad
+        if is_to_train and module in under_ddp:
+            raise RuntimeError(
+                f"{caller}: {fqn}: call it before DistributedDataParallel wraps the model, which averages no "
+                "gradient of a weight that comes later"
+            )
 
 
 def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
@@ -380,8 +379,8 @@ def _parts_under_ddp(model: nn.Module) -> set[nn.Module]:
     return {part for wrapper in wrappers for part in wrapper.modules()}
 
 
-def prepare_layers(layers: Iterable[PreparedWeight]) -> None:
-    """Prepare layers that :func:`refuse_weights` has let pass, and free their weights whoever holds the parameters."""
+def prepare_layers(model: nn.Module, layers: Iterable[PreparedWeight]) -> None:
+    """Prepare a model's layers that :func:`refuse_weights` has let pass. Free their weights, whoever holds them."""
     for layer in layers:
         if layer.is_prepared:
             continue
@@ -390,6 +389,7 @@ def prepare_layers(layers: Iterable[PreparedWeight]) -> None:
         weight.grad = None
         _replace_data(weight, weight.new_empty(0))
         layer._former_weight = partial(_itself, weight)  # held for its hooks, as it costs no memory
+    extensions.layers_changed(model)
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .. import SwitchBackLinear, extensions, prepare_for_training
+from .. import SwitchBackLinear, prepare_for_training
 from ..prepared import prepare_layers, refuse_weights
 from ..weight_readers import leave_read_layers
 from ._peer import peer
@@ -89,8 +89,7 @@ def freeze_base(model: Model) -> Model:
                 f"freeze_base: {fqn} ({type(adapter).__module__}.{type(adapter).__name__}) computes with its base "
                 "layer's weight, which a frozen base does not have"
             )
-    prepare_layers(layers.values())
-    extensions.layers_changed(model)
+    prepare_layers(model, layers.values())
     return model
 
 

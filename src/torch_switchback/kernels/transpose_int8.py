@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from ._tiles import tile_position
+from ._transpose import GROUP_ROWS
 from .launch import Plan, bind, ceil_div
 
 BLOCK = 128
 NUM_WARPS = 4
-GROUP_ROWS = tl.constexpr(8)  # blocks of rows whose transposes are written side by side
 
 
 @triton.jit

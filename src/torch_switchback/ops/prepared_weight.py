@@ -13,7 +13,9 @@ from torch import Tensor
 from ..kernels.device import empty
 from ._hadamard import rotate_features_back
 from ._library import define, dispatched
-from ._numerics import ONE_OVER_127, Quantized, absmax_of, quantize, row_blocks
+from ._numerics import ONE_OVER_127, Quantized, row_blocks
+from .quantize_columnwise import fake_quantize_columnwise
+from .quantize_rowwise import fake_quantize_rowwise, quantize_rowwise_op
 
 transpose_int8 = define(
     "transpose_int8(Tensor x) -> Tensor",
@@ -25,8 +27,7 @@ transpose_int8 = define(
 
 
 def _fake_quantize_folded_rowwise(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = x.shape
-    return empty(x, (rows, cols), torch.int8), empty(x, (rows,), torch.float32), empty(x, (1,), torch.float32)
+    return *fake_quantize_rowwise(x), empty(x, (1,), torch.float32)
 
 
 def _quantize_folded_rowwise_reference(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +43,7 @@ def _quantize_folded_rowwise_reference(x: Tensor, scale: Tensor) -> tuple[Tensor
     """
     qdata, absmax, one = _fake_quantize_folded_rowwise(x, scale)
     for block in row_blocks(x):
-        scaled = x[block].float() * scale
-        absmax[block] = absmax_of(scaled, dim=1)
-        qdata[block] = quantize(scaled, absmax[block, None])
+        qdata[block], absmax[block] = quantize_rowwise_op(x[block].float() * scale)
     return qdata, absmax, one.fill_(1.0)
 
 
@@ -77,15 +76,9 @@ def _requantize_rotated_reference(qdata: Tensor, absmax: Tensor, rotate_features
     return dispatched.quantize_rotated_columnwise_and_transpose(weight, rotate_features)
 
 
-def _fake_requantize_rotated(qdata: Tensor, absmax: Tensor, rotate_features: int) -> Quantized:
-    rows, cols = qdata.shape
-    padded_rows = (rows + rotate_features - 1) // rotate_features * rotate_features
-    return empty(qdata, (cols, padded_rows), torch.int8), empty(qdata, (cols,), torch.float32)
-
-
 requantize_rotated = define(
     "requantize_rotated(Tensor qdata, Tensor absmax, int rotate_features) -> (Tensor, Tensor)",
-    fake=_fake_requantize_rotated,
+    fake=lambda qdata, absmax, rotate_features: fake_quantize_columnwise(qdata, rotate_features),
     reference=_requantize_rotated_reference,
     kernels="quantize_rotated",
 )

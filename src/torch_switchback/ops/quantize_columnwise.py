@@ -37,7 +37,7 @@ def quantize_columnwise_and_transpose(x: Tensor, rotate_tokens: int | None = Non
     return quantize_rotated_columnwise_and_transpose_op(x, rotate_tokens)
 
 
-def _fake(x: Tensor, rotate_tokens: int = 1) -> Quantized:
+def fake_quantize_columnwise(x: Tensor, rotate_tokens: int = 1) -> Quantized:
     rows, cols = x.shape
     padded_rows = (rows + rotate_tokens - 1) // rotate_tokens * rotate_tokens
     return empty(x, (cols, padded_rows), torch.int8), empty(x, (cols,), torch.float32)
@@ -52,7 +52,7 @@ def _quantize_columnwise_and_transpose_reference(x: Tensor) -> Quantized:
 
 quantize_columnwise_and_transpose_op = define(
     "quantize_columnwise_and_transpose(Tensor x) -> (Tensor, Tensor)",
-    fake=_fake,
+    fake=fake_quantize_columnwise,
     reference=_quantize_columnwise_and_transpose_reference,
     kernels="quantize_columnwise",
 )
@@ -70,7 +70,7 @@ def _quantize_rotated_columnwise_and_transpose_reference(x: Tensor, rotate_token
 
 quantize_rotated_columnwise_and_transpose_op = define(
     "quantize_rotated_columnwise_and_transpose(Tensor x, int rotate_tokens) -> (Tensor, Tensor)",
-    fake=_fake,
+    fake=fake_quantize_columnwise,
     reference=_quantize_rotated_columnwise_and_transpose_reference,
     kernels="quantize_rotated",
 )
@@ -81,7 +81,7 @@ quantize_rowwise_and_rotated_columnwise = define(
     fake=lambda x, rotate_tokens: (
         empty(x, x.shape, torch.int8),
         empty(x, (x.shape[0],), torch.float32),
-        *_fake(x, rotate_tokens),
+        *fake_quantize_columnwise(x, rotate_tokens),
     ),
     reference=lambda x, rotate_tokens: (
         *quantize_rowwise_op(x),

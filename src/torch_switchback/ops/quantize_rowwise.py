@@ -39,14 +39,14 @@ def quantize_rowwise(x: Tensor, rotate_features: int | None = None) -> Quantized
     return quantize_rotated_rowwise_op(x, rotate_features)
 
 
-def _fake_quantize_rowwise(x: Tensor, rotate_features: int = 1) -> Quantized:
+def fake_quantize_rowwise(x: Tensor, rotate_features: int = 1) -> Quantized:
     rows, cols = x.shape
     padded_cols = (cols + rotate_features - 1) // rotate_features * rotate_features
     return empty(x, (rows, padded_cols), torch.int8), empty(x, (rows,), torch.float32)
 
 
 def _quantize_rowwise_reference(x: Tensor) -> Quantized:
-    qdata, absmax = _fake_quantize_rowwise(x)
+    qdata, absmax = fake_quantize_rowwise(x)
     for block in row_blocks(x):
         absmax[block] = absmax_of(x[block], dim=1)
         qdata[block] = quantize(x[block], absmax[block, None])
@@ -55,14 +55,14 @@ def _quantize_rowwise_reference(x: Tensor) -> Quantized:
 
 quantize_rowwise_op = define(
     "quantize_rowwise(Tensor x) -> (Tensor, Tensor)",
-    fake=_fake_quantize_rowwise,
+    fake=fake_quantize_rowwise,
     reference=_quantize_rowwise_reference,
     kernels="quantize_rowwise",
 )
 
 
 def _quantize_rotated_rowwise_reference(x: Tensor, rotate_features: int) -> Quantized:
-    qdata, absmax = _fake_quantize_rowwise(x, rotate_features)
+    qdata, absmax = fake_quantize_rowwise(x, rotate_features)
     for block in row_blocks(x):
         qdata[block], absmax[block] = _quantize_rowwise_reference(rotated(x[block], rotate_features))
     return qdata, absmax
@@ -70,7 +70,7 @@ def _quantize_rotated_rowwise_reference(x: Tensor, rotate_features: int) -> Quan
 
 quantize_rotated_rowwise_op = define(
     "quantize_rotated_rowwise(Tensor x, int rotate_features) -> (Tensor, Tensor)",
-    fake=_fake_quantize_rowwise,
+    fake=fake_quantize_rowwise,
     reference=_quantize_rotated_rowwise_reference,
     kernels="quantize_rotated_rowwise",
 )
