@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 class Task(NamedTuple):
-    """What is trained, and on what."""
+    """Hold a model and its data."""
 
     new_base: Callable[[], nn.Module]
     loss: Callable[[nn.Module, int], Tensor]  # of a model on the batch of a step

@@ -40,7 +40,7 @@ def test_transpose_int8(shape):
 
 
 def test_a_plan_serves_all_that_share_its_key():
-    """Which are numbers of rows up to the same power of two that 16 divides, and all weights of one shape."""
+    """Rows share a key up to the next power of two if 16 divides their number; weights share it if they are alike."""
     small, large, scale = random_int8(96, 48), random_int8(128, 48), torch.rand(48)
     assert specialization_key((small,)) == specialization_key((large,))
     calls = {

@@ -129,7 +129,7 @@ class Checkpoint(NamedTuple):
     state: State
     metadata: dict[str, str]
     notes: dict[str, Any]
-    """Those of :func:`prepared`."""
+    """By layer, as :func:`prepared` returns them."""
     key: str | None = None
     """The key that the state_dict is under in a file of torch.save, or None if the file has nothing else."""
 

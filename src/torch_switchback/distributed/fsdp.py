@@ -19,9 +19,9 @@ from .fsdp_weights import GatheredWeight, ShardWeight, local_part, unwrap, wrap
 def precompute_absmax_for_fsdp(model: nn.Module) -> None:
     """Find the absmaxes of all weights that FSDP2 gathers as int8, in one all-reduce instead of one per weight.
 
-    Call it after each ``optimizer.step()``, on every rank. Without it the result is the same, but for compiled steps,
-    whose writes cannot be seen: each all-gather then finds the absmax of its own weight first. An absmax serves until
-    its weight changes.
+    Call it after each ``optimizer.step()``, on every rank. After a compiled step it is required, because the
+    library cannot see its writes. Otherwise the result is the same without it: each all-gather then finds the absmax of
+    its own weight first. An absmax serves until its weight changes.
 
     Args:
         model: converted with ``SwitchBackConfig(all_gather="int8")``, then sharded with ``fully_shard``.

@@ -1,4 +1,4 @@
-"""Bridges to other libraries. They use the public API alone, and import their library on import or on call.
+"""Bridges to other libraries. They use the public API and what prepares layers, and import their library when needed.
 
 Importing this tells the core which of them must know of prepared layers. It imports none of the libraries.
 """
@@ -13,7 +13,7 @@ from .. import extensions
 from ..nn import SwitchBackLinear
 
 _models: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
-"""By layer, the outermost Transformers model in which it was converted or prepared."""
+"""Layer -> the outermost Transformers model in which it was converted or prepared."""
 
 
 def _tell_transformers(module: nn.Module) -> None:
