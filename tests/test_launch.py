@@ -24,7 +24,7 @@ import torch_switchback as ts
 from testing import assert_same, random_int8
 from torch_switchback.kernels import CannotCompile, _absmax, device, launch
 from torch_switchback.ops import _library, quantize_rowwise
-from torch_switchback.ops.quantize_rowwise import _fake_quantize_rowwise, _quantize_rowwise_reference
+from torch_switchback.ops.quantize_rowwise import fake_quantize_rowwise, _quantize_rowwise_reference
 from torch_switchback.tuning import MatmulConfig
 
 CONSTANTS = {"BLOCK": 64, "PDL_WAIT": False, "num_warps": 4}
@@ -343,7 +343,7 @@ def test_an_operation_falls_back_to_its_reference(kernels, monkeypatch):
 
     monkeypatch.setattr("torch_switchback.kernels.quantize_rowwise.bind", refuse)
     x = torch.randn(5, 7)
-    implementations = kernels, _fake_quantize_rowwise, _quantize_rowwise_reference
+    implementations = kernels, fake_quantize_rowwise, _quantize_rowwise_reference
     run = _library._direct_implementation("quantize_rowwise", *implementations)
     with pytest.warns(UserWarning, match="runs quantize_rowwise in plain PyTorch, slowly"):
         first = run(x)

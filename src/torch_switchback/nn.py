@@ -81,7 +81,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         absmax = cache = None
         if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
-            if weight.shape[1] != self.in_features:
+            if config.rotate_features is not None:
                 self._check_width_of(input)
             if self.training and self._weight_requires_grad and torch.is_grad_enabled():
                 if not torch.compiler.is_compiling():
