@@ -24,7 +24,7 @@ import torch_switchback as ts
 from testing import assert_same, random_int8
 from torch_switchback.kernels import CannotCompile, _absmax, device, launch
 from torch_switchback.ops import _library, quantize_rowwise
-from torch_switchback.ops.quantize_rowwise import fake_quantize_rowwise, _quantize_rowwise_reference
+from torch_switchback.ops.quantize_rowwise import _quantize_rowwise_reference, fake_quantize_rowwise
 from torch_switchback.tuning import MatmulConfig
 
 CONSTANTS = {"BLOCK": 64, "PDL_WAIT": False, "num_warps": 4}
