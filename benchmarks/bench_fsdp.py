@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # the runs share the code of their blocks
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     corpus = load_corpus()
     run = results_file.provenance(device) | {"processes": dist.get_world_size()}
