@@ -48,7 +48,8 @@ def measure(preset: str, mode: str, rounds: int, corpus: Corpus) -> list[Record]
             torch.cuda.reset_peak_memory_stats()
         run.train_step()
         runs.append(run)
-        found: Record = {"label": f"{preset}, {mode}", "mode": mode, "recipe": recipe, "all_gather": gather}
+        found: Record = {"label": f"{preset}, {mode}", "preset": preset, "mode": mode}
+        found |= {"recipe": recipe, "all_gather": gather}
         found |= {"parameters": sum(p.numel() for p in run.model.parameters()), "steps": steps}
         found["peak_bytes"] = largest_over_ranks(torch.cuda.max_memory_allocated() - before, run.device) or None
         records.append(found)

@@ -37,7 +37,7 @@ INT8_GRAD_WEIGHT = "switchback_int8_grad_weight"
 HEADLINE = {  # models of bench_real_models and bench_lora, and what the README calls them
     "Llama 4096 × 4, 4×4096 tokens": "Llama, 4 layers of 8B's size, 16384 tokens",
     "Llama 2048 × 12, 8×2048 tokens": "Llama, width 2048, 12 layers, 16384 tokens",
-    "Llama 4096 × 4, 4×2048 tokens, bf16 adapters": "LoRA over a frozen base, 4 layers of 8B's size, 8192 tokens",
+    "Llama 4096 × 4, 4×2048 tokens, bf16 adapters": "LoRA, 4 layers of 8B's size, 8192 tokens",
     "ViT-H × 12, 128 images": "ViT-H/14, 12 blocks, 128 images",
     "ViT-L × 12, 128 images": "ViT-L/16, 12 blocks, 128 images",
     "ViT-B × 12, 256 images": "ViT-B/16, 256 images",
@@ -116,21 +116,20 @@ def real_models(document: Record) -> str:
 
 
 def lora(document: Record) -> str:
-    """Training steps of LoRA over frozen bases, eager / compiled: nn.Linear's time, the bound, and speed-ups."""
+    """Training steps of LoRA over frozen bases in three modes: nn.Linear's time, the bound, and speed-ups."""
     results = document["results"]
-    names = [name for name in dict.fromkeys(record["name"] for record in results) if name != "linear"]
+    modes = "eager", "compiled", "reduce-overhead"
+    names = ("switchback", "rowwise", "rowwise_rotated_features", TENSORWISE)
     columns = [("linear", "median_ms", "{:.1f}"), ("linear", "bound", "{:.2f}")]
     columns += [(name, "speed_up", "{:.2f}") for name in names]
     rows = []
     for model in dict.fromkeys(record["model"] for record in results):
-        for modes, suffix in ((("eager", "compiled"), ""), (("reduce-overhead",), ", CUDA graphs")):
-            if any(find(results, model=model, mode=mode) for mode in modes):
-                cells = (
-                    "/".join(field(find(results, model=model, mode=mode, name=name), *how) for mode in modes)
-                    for name, *how in columns
-                )
-                rows.append((f"{model}{suffix}", *cells))
-    return markdown(("eager/compiled", "nn.Linear, ms", "bound", *names), rows)
+        cells = (
+            "/".join(field(find(results, model=model, mode=mode, name=name), *how) for mode in modes)
+            for name, *how in columns
+        )
+        rows.append((model, *cells))
+    return markdown(("eager/compiled/CUDA graphs", "nn.Linear, ms", "bound", *names), rows)
 
 
 def min_tokens_by_gpu(_: Record) -> str:
@@ -199,22 +198,23 @@ def launch_costs(document: Record) -> str:
 
 def shards(document: Record) -> str:
     """FSDP2 on two GPUs: speed, loss, memory and bytes per step."""
-    linears = {run.get("mode"): run for run in document["results"] if run["recipe"] == "linear"}
+    results = document["results"]
     rows = []
-    for run in document["results"]:
-        linear = linears[run.get("mode")]
-        speed, loss = run["tokens_per_second"], run["final_validation_loss"]
-        gathered, reduced = (
-            sum(size for name, size in run["bytes_per_step"].items() if name.startswith(collective)) / 1e6
-            for collective in ("all-gather", "reduce-scatter")
-        )
-        speeds = f"{speed:,.0f}", f"{speed / linear['tokens_per_second']:.2f}"
-        losses = f"{loss:.4f}", "–" if run is linear else f"{loss / linear['final_validation_loss'] - 1:+.2%}"
-        memory = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
-        recipe = f"{run.get('mode', '')} {run['recipe']}".strip() + ", int8 gather" * (run["all_gather"] == "int8")
-        rows.append((recipe, *speeds, *losses, *memory))
-    speeds = ("tokens/s", "over nn.Linear", "validation loss", "to nn.Linear")
-    return markdown(("recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"), rows)
+    for label in cases_of(results):
+        linear, *_ = runs = [record for record in results if record["label"] == label]
+        for run in runs:
+            gathered, reduced = (
+                sum(size for name, size in run["bytes_per_step"].items() if name.startswith(collective)) / 1e6
+                for collective in ("all-gather", "reduce-scatter")
+            )
+            spread = "" if run is linear else f" ({run['speed_up_p10']:.2f} to {run['speed_up_p90']:.2f})"
+            loss = "–" if run is linear else f"{run['loss'] / linear['loss'] - 1:+.2%}"
+            cells = f"{run['tokens_per_s']:,.0f}", f"{run['speed_up']:.2f}{spread}", f"{run['loss']:.4f}", loss
+            moved = f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
+            recipe = run["recipe"] + ", int8 gather" * (run["all_gather"] == "int8")
+            rows.append((label, recipe, *cells, f"{run['peak_bytes'] / 2**30:.2f} GiB", *moved))
+    speeds = ("tokens/s", "over nn.Linear (10th to 90th percentile)", "validation loss", "to nn.Linear")
+    return markdown(("preset", "recipe", *speeds, "memory per GPU", "gathered per step", "reduced per step"), rows)
 
 
 def noise(document: Record) -> str:
@@ -327,8 +327,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[Record], str]]] = {  # None: not o
     "lora": ("h200/bench_lora", lora),
     "overhead": ("h200/bench_overhead", functools.partial(overhead, only="plans")),
     "launch_costs": ("h200/bench_launch", launch_costs),
-    "shards_narrow": ("h200/fsdp/large", shards),
-    "shards_wide": ("h200/fsdp/wide", shards),
+    "shards": ("h200/bench_fsdp", shards),
     "noise": ("cpu/signal_to_noise", noise),
     "grad_weight": ("cpu/signal_to_noise", grad_weight),
     "frozen_noise": ("cpu/signal_to_noise", frozen_noise),

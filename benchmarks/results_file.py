@@ -1,6 +1,6 @@
 """Read and write results files: JSON with one record per line, for short files and diffs.
 
-    python benchmarks/results_file.py runs/fsdp/results.json benchmarks/results/h200/fsdp/large.json
+    python benchmarks/results_file.py runs/demo/results.json benchmarks/results/h200/demo/results.json
 
 A file has ``runs``, which say when, where and with which versions something was measured, and
 ``results``. Each run lists its ``cases``: of each shape, model or recipe the last run counts. The

@@ -1,10 +1,10 @@
 """When int8 all-gathers pay: bytes and seconds per step of FSDP2, computed for any GPUs and link.
 
     python benchmarks/scaling.py --tokens 4096
-    python benchmarks/scaling.py --check benchmarks/results/h200/fsdp/large.json
+    python benchmarks/scaling.py --check benchmarks/results/h200/bench_fsdp.json
 
 docs/scaling.md explains the model. --check compares its bytes with those that
-examples/train_fsdp.py counted.
+benchmarks/bench_fsdp.py counted.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import results_file
+from demo import PRESETS
 from measure import print_table
 from results_file import Record
 
@@ -82,23 +83,22 @@ def speed_up(model: Model, machine: Machine, *, processes: int, tokens: int, gra
 
 
 def check(document: Record) -> bool:
-    """Return whether the results of examples/train_fsdp.py have the bytes that the model says."""
-    preset, source = document["preset"], document.get("provenance") or document["runs"][0]
-    model = gpt(preset["model"]["width"], preset["model"]["depth"])
-    high_precision = 2 if preset["bf16"] else 4
+    """Return whether the results of bench_fsdp have the bytes that the model says."""
     rows = []
     for result in document["results"]:
+        preset = PRESETS[result["preset"]]
+        high_precision = 2 if preset.bf16 else 4
         weight_bytes = 1 if result["all_gather"] == "int8" else high_precision
         sizes = {"weight_bytes": weight_bytes, "other_bytes": high_precision, "grad_bytes": 4}
-        expected = bytes_of(model, **sizes, reshard=source["reshard_after_forward"])
+        expected = bytes_of(gpt(preset.model.width, preset.model.depth), **sizes)
         for collective, size in (
             ("all-gather", expected.forward_gather + expected.backward_gather),
             ("reduce-scatter", expected.reduce_scatter),
         ):
             counted = sum(n for name, n in result["bytes_per_step"].items() if name.startswith(collective))
-            names = {"recipe": result["recipe"], "all_gather": result["all_gather"], "collective": collective}
+            names = {key: result[key] for key in ("label", "recipe", "all_gather")} | {"collective": collective}
             rows.append(names | {"counted": counted, "expected": size})
-    columns = {"recipe": ("recipe", "{}"), "all_gather": ("gather", "{}"), "collective": ("collective", "{}")}
+    columns = {key: (key.replace("_", "-"), "{}") for key in ("label", "recipe", "all_gather", "collective")}
     columns |= {"counted": ("counted", "{:,}"), "expected": ("by the model", "{:,}")}
     print_table("bytes per step", columns, rows)
     return all(row["counted"] == row["expected"] for row in rows)
