@@ -6,10 +6,10 @@
 A step is a forward, the loss, a backward, a fused AdamW step of the adapters and ``zero_grad``, on one
 random batch. Weights are in bfloat16, and adapters in float32, as PEFT makes them by default. The models
 are a Llama of Transformers and a diffusion transformer of FLUX's width (examples/dit.py). An int8 base is
-frozen (``freeze_base``); "cached" ones also keep the transposed int8 values, which compiled code does
-not. In mode "compiled" the blocks are compiled one by one. "reduce-overhead", the mode of torch.compile
-that runs CUDA graphs, compiles the whole model: it shows what is left once the CPU costs nothing. torchao's
-float8 is compiled only, and leaves out the modulations, whose only token it cannot multiply.
+frozen (``freeze_base``); "cached" ones also keep the transposed int8 values. In mode "compiled" the blocks
+are compiled one by one. "reduce-overhead", the mode of torch.compile that runs CUDA graphs, compiles the
+whole model: it shows what is left once the CPU costs nothing. torchao's float8 is compiled only, and leaves
+out the modulations, whose only token it cannot multiply.
 
 ``bound`` is the speed-up over nn.Linear if both matmuls of each base layer, output and grad_input, were
 twice as fast, and all else took the time that it takes with nn.Linear:
@@ -109,8 +109,7 @@ def cases(models: Sequence[Model]) -> list[Case]:
 
 
 def runs_in(name: str, mode: Mode) -> bool:
-    """Return whether a variant differs from others in a mode."""
-    return mode == "eager" if name.endswith(CACHED) else name != FLOAT8 or mode != "eager"
+    return name != FLOAT8 or mode != "eager"
 
 
 def base_layers(model: Model, module: nn.Module) -> dict[str, nn.Linear]:

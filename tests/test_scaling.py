@@ -67,5 +67,5 @@ def test_a_scheme_of_ones_own_quantizes_the_weight(parent, weight):
 
     x = torch.randn(5, 64, device=weight.device, requires_grad=True)
     call = Call(SwitchBackConfig(), None, Logged(dispatched), False)
-    SwitchBackFunction.apply(x, weight.requires_grad_(), None, None, call).sum().backward()
+    SwitchBackFunction.apply(x, weight.requires_grad_(), None, None, None, None, call).sum().backward()
     assert asked == ["weight", "transpose"]

@@ -271,53 +271,6 @@ def test_preparing_frees_it(layers, device):
     assert "_weight_cache" not in vars(caching)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("scaling", ["global", "rowwise"])
-def test_a_prepared_layer_transposes_its_int8_values_once(scaling, cached, device, monkeypatch):
-    calls = []
-
-    def counted(transpose):
-        def transpose_prepared(weight_int8, absmax):
-            calls.append(weight_int8.data_ptr())
-            return transpose(weight_int8, absmax)
-
-        return transpose_prepared
-
-    patch_scheme(monkeypatch, ts.SwitchBackConfig(scaling), transpose_prepared=counted)
-    layer = ts.convert_to_switchback(
-        nn.Linear(64, 48, device=device), config=ts.SwitchBackConfig(scaling, cache_quantized_weight=cached)
-    )
-    twin = copy.deepcopy(layer)
-    twin.config = ts.SwitchBackConfig(scaling)
-    for each in (layer, twin):
-        each.prepare_for_eval()
-    x = torch.randn(5, 64, device=device, requires_grad=True)
-    assert_same(layer(x.detach()), twin(x.detach()))
-    assert calls == []
-    for _ in range(3):
-        y, expected = layer(x), twin(x)
-        assert_same(y, expected)
-        grad = torch.randn_like(y)
-        assert_same(*(torch.autograd.grad(each, x, grad)[0] for each in (y, expected)))
-    assert calls == ([layer.weight_int8.data_ptr()] if cached else [])  # without a cache it is in prepared_grad_input
-
-
-@pytest.mark.parametrize("scaling", ["global", "rowwise"])
-def test_other_int8_values_are_seen(scaling, device):
-    config = ts.SwitchBackConfig(scaling, cache_quantized_weight=True)
-    layer, other = (ts.convert_to_switchback(nn.Linear(64, 48, device=device), config=config) for _ in range(2))
-    x = torch.randn(5, 64, device=device, requires_grad=True)
-    for each in (layer, other):
-        each.prepare_for_eval()
-        each(x).sum().backward()
-    layer.load_state_dict(other.state_dict())
-    assert_same(*(torch.autograd.grad(each(x).sum(), x)[0] for each in (layer, other)))
-    layer.weight_absmax.mul_(2)
-    assert_same(torch.autograd.grad(layer(x).sum(), x)[0], 2 * torch.autograd.grad(other(x).sum(), x)[0])
-    layer.prepare_for_training()
-    assert layer(x).requires_grad
-
-
 def test_a_weight_that_was_frozen_meanwhile_is_quantized_anew():
     layer = ts.SwitchBackLinear(32, 32, config=ts.SwitchBackConfig(cache_quantized_weight=True))
     x = torch.randn(4, 32)

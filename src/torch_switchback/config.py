@@ -27,7 +27,8 @@ class SwitchBackConfig:
             broadcast of a trainable weight must be announced, as must all that writes through ``weight.data`` or raw
             memory (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph):
             ``torch.autograd.graph.increment_version(weight)``. A layer prepared for evaluation keeps the transpose
-            alone, and only if it propagates gradients.
+            alone, from the first eager call that has a backward on, or from PEFT's ``freeze_base`` on. Compiled code
+            uses that one.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
             keeps the rotated int8 values of X, which are as small as mem_efficient's. Not for tensor-parallel layers.

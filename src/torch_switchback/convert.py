@@ -312,7 +312,7 @@ def revert_switchback(model: Model) -> Model:
             warnings.warn(f"revert_switchback leaves {fqn!r} as it is: {reason}", stacklevel=2)
             continue
         del module.config
-        for name in ("_weight_cache", "_was_called"):
+        for name in ("_weight_cache", "_transposed", "_was_called"):
             vars(module).pop(name, None)
         module.__class__ = reverts_to
     extensions.layers_changed(model)

@@ -39,7 +39,7 @@ def _linear(
             "ONNX has no operation for SwitchBackLinear: revert_switchback(model) makes its layers nn.Linear"
         )
     call = Call(config, None, None, has_int8_grad_weight(config, weight))
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, None, None, bias, call)
 
 
 def _trainable_linear(*args: Any) -> torch.Tensor:

@@ -96,13 +96,16 @@ def linear(
     bias: torch.Tensor | None,
     config: SwitchBackConfig,
     weight_absmax: torch.Tensor | None = None,
+    transposed: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     weight_cache: WeightCache | None = None,
 ) -> torch.Tensor:
     """Apply :func:`switchback_linear` with the state that a layer has besides its parameters.
 
     Args:
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
-        weight_cache: where the int8 values of this weight stay until it changes.
+        transposed: what the scheme's transpose_prepared returns for such a weight, if it is kept. Its absmax is None if
+            it is weight_absmax.
+        weight_cache: where the int8 values of another weight stay until it changes.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
@@ -122,7 +125,7 @@ def linear(
         rotations = config.rotate_tokens, config.rotate_features
         return torch.ops.torch_switchback.linear(x, weight, weight_absmax, bias, *flags, *rotations)
     call = Call(config, weight_cache, None, has_int8_grad_weight(config, weight))
-    return SwitchBackFunction.apply(x, weight, weight_absmax, bias, call)
+    return SwitchBackFunction.apply(x, weight, weight_absmax, *(transposed or (None, None)), bias, call)
 
 
 def _is_exporting() -> bool:
@@ -241,10 +244,15 @@ class SwitchBackFunction(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         weight_absmax: torch.Tensor | None,
+        transposed_int8: torch.Tensor | None,
+        transposed_absmax: torch.Tensor | None,
         bias: torch.Tensor | None,
         call: Call,
     ) -> torch.Tensor:
-        """Compute the output (*, out) from x (*, in), weight [out, in], int8 if it has an absmax, and bias [out]."""
+        """Compute the output (*, out) from x (*, in), weight [out, in], int8 if it has an absmax, and bias [out].
+
+        An int8 weight may bring its transpose, for the backward.
+        """
         config, weight_cache, scaling, int8_grad_weight = call
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         scheme = scaling_for(config, x, weight, bias) if scaling is None else scaling
@@ -259,23 +267,22 @@ class SwitchBackFunction(torch.autograd.Function):
             if needs_weight and config.mem_efficient:
                 saved_x, x_absmax = _int8_to_keep(x_2d, x_int8, row_absmax), row_absmax
 
-        transposed_int8, transposed_absmax = None, None
         if weight_cache is None and _fuses(scheme, weight):
             y, absmax = scheme.ops.int8_linear(x_int8, row_absmax, weight, bias, scheme.fused_rowwise, x.dtype)
         else:
-            if weight_cache is not None:
-                (weight_int8, absmax), transposed = weight_cache.get(weight, config, needs_input, weight_absmax)
+            if weight_absmax is not None:
+                weight_int8, absmax = weight, weight_absmax
+            elif weight_cache is not None:
+                (weight_int8, absmax), transposed = weight_cache.get(weight, config, needs_input)
                 if transposed is not None:
                     transposed_int8, transposed_absmax = transposed
-            elif weight_absmax is not None:
-                weight_int8, absmax = weight, weight_absmax
             else:
                 weight_int8, absmax = _quantize(scheme, weight)
             y = scheme.matmul(x_int8, weight_int8.t(), row_absmax, absmax, bias, x.dtype)
 
         if needs_input:
             # The weight is saved also beside its transposed int8 values, so that changing it before backward raises.
-            saved_weight = (weight, absmax if transposed_int8 is None else transposed_absmax, transposed_int8)
+            saved_weight = (weight, absmax if transposed_absmax is None else transposed_absmax, transposed_int8)
             ctx.save_for_backward(saved_x, x_absmax, *saved_weight)
         else:
             ctx.save_for_backward(saved_x, x_absmax, None, None, None)
@@ -291,7 +298,7 @@ class SwitchBackFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Compute the gradients of x, weight and bias that are needed."""
         if grad_output is None:
-            return None, None, None, None, None
+            return (None,) * 7
         saved = ctx.saved_tensors
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             grad_input, grad_weight, grad_bias = _gradients(ctx, grad_output, saved)
@@ -303,7 +310,7 @@ class SwitchBackFunction(torch.autograd.Function):
             x = torch.empty(0, requires_grad=needs_input and needs_weight)
             weight = saved[2]
             grad_input, grad_weight, grad_bias = _DifferentiatedOnce.apply(grad_output, x, weight, *grads)
-        return grad_input, grad_weight, None, grad_bias, None
+        return grad_input, grad_weight, None, None, None, grad_bias, None
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -386,10 +393,10 @@ def _asked_for(ctx: Any) -> tuple[bool, bool, bool]:
     ``torch.autograd.grad(y, x)`` needs no other gradient than that of x, which ``needs_input_grad`` does not say.
     Pipeline schedules that split the backward call it so.
     """
-    needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    needs_input, needs_weight, *_, needs_bias, _ = ctx.needs_input_grad
     if torch.compiler.is_compiling():
         return needs_input, needs_weight, needs_bias
-    edges = ctx.next_functions  # of x, weight, an absmax if there is one, and bias
+    edges = ctx.next_functions  # of x, weight, what an int8 weight brings along, and bias
     needs_input = needs_input and _engine_runs(edges[0][0])
     needs_weight = needs_weight and _engine_runs(edges[1][0])
     # A call takes about 1 µs. With the weight's gradient the bias's is a small sum more.

@@ -78,9 +78,11 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
             self.__dict__["_was_called"] = True  # conversion_report says which layers never were
         if self._weight_dtype is None and not config.cache_quantized_weight:
             return linear(input, self.weight, self.bias, config)
-        absmax = cache = None
+        absmax = transposed = cache = None
         if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
+            if config.cache_quantized_weight:
+                transposed = self._transposed_for(input)
             if config.rotate_features is not None:
                 self._check_width_of(input)
             if self.training and self._weight_requires_grad and torch.is_grad_enabled():
@@ -88,12 +90,12 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
                     _warn_that_it_does_not_train()
         else:
             weight = self.weight
-        if config.cache_quantized_weight and isinstance(input, torch.Tensor) and not torch.compiler.is_compiling():
-            if WeightCache.can_hold(weight):
-                cache = self.__dict__.setdefault("_weight_cache", WeightCache())
-            else:  # it may be written to while it is frozen
-                self.__dict__.pop("_weight_cache", None)
-        return linear(input, weight, self.bias, config, absmax, cache)
+            if isinstance(input, torch.Tensor) and not torch.compiler.is_compiling():
+                if WeightCache.can_hold(weight):
+                    cache = self.__dict__.setdefault("_weight_cache", WeightCache())
+                else:  # it may be written to while it is frozen
+                    self.__dict__.pop("_weight_cache", None)
+        return linear(input, weight, self.bias, config, absmax, transposed, cache)
 
     def _check_width_of(self, input: torch.Tensor) -> None:
         """Raise ValueError if input's width is another: zeros fill up W's last rotated block, so the matmul fits many.
@@ -127,7 +129,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_weight_cache"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_weight_cache", "_transposed")}
         if isinstance(self._former_weight, TensorWeakRef):  # which is not copied
             del state["_former_weight"]
         return state

@@ -15,9 +15,11 @@ from .functional import quantize_weight
 from .ops import dequantize_rowwise
 from .ops._validation import check_float
 from .ops.prepared_weight import dequantize_rotated
+from .scaling import scaling_for
 from .weight_readers import leave_read_layers
 
 Model = TypeVar("Model", bound=nn.Module)
+Transposed = tuple[Tensor, Tensor | None]  # int8 [in, out] and its absmax, or None if that is the weight's
 
 _PREPARED = "weight_int8", "weight_absmax", "weight_rotation"
 _OF_BITSANDBYTES = "W_int8", "state_W"
@@ -76,6 +78,11 @@ class PreparedWeight(nn.Module):
     _former_weight: Callable[[], Tensor | None] | None = None  # returns it while something holds it
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
+    _transposed: tuple[tuple[Any, ...], Transposed] | None = None
+    """The version of the int8 values whose transpose is kept, and that. One tuple, as threads may share a layer.
+
+    It is no state: copies, pickles and state_dicts have none. Not a buffer, which torch.export would write.
+    """
 
     @property
     def is_prepared(self) -> bool:
@@ -145,6 +152,41 @@ class PreparedWeight(nn.Module):
         if self._former_weight is not None and (weight := self._former_weight()) is not None:
             weight.requires_grad_(False)
 
+    def _transposed_for(self, x: Any) -> Transposed | None:
+        """Return the transpose for the backward of a call, if it is kept. An eager call that has a backward keeps it.
+
+        Compiled code uses what it finds, and keeps nothing itself.
+        """
+        kept = self._transposed
+        if torch.compiler.is_compiling():
+            return None if kept is None else kept[1]
+        if not isinstance(x, Tensor) or self.weight_int8.is_inference():
+            return None
+        if kept is not None and kept[0] == self._int8_version():
+            return kept[1]
+        is_captured = self.weight_int8.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._keep_transpose() if x.requires_grad and torch.is_grad_enabled() and not is_captured else None
+
+    def _keep_transpose(self) -> Transposed | None:
+        """Keep the transpose until the int8 values change: none of inference tensors, which have no version."""
+        self._transposed = None  # its memory serves the next
+        if self.weight_int8.is_inference():
+            return None
+        version, weight_int8, absmax = self._int8_version(), self.weight_int8, self.weight_absmax
+        with torch.inference_mode(False), torch.no_grad():
+            qdata, own_absmax = scaling_for(self.config, weight_int8, absmax).transpose_prepared(weight_int8, absmax)
+        # Dynamo refuses a tensor that comes twice.
+        transposed = qdata, None if own_absmax is absmax else own_absmax
+        if type(qdata) is Tensor:  # not one of a FakeTensorMode
+            self._transposed = version, transposed
+        return transposed
+
+    def _int8_version(self) -> tuple[Any, ...]:
+        """Return what changes with the int8 values, and the stream: another may not have the transpose yet."""
+        weight_int8, absmax = self.weight_int8, self.weight_absmax
+        stream = torch.cuda.current_stream(weight_int8.device) if weight_int8.is_cuda else None
+        return weight_int8.data_ptr(), weight_int8._version, absmax.data_ptr(), absmax._version, stream
+
     def _prepared_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the names of what takes the place of the weight, with shapes and dtypes."""
         block = self.config.rotate_features
@@ -172,6 +214,7 @@ class PreparedWeight(nn.Module):
             parameter = nn.Parameter(weight, requires_grad=self._weight_requires_grad)
         else:
             _replace_data(parameter, weight)
+        self._transposed = None
         for name in (*self._prepared_tensors(), "_weight_dtype", "_weight_requires_grad"):
             delattr(self, name)
         self.__dict__.pop("_former_weight", None)
@@ -192,6 +235,8 @@ class PreparedWeight(nn.Module):
             if cast.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(cast.device))
         self._weight_dtype = fn(former["weight_absmax"].new_empty(0, dtype=self._weight_dtype)).dtype
+        if self._transposed is not None:
+            self._keep_transpose()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -242,6 +287,8 @@ class PreparedWeight(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            if self._transposed is not None:
+                self._keep_transpose()
         finally:
             self._load_state_dict_pre_hooks = hooks
 
@@ -377,6 +424,13 @@ def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedW
 def _parts_under_ddp(model: nn.Module) -> set[nn.Module]:
     wrappers = (module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel))
     return {part for wrapper in wrappers for part in wrapper.modules()}
+
+
+def keep_transposes(model: nn.Module) -> None:
+    """Keep the transposes of prepared layers whose config says so, for compiled code, which keeps none itself."""
+    for layer in model.modules():
+        if isinstance(layer, PreparedWeight) and layer.is_prepared and layer.config.cache_quantized_weight:
+            layer._keep_transpose()
 
 
 def prepare_layers(model: nn.Module, layers: Iterable[PreparedWeight]) -> None:

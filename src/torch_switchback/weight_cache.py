@@ -34,28 +34,23 @@ class WeightCache:
 
     @staticmethod
     def can_hold(weight: Tensor) -> bool:
-        """Return whether a weight's changes can be seen: int8 values, or a parameter that optimizer steps change.
+        """Return whether a weight's changes can be seen: a parameter's that optimizer steps change.
 
         What writes to a frozen parameter is a broadcast or ``.data``, which nothing tells. Nor is there a cache while a
         CUDA graph is captured.
         """
         return (
-            (weight.dtype == torch.int8 or (type(weight) is torch.nn.Parameter and weight.requires_grad))
+            type(weight) is torch.nn.Parameter
+            and weight.requires_grad
             and not weight.is_inference()
             and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         )
 
-    def get(
-        self, weight: Tensor, config: SwitchBackConfig, with_transpose: bool, absmax: Tensor | None = None
-    ) -> tuple[Quantized, Quantized | None]:
-        """Return W quantized and, with_transpose, Wᵀ quantized. Both are kept until W changes.
-
-        Given absmax, W is int8 itself, and only Wᵀ is computed.
-        """
-        absmax_state = None if absmax is None else (absmax.data_ptr(), absmax._version)
+    def get(self, weight: Tensor, config: SwitchBackConfig, with_transpose: bool) -> tuple[Quantized, Quantized | None]:
+        """Return W quantized and, with_transpose, Wᵀ quantized. Both are kept until W changes."""
         generation = _generation if weight.requires_grad else None
         stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None  # another may not have them yet
-        state = (weight.data_ptr(), weight._version, weight.dtype, config, absmax_state, generation, stream)
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, generation, stream)
         kept = self._kept
         if kept is not None and kept[0] == state and not (with_transpose and kept[2][1] is None):
             return kept[2]
@@ -63,9 +58,7 @@ class WeightCache:
         quantized: tuple[Quantized, Quantized | None]
         with torch.inference_mode(False):  # what an evaluation leaves here must serve the next training step
             scaling = scaling_for(config, weight)
-            if absmax is not None:
-                quantized = (weight, absmax), scaling.transpose_prepared(weight, absmax) if with_transpose else None
-            elif with_transpose:
+            if with_transpose:
                 quantized = scaling.quantize_weight_with_transpose(weight)
             else:
                 quantized = scaling.quantize_weight(weight), None

@@ -30,8 +30,7 @@ def test_frozen_bases_take_a_byte_and_train_as_nn_linear_does(model, mode, tmp_p
     bench_lora.main(["--tiny", "--only", case, "--variants", *variants, "--output", str(output)])
     document = results_file.load(output)
     assert document["runs"][0].keys() >= {"cases", "commit", "torch", "transformers", "peft"}
-    measured = variants if mode == "eager" else variants[:2]  # compiled code has no cache
-    assert [record["name"] for record in document["results"]] == ["linear", *measured]
+    assert [record["name"] for record in document["results"]] == ["linear", *variants]
     linear = find(document["results"], name="linear")
     assert linear["loss"] < linear["first_loss"] - 0.02
     for record in document["results"]:
@@ -39,16 +38,16 @@ def test_frozen_bases_take_a_byte_and_train_as_nn_linear_does(model, mode, tmp_p
         assert record["first_loss"] == pytest.approx(linear["first_loss"], rel=0.002)
         fallen = linear["first_loss"] - linear["loss"]
         assert record["first_loss"] - record["loss"] == pytest.approx(fallen, rel=0.1)
-        expected = 2 if record is linear else 1
+        expected = 1 if record["name"] in ("switchback", "rowwise") else 2
         assert expected <= record["weight_bytes"] <= expected + 4 / 64  # a float32 per row of 64 elements or more
         assert 0 < record["speed_up_p10"] <= record["speed_up"] <= record["speed_up_p90"]
     assert linear["bound"] > 1
-    header, _, row = pages.lora(document).splitlines()[:3]
-    assert header == f"| eager/compiled | nn.Linear, ms | bound | {' | '.join(measured)} |"
-    steps, bound = f"{linear['median_ms']:.1f}", f"{linear['bound']:.2f}"
-    cells = {"eager": (f"{steps}/–", f"{bound}/–"), "compiled": (f"–/{steps}", f"–/{bound}")}
-    assert row.startswith(f"| {linear['model']}{', CUDA graphs' * (mode not in cells)} | ")
-    assert " | ".join(cells.get(mode, (steps, bound))) in row
+    *_, row = pages.lora(document).splitlines()
+    place = ("eager", "compiled", "reduce-overhead").index(mode)
+    for column, value in {1: f"{linear['median_ms']:.1f}", 2: f"{linear['bound']:.2f}", 6: "–"}.items():
+        cells = row.strip("| ").split(" | ")[column].split("/")
+        assert cells[place] == value and cells.count("–") >= 2
+    assert row.startswith(f"| {linear['model']} | ")
 
 
 def test_matmuls_are_those_of_the_base_and_have_a_gradient_behind_an_adapter():

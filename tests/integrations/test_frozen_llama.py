@@ -60,7 +60,8 @@ def test_activation_checkpointing_changes_no_bit(config, use_reentrant):
 
 
 @pytest.mark.parametrize(
-    ("config", "backend"), [*((config, "aot_eager") for config in CONFIGS), ("rowwise", "inductor")]
+    ("config", "backend"),
+    [*((config, "aot_eager") for config in CONFIGS), ("rowwise", "inductor"), ("cached", "inductor")],
 )
 def test_compiled(config, backend):
     model = frozen_llama(config)

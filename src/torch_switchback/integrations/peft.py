@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .. import SwitchBackLinear, prepare_for_training
-from ..prepared import prepare_layers, refuse_weights
+from ..prepared import keep_transposes, prepare_layers, refuse_weights
 from ..weight_readers import leave_read_layers
 from ._peer import peer
 
@@ -36,8 +36,8 @@ def freeze_base(model: Model) -> Model:
     """Quantize the frozen weights of a PEFT model's SwitchBack layers once and for all, and free them.
 
     A frozen layer then keeps 1 byte per element. With one absmax per weight its output and input gradient stay the
-    same to the bit. The backward transposes the int8 values each time; with
-    ``SwitchBackConfig(cache_quantized_weight=True)`` it does so once, and keeps 2 bytes per element.
+    same to the bit. The backward transposes the int8 values each time. With
+    ``SwitchBackConfig(cache_quantized_weight=True)`` freeze_base does so once, and keeps 2 bytes per element.
 
     Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
     So do all, if one is refused.
@@ -90,6 +90,7 @@ def freeze_base(model: Model) -> Model:
                 "layer's weight, which a frozen base does not have"
             )
     prepare_layers(model, layers.values())
+    keep_transposes(model)
     return model
 
 
@@ -120,6 +121,7 @@ def adapters_over_int8(base: nn.Module) -> Iterator[None]:
         yield
         for layer in layers:
             layer._freeze_former_weight()
+        keep_transposes(base)
     finally:
         for layer in layers:
             del vars(layer)["weight"]
