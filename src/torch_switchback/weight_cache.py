@@ -48,9 +48,8 @@ class WeightCache:
 
     def get(self, weight: Tensor, config: SwitchBackConfig, with_transpose: bool) -> tuple[Quantized, Quantized | None]:
         """Return W quantized and, with_transpose, Wᵀ quantized. Both are kept until W changes."""
-        generation = _generation if weight.requires_grad else None
         stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None  # another may not have them yet
-        state = (weight.data_ptr(), weight._version, weight.dtype, config, generation, stream)
+        state = (weight.data_ptr(), weight._version, weight.dtype, config, _generation, stream)
         kept = self._kept
         if kept is not None and kept[0] == state and not (with_transpose and kept[2][1] is None):
             return kept[2]
