@@ -4,8 +4,9 @@
 
 Bytes per element are those that the algorithm must move, with a bfloat16 input: 2 read and 1
 written; 5 where an absmax over more than a row makes it read twice, 6 where it then writes twice as
-well. The share is that of the faster of two copies: of a tensor of the same size, interleaved, and
-of 1 GiB. Runs are CUDA graphs, so that CPU overhead does not count.
+well. Of int8 values, a transpose moves 2, and requantizing rotated ones through bfloat16 8. The share
+is that of the faster of two copies: of a tensor of the same size, interleaved, and of 1 GiB. Runs are
+CUDA graphs, so that CPU overhead does not count.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from measure import Bench, Candidate, copies, copy_gb_per_s, find, ratio, run
 from results_file import Record
 from shapes import MATRICES, TINY_MATRICES, Matrix
 from torch_switchback import ops
+from torch_switchback.ops import prepared_weight
+from torch_switchback.ops._library import dispatched
 
 COPY = "copy"
 BYTES_PER_ELEMENT = {
@@ -27,8 +30,12 @@ BYTES_PER_ELEMENT = {
     "quantize_transpose_by_absmax": 3,
     "quantize_columnwise_and_transpose": 5,
     "dequantize_rowwise": 3,
+    "quantize_folded_rowwise": 3,
+    "transpose_int8": 2,
+    "requantize_rotated": 8,
     COPY: 4,
 }
+ROTATION = 64  # features
 large_copy = cache(copy_gb_per_s)
 
 
@@ -38,10 +45,16 @@ def calls(name: str, xs: list[torch.Tensor]) -> list[Callable[[], object]]:
         return [x.clone for x in xs]
     if name == "dequantize_rowwise":
         return [partial(ops.dequantize_rowwise, *ops.quantize_rowwise(x), x.dtype) for x in xs]
-    operation = getattr(ops, name)
     if name == "quantize_transpose_by_absmax":
-        return [partial(operation, x, ops.quantize_global(x)[1]) for x in xs]
-    return [partial(operation, x) for x in xs]
+        return [partial(ops.quantize_transpose_by_absmax, x, ops.quantize_global(x)[1]) for x in xs]
+    if name == "quantize_folded_rowwise":
+        return [partial(prepared_weight.quantize_folded_rowwise, x, x[0].float()) for x in xs]
+    if name == "transpose_int8":
+        return [partial(prepared_weight.transpose_int8, ops.quantize_rowwise(x)[0]) for x in xs]
+    if name == "requantize_rotated":
+        rotated = [dispatched.quantize_rotated_rowwise(x, ROTATION) for x in xs]
+        return [partial(prepared_weight.requantize_rotated, *each, ROTATION) for each in rotated]
+    return [partial(getattr(ops, name), x) for x in xs]
 
 
 def measure(bench: Bench, shape: Matrix) -> list[Record]:
