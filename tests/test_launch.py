@@ -236,8 +236,9 @@ def random_call(name, rng):
     if name == "dequantize_rowwise":
         return random_int8(rows, cols), torch.empty(rows), dtype
     if name == "prepared_grad_input":
-        rowwise = rng.random() < 0.5
-        return x, random_int8(cols, rng.choice(WIDTHS)), torch.empty(cols if rowwise else 1), rowwise, x.dtype
+        rowwise, width = rng.random() < 0.5, rng.choice(WIDTHS[1:])
+        transposed = torch.empty(width, cols, dtype=torch.int8) if rng.random() < 0.5 else None
+        return x, random_int8(cols, width), torch.empty(cols if rowwise else 1), transposed, rowwise, x.dtype
     if name == "transpose_int8":
         return (random_int8(rows, cols),)
     if name == "quantize_folded_rowwise":

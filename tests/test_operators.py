@@ -65,8 +65,9 @@ def test_what_prepared_layers_make_of_their_int8_values(device):
 @pytest.mark.parametrize("rowwise", [False, True], ids=["global", "rowwise"])
 def test_prepared_grad_input(rowwise, dtype, device):
     grad, absmax = torch.randn(17, 48, device=device, dtype=dtype), torch.rand(48 if rowwise else 1, device=device)
-    args = grad, random_int8(48, 64, device), absmax, rowwise, dtype
-    torch.library.opcheck(OPS.prepared_grad_input.default, args)
+    weight_int8 = random_int8(48, 64, device)
+    for transposed in (None, weight_int8.t().contiguous()):
+        torch.library.opcheck(OPS.prepared_grad_input.default, (grad, weight_int8, absmax, transposed, rowwise, dtype))
 
 
 @dtypes

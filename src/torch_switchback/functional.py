@@ -355,8 +355,10 @@ def _gradients(
     elif needs_input and not is_prepared:
         grad_int8, row_absmax = scheme.quantize_grad(grad)
 
-    if is_prepared and transposed_int8 is None and scheme.fused_rowwise is not None:
-        grad_input = scheme.ops.prepared_grad_input(grad, weight, absmax, scheme.fused_rowwise, input_dtype)
+    if is_prepared and scheme.fused_rowwise is not None:
+        grad_input = scheme.ops.prepared_grad_input(
+            grad, weight, absmax, transposed_int8, scheme.fused_rowwise, input_dtype
+        )
     elif is_prepared:
         if transposed_int8 is None:
             transposed_int8, absmax = scheme.transpose_prepared(weight, absmax)

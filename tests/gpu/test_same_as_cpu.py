@@ -157,7 +157,10 @@ OPERATIONS = {
     "quantize_columnwise_and_transpose": lambda: (torch.randn(333, 1280),),
     "transpose_int8": lambda: (random_int8(333, 1280),),
     "quantize_folded_rowwise": lambda: (torch.randn(333, 1280), torch.rand(1280)),
-    "prepared_grad_input": lambda: (torch.randn(300, 200), random_int8(200, 83), torch.rand(200), True, torch.float32),
+    "prepared_grad_input": lambda: (
+        *(torch.randn(300, 200), random_int8(200, 83), torch.rand(200)),
+        *(None, True, torch.float32),
+    ),
     "int8_matmul_mixed_dequantize": lambda: product_of(640, 384, 1024, 1, True),
     "int8_matmul_rowwise_dequantize": lambda: product_of(300, 200, 83, 200, False),
 }

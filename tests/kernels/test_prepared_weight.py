@@ -48,7 +48,7 @@ def test_a_plan_serves_all_that_share_its_key():
         quantize_folded_rowwise.plan_quantize_folded_rowwise: ((small.float(), scale), (large.float(), scale)),
         quantize_rotated.plan_requantize_rotated: ((small, torch.rand(96), 16), (large, torch.rand(128), 16)),
         int8_linear.plan_prepared_grad_input: [
-            (each.float(), random_int8(48, 32), scale, True, torch.float32) for each in (small, large)
+            (each.float(), random_int8(48, 32), scale, None, True, torch.float32) for each in (small, large)
         ],
     }
     for make, (first, *others) in calls.items():
@@ -100,15 +100,17 @@ def test_rows_in_chunks_and_read_twice(most, monkeypatch):
     quantize_rowwise.row_tile.cache_clear()
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("rowwise", [False, True], ids=["global", "rowwise"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_prepared_grad_input(shape, rowwise):
+def test_prepared_grad_input(shape, rowwise, is_transposed):
     (tokens, out_features), in_features = shape, 48
     grad, weight_int8 = torch.randn(tokens, out_features), random_int8(out_features, in_features)
-    args = grad, weight_int8, torch.rand(out_features if rowwise else 1), rowwise, torch.float32
+    transposed = weight_int8.t().contiguous() if is_transposed else None
+    args = grad, weight_int8, torch.rand(out_features if rowwise else 1), transposed, rowwise, torch.float32
     out = poisoned(tokens, in_features, dtype=torch.float32)
     planned(int8_linear.plan_prepared_grad_input)(*args, out)
-    assert_same(out, OPS.prepared_grad_input(*args))
+    assert_same(out, OPS.prepared_grad_input(*args[:3], None, *args[4:]))
 
 
 @pytest.mark.parametrize("rows", [1, 9])

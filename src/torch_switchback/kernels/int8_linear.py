@@ -78,20 +78,25 @@ def plan_prepared_grad_input(
     grad: torch.Tensor,
     weight_int8: torch.Tensor,
     weight_absmax: torch.Tensor,
+    transposed: torch.Tensor | None,
     rowwise: bool,
     out_dtype: torch.dtype,
     out: torch.Tensor,
 ) -> Plan:
     out_features, in_features = weight_int8.shape
+    transpose = None
 
-    def workspace(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def new_transposed(weight_int8: torch.Tensor) -> torch.Tensor:
+        return empty(weight_int8, (in_features, out_features), torch.int8)
+
+    def new_quantized(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = grad.shape[0]
-        transposed = empty(grad, (in_features, out_features), torch.int8)
-        grad_int8 = empty(grad, (tokens, out_features), torch.int8)
-        return transposed, grad_int8, empty(grad, (tokens,), torch.float32)
+        return empty(grad, (tokens, out_features), torch.int8), empty(grad, (tokens,), torch.float32)
 
-    transposed, grad_int8, grad_absmax = workspace(grad)
-    transpose = plan_transpose_int8(weight_int8, transposed)
+    if transposed is None:
+        transposed = new_transposed(weight_int8)
+        transpose = plan_transpose_int8(weight_int8, transposed)
+    grad_int8, grad_absmax = new_quantized(grad)
     one = empty(grad, (1,), torch.float32) if rowwise else weight_absmax
     if rowwise:
         quantize = plan_quantize_folded_rowwise(grad, weight_absmax, grad_int8, grad_absmax, one)
@@ -100,9 +105,13 @@ def plan_prepared_grad_input(
     operands = grad_int8, transposed.t(), grad_absmax, one, None, out_dtype, out
     multiply = plan_int8_matmul(*operands, absmax_per_col=False)
 
-    def run(grad: Any, weight_int8: Any, weight_absmax: Any, rowwise: bool, out_dtype: Any, out: Any) -> None:
-        transposed, grad_int8, grad_absmax = workspace(grad)
-        transpose(weight_int8, transposed)
+    def run(
+        grad: Any, weight_int8: Any, weight_absmax: Any, transposed: Any, rowwise: bool, out_dtype: Any, out: Any
+    ) -> None:
+        if transpose is not None:
+            transposed = new_transposed(weight_int8)
+            transpose(weight_int8, transposed)
+        grad_int8, grad_absmax = new_quantized(grad)
         if rowwise:
             one = empty(grad, (1,), torch.float32)
             quantize(grad, weight_absmax, grad_int8, grad_absmax, one)

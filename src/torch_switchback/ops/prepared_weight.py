@@ -85,7 +85,12 @@ requantize_rotated = define(
 
 
 def _prepared_grad_input_reference(
-    grad: Tensor, weight_int8: Tensor, weight_absmax: Tensor, rowwise: bool, out_dtype: torch.dtype
+    grad: Tensor,
+    weight_int8: Tensor,
+    weight_absmax: Tensor,
+    transposed: Tensor | None,
+    rowwise: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Compute the input's gradient from int8 values of the weight that are not rotated: the reference.
 
@@ -93,6 +98,7 @@ def _prepared_grad_input_reference(
         grad: [tokens, out], float.
         weight_int8: int8 [out, in].
         weight_absmax: float32, (out,) if rowwise, else (1,).
+        transposed: int8 [in, out], the transpose of weight_int8 if it is kept. None: the operation transposes.
         rowwise: whether there is one absmax per row of the weight, or one for all of it.
         out_dtype: of the result.
 
@@ -104,14 +110,15 @@ def _prepared_grad_input_reference(
         grad_int8, grad_absmax, one = dispatched.quantize_folded_rowwise(grad, weight_absmax)
     else:
         grad_int8, grad_absmax = dispatched.quantize_rowwise(grad)
-    transposed = dispatched.transpose_int8(weight_int8)
+    if transposed is None:
+        transposed = dispatched.transpose_int8(weight_int8)
     return dispatched.int8_matmul_mixed_dequantize(grad_int8, transposed.t(), grad_absmax, one, None, out_dtype)
 
 
 prepared_grad_input = define(
-    "prepared_grad_input(Tensor grad, Tensor weight_int8, Tensor weight_absmax, bool rowwise, ScalarType out_dtype)"
-    " -> Tensor",
-    fake=lambda grad, weight_int8, weight_absmax, rowwise, out_dtype: empty(
+    "prepared_grad_input(Tensor grad, Tensor weight_int8, Tensor weight_absmax, Tensor? transposed, bool rowwise, "
+    "ScalarType out_dtype) -> Tensor",
+    fake=lambda grad, weight_int8, weight_absmax, transposed, rowwise, out_dtype: empty(
         grad, (grad.shape[0], weight_int8.shape[1]), out_dtype
     ),
     reference=_prepared_grad_input_reference,
