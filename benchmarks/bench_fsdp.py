@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = 64  # the runs share the code of their blocks
+    torch._dynamo.config.recompile_limit = 64  # one limit for all runs, whose blocks are the same code
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     corpus = load_corpus()
     run = results_file.provenance(device) | {"processes": dist.get_world_size()}

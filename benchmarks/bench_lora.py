@@ -1,6 +1,7 @@
 """Training steps of LoRA on all linear layers of the blocks, whose base is nn.Linear, frozen int8 or torchao's float8.
 
     python benchmarks/bench_lora.py
+    python benchmarks/bench_lora.py --adapters bfloat16
     python benchmarks/bench_lora.py --only "4×2048 tokens, compiled" --variants rowwise "rowwise, cached"
 
 A step is a forward, the loss, a backward, a fused AdamW step of the adapters and ``zero_grad``, on one
@@ -8,8 +9,8 @@ random batch. Weights are in bfloat16, and adapters in float32, as PEFT makes th
 are a Llama of Transformers and a diffusion transformer of FLUX's width (examples/dit.py). An int8 base is
 frozen (``freeze_base``); "cached" ones also keep the transposed int8 values. In mode "compiled" the blocks
 are compiled one by one. "reduce-overhead", the mode of torch.compile that runs CUDA graphs, compiles the
-whole model: it shows what is left once the CPU costs nothing. torchao's float8 is compiled only, and leaves
-out the modulations, whose only token it cannot multiply.
+whole model: it shows the gain without CPU overhead. torchao's float8 is compiled only, and leaves out the
+modulations, as it cannot multiply a single token.
 
 ``bound`` is the speed-up over nn.Linear if both matmuls of each base layer, output and grad_input, were
 twice as fast, and all else took the time that it takes with nn.Linear:

@@ -37,7 +37,7 @@ INT8_GRAD_WEIGHT = "switchback_int8_grad_weight"
 HEADLINE = {  # models of bench_real_models and bench_lora, and what the README calls them
     "Llama 4096 × 4, 4×4096 tokens": "Llama, 4 layers of 8B's size, 16384 tokens",
     "Llama 2048 × 12, 8×2048 tokens": "Llama, width 2048, 12 layers, 16384 tokens",
-    "Llama 4096 × 4, 4×2048 tokens, bf16 adapters": "LoRA, 4 layers of 8B's size, 8192 tokens",
+    "Llama 4096 × 4, 4×2048 tokens, bf16 adapters": "LoRA with bf16 adapters, 4 layers of 8B's size, 8192 tokens",
     "ViT-H × 12, 128 images": "ViT-H/14, 12 blocks, 128 images",
     "ViT-L × 12, 128 images": "ViT-L/16, 12 blocks, 128 images",
     "ViT-B × 12, 256 images": "ViT-B/16, 256 images",
@@ -211,10 +211,13 @@ def shards(document: Record) -> str:
             loss = "–" if run is linear else f"{run['loss'] / linear['loss'] - 1:+.2%}"
             cells = f"{run['tokens_per_s']:,.0f}", f"{run['speed_up']:.2f}{spread}", f"{run['loss']:.4f}", loss
             moved = f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
-            recipe = run["recipe"] + ", int8 gather" * (run["all_gather"] == "int8")
+            recipe = (
+                "nn.Linear" if run is linear else run["recipe"] + ", int8 all-gather" * (run["all_gather"] == "int8")
+            )
             rows.append((label, recipe, *cells, f"{run['peak_bytes'] / 2**30:.2f} GiB", *moved))
-    speeds = ("tokens/s", "over nn.Linear (10th to 90th percentile)", "validation loss", "to nn.Linear")
-    return markdown(("preset", "recipe", *speeds, "memory per GPU", "gathered per step", "reduced per step"), rows)
+    speeds = "tokens/s", "over nn.Linear (10th to 90th percentile)", "validation loss", "over nn.Linear's"
+    header = "preset, mode", "recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"
+    return markdown(header, rows)
 
 
 def noise(document: Record) -> str:

@@ -21,14 +21,15 @@ class SwitchBackConfig:
             of a 16-bit one. The weight gradient then sees the quantized input. ``torch.compile`` keeps not even that
             where it can compute it again from what is kept anyway, as after a GELU or a norm.
         cache_quantized_weight: keep the int8 weight and its transpose, 2 bytes per element, until the weight changes:
-            gradient accumulation then quantizes it once per optimizer step. Compiled code and the functional form
-            ignore it, as does a frozen weight (prepare its layer instead). A change is seen by the parameter's version
+            gradient accumulation then quantizes it once per optimizer step. The functional form ignores it, and so do
+            compiled code and frozen weights unless the layer is prepared. A change is seen by the parameter's version
             counter and data pointer, and by the ``step`` of any ``torch.optim.Optimizer``. Between optimizer steps a
             broadcast of a trainable weight must be announced, as must all that writes through ``weight.data`` or raw
             memory (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph):
-            ``torch.autograd.graph.increment_version(weight)``. A layer prepared for evaluation keeps the transpose
-            alone, from the first eager call that has a backward on, or from PEFT's ``freeze_base`` on. Compiled code
-            uses that one.
+            ``torch.autograd.graph.increment_version(weight)``. A prepared layer keeps only the transpose, 1 more byte
+            per element: ``freeze_base``, ``adapters_over_int8`` or the first eager call with a backward computes it,
+            and compiled code uses it. Eager code sees other int8 values by their version and data pointer, compiled
+            code only those that ``load_state_dict`` brings.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
             keeps the rotated int8 values of X, which are as small as mem_efficient's. Not for tensor-parallel layers.

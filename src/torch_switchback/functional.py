@@ -103,9 +103,9 @@ def linear(
 
     Args:
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
-        transposed: what the scheme's transpose_prepared returns for such a weight, if it is kept. Its absmax is None if
-            it is weight_absmax.
-        weight_cache: where the int8 values of another weight stay until it changes.
+        transposed: the kept transpose of an int8 weight: int8 [in_features, out_features] and its absmax, or None if
+            that is weight_absmax.
+        weight_cache: holds the int8 values of a float weight until it changes.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
@@ -249,9 +249,9 @@ class SwitchBackFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         call: Call,
     ) -> torch.Tensor:
-        """Compute the output (*, out) from x (*, in), weight [out, in], int8 if it has an absmax, and bias [out].
+        """Compute the output (*, out) from x (*, in), weight [out, in] and bias [out].
 
-        An int8 weight may bring its transpose, for the backward.
+        An int8 weight needs weight_absmax. Its transpose, for the backward, is optional.
         """
         config, weight_cache, scaling, int8_grad_weight = call
         needs_input, needs_weight = ctx.needs_input_grad[:2]
@@ -398,7 +398,7 @@ def _asked_for(ctx: Any) -> tuple[bool, bool, bool]:
     needs_input, needs_weight, *_, needs_bias, _ = ctx.needs_input_grad
     if torch.compiler.is_compiling():
         return needs_input, needs_weight, needs_bias
-    edges = ctx.next_functions  # of x, weight, what an int8 weight brings along, and bias
+    edges = ctx.next_functions  # of x, weight, weight_absmax, the transpose, and bias, as far as given
     needs_input = needs_input and _engine_runs(edges[0][0])
     needs_weight = needs_weight and _engine_runs(edges[1][0])
     # A call takes about 1 µs. With the weight's gradient the bias's is a small sum more.

@@ -79,9 +79,9 @@ class PreparedWeight(nn.Module):
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
     _transposed: tuple[tuple[Any, ...], Transposed] | None = None
-    """The version of the int8 values whose transpose is kept, and that. One tuple, as threads may share a layer.
+    """The version of the int8 values, and their kept transpose, in one tuple because threads may share a layer.
 
-    It is no state: copies, pickles and state_dicts have none. Not a buffer, which torch.export would write.
+    Copies, pickles and state_dicts do not have it. It is no buffer, because torch.export would save it.
     """
 
     @property
@@ -153,9 +153,9 @@ class PreparedWeight(nn.Module):
             weight.requires_grad_(False)
 
     def _transposed_for(self, x: Any) -> Transposed | None:
-        """Return the transpose for the backward of a call, if it is kept. An eager call that has a backward keeps it.
+        """Return the kept transpose, or None. An eager call with a backward computes it if needed, and keeps it.
 
-        Compiled code uses what it finds, and keeps nothing itself.
+        Compiled code can neither do that nor compare versions: it uses what is kept.
         """
         kept = self._transposed
         if torch.compiler.is_compiling():
@@ -168,7 +168,7 @@ class PreparedWeight(nn.Module):
         return self._keep_transpose() if x.requires_grad and torch.is_grad_enabled() and not is_captured else None
 
     def _keep_transpose(self) -> Transposed | None:
-        """Keep the transpose until the int8 values change: none of inference tensors, which have no version."""
+        """Compute, keep and return the transpose. Return None for inference tensors, which have no version."""
         self._transposed = None  # its memory serves the next
         if self.weight_int8.is_inference():
             return None
@@ -182,7 +182,7 @@ class PreparedWeight(nn.Module):
         return transposed
 
     def _int8_version(self) -> tuple[Any, ...]:
-        """Return what changes with the int8 values, and the stream: another may not have the transpose yet."""
+        """Return a key of the int8 values and of the stream: on another stream the transpose may not be ready."""
         weight_int8, absmax = self.weight_int8, self.weight_absmax
         stream = torch.cuda.current_stream(weight_int8.device) if weight_int8.is_cuda else None
         return weight_int8.data_ptr(), weight_int8._version, absmax.data_ptr(), absmax._version, stream

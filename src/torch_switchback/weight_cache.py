@@ -34,10 +34,10 @@ class WeightCache:
 
     @staticmethod
     def can_hold(weight: Tensor) -> bool:
-        """Return whether a weight's changes can be seen: a parameter's that optimizer steps change.
+        """Return whether the cache sees all changes of a weight: only of a parameter that trains.
 
-        What writes to a frozen parameter is a broadcast or ``.data``, which nothing tells. Nor is there a cache while a
-        CUDA graph is captured.
+        Writes to a frozen parameter, by a broadcast or ``.data``, are not seen. While a CUDA graph is captured, nothing
+        is cached.
         """
         return (
             type(weight) is torch.nn.Parameter
