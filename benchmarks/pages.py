@@ -211,9 +211,8 @@ def shards(document: Record) -> str:
             loss = "–" if run is linear else f"{run['loss'] / linear['loss'] - 1:+.2%}"
             cells = f"{run['tokens_per_s']:,.0f}", f"{run['speed_up']:.2f}{spread}", f"{run['loss']:.4f}", loss
             moved = f"{gathered:,.1f} MB", f"{reduced:,.1f} MB"
-            recipe = (
-                "nn.Linear" if run is linear else run["recipe"] + ", int8 all-gather" * (run["all_gather"] == "int8")
-            )
+            recipe = "nn.Linear" if run is linear else run["recipe"]
+            recipe += ", int8 all-gather" * (run["all_gather"] == "int8")
             rows.append((label, recipe, *cells, f"{run['peak_bytes'] / 2**30:.2f} GiB", *moved))
     speeds = "tokens/s", "over nn.Linear (10th to 90th percentile)", "validation loss", "over nn.Linear's"
     header = "preset, mode", "recipe", *speeds, "peak memory per GPU", "gathered per step", "reduced per step"

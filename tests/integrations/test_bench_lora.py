@@ -38,7 +38,7 @@ def test_frozen_bases_take_a_byte_and_train_as_nn_linear_does(model, mode, tmp_p
         assert record["first_loss"] == pytest.approx(linear["first_loss"], rel=0.002)
         fallen = linear["first_loss"] - linear["loss"]
         assert record["first_loss"] - record["loss"] == pytest.approx(fallen, rel=0.1)
-        expected = 1 if record["name"] in ("switchback", "rowwise") else 2
+        expected = 2 if record is linear else 1  # on the CPU parameters and buffers alone: a kept transpose is neither
         assert expected <= record["weight_bytes"] <= expected + 4 / 64  # a float32 per row of 64 elements or more
         assert 0 < record["speed_up_p10"] <= record["speed_up"] <= record["speed_up_p90"]
     assert linear["bound"] > 1
