@@ -110,16 +110,68 @@ def test_compiled_code_sees_a_state_dict_that_is_loaded(config, assign, device):
 
 
 @configs
-def test_eager_code_sees_other_int8_values(config, device):
-    layer, other = kept(config, device), prepared(config, device, seed=2)
+def test_eager_code_sees_what_is_written(config, device):
+    layer, other = kept(config, device), prepared(config, device)
     step(layer, device)
-    for name in ("weight_int8", "weight_absmax"):
-        layer._buffers[name] = getattr(other, name).clone()  # as Accelerate loads
-    layer.bias = other.bias
-    assert_same_steps(layer, other, device)
     for each in (layer, other):
         each.weight_absmax.mul_(2)
+        each.weight_int8[3] = 7
     assert_same_steps(layer, other, device)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@configs
+def test_other_tensors_in_their_place_are_seen(config, is_compiled, device):
+    layer, others = kept(config, device), [prepared(config, device, seed=seed) for seed in range(2, 6)]
+    call = compiled(layer)[0] if is_compiled else layer
+    for other in others:
+        step(call, device)
+        for name in layer._buffers:  # as Accelerate loads; the next ones often get the same memory
+            layer._buffers[name] = getattr(other, name).clone()
+        layer.bias = other.bias
+        assert_same_steps(call, other, device)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@configs
+def test_tensors_of_functional_call_are_seen(config, is_compiled, device):
+    layer = kept(config, device)
+
+    def call_with(x, state):
+        return torch.func.functional_call(layer, state, x)
+
+    call = torch.compile(call_with, backend="aot_eager") if is_compiled else call_with
+    for seed in (2, 0, 3):
+        other = prepared(config, device, seed=seed)
+        state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        assert_same_steps(lambda x, state=state: call(x, state), other, device)
+    assert_same_steps(layer, prepared(config, device), device)
+
+
+@configs
+def test_compiled_code_uses_none_of_another_device(config):
+    layer, plain = prepared(config, "cpu").to("meta"), prepared(config, "cpu")
+    keep_transposes(layer)
+    for name in layer._buffers:
+        layer._buffers[name] = getattr(plain, name)
+    layer.bias = plain.bias
+    call, transposes = compiled(layer)
+    assert_same_steps(call, plain, "cpu")
+    assert any(transposes)
+
+
+def test_another_config_drops_it(device):
+    layer = kept(CONFIGS["rowwise"], device)
+    layer.config = ts.SwitchBackConfig("rowwise")
+    assert layer._transposed is None
+
+
+def test_a_refused_transform_leaves_none(device):
+    layer, plain = prepared(CONFIGS["rowwise"], device), prepared(CONFIGS["rowwise"], device)
+    with pytest.raises(NotImplementedError):
+        torch.func.grad(lambda x: layer(x).sum())(torch.randn(5, 70, device=device))
+    assert layer._transposed is None
+    assert_same_steps(layer, plain, device)
 
 
 @pytest.mark.parametrize("move", [lambda layer: layer.half(), lambda layer: layer.to("meta").to_empty(device="cpu")])

@@ -28,8 +28,9 @@ class SwitchBackConfig:
             memory (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph):
             ``torch.autograd.graph.increment_version(weight)``. A prepared layer keeps only the transpose, 1 more byte
             per element: ``freeze_base``, ``adapters_over_int8`` or the first eager call with a backward computes it,
-            and compiled code uses it. Eager code sees other int8 values by their version and data pointer, compiled
-            code only those that ``load_state_dict`` brings.
+            and compiled code uses it. All code sees ``load_state_dict``, and other tensors in the place of the int8
+            values. Writes to these, as by DistributedDataParallel when it wraps the model, reach compiled code once one
+            of the three has run again.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
             keeps the rotated int8 values of X, which are as small as mem_efficient's. Not for tensor-parallel layers.

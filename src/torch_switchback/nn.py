@@ -82,7 +82,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
             if config.cache_quantized_weight:
-                transposed = self._transposed_for(input)
+                transposed = self._transposed_for(input, weight, absmax)
             if config.rotate_features is not None:
                 self._check_width_of(input)
             if self.training and self._weight_requires_grad and torch.is_grad_enabled():

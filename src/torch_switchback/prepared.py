@@ -3,7 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,16 @@ def float_weight(qdata: Tensor, absmax: Tensor, block: int | None, in_features: 
     return weight.to(dtype).contiguous()
 
 
+class _KeptTranspose(NamedTuple):
+    """The transpose of a prepared layer's int8 values: replaced as a whole, because threads may share a layer."""
+
+    transposed: Transposed
+    weight_int8: Tensor
+    absmax: Tensor
+    version: tuple[Any, ...]
+    memory: tuple[Tensor, Tensor]  # aliases of the two, so that no other tensor gets their addresses
+
+
 class PreparedWeight(nn.Module):
     """A linear layer's weight that can be quantized for good, and back. The layer is this and an nn.Linear."""
 
@@ -78,11 +88,8 @@ class PreparedWeight(nn.Module):
     _former_weight: Callable[[], Tensor | None] | None = None  # returns it while something holds it
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
-    _transposed: tuple[tuple[Any, ...], Transposed] | None = None
-    """The version of the int8 values, and their kept transpose, in one tuple because threads may share a layer.
-
-    Copies, pickles and state_dicts do not have it. It is no buffer, because torch.export would save it.
-    """
+    _transposed: "_KeptTranspose | None" = None
+    """Copies, pickles and state_dicts do not have it. It is no buffer, because torch.export would save it."""
 
     @property
     def is_prepared(self) -> bool:
@@ -99,11 +106,16 @@ class PreparedWeight(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Drop the cache with a weight: FSDP2 puts a gathered one often in the same memory, at the same version."""
+        """Drop what is cached of a weight, or by a config, that is replaced.
+
+        FSDP2 puts a gathered weight often in the same memory, at the same version.
+        """
         if name == "weight":
             if self.is_prepared:
                 raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
             self.__dict__.pop("_weight_cache", None)
+        elif name == "config":
+            self.__dict__.pop("_transposed", None)
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -152,40 +164,39 @@ class PreparedWeight(nn.Module):
         if self._former_weight is not None and (weight := self._former_weight()) is not None:
             weight.requires_grad_(False)
 
-    def _transposed_for(self, x: Any) -> Transposed | None:
+    def _transposed_for(self, x: Any, weight_int8: Tensor, absmax: Tensor) -> Transposed | None:
         """Return the kept transpose, or None. An eager call with a backward computes it if needed, and keeps it.
 
-        Compiled code can neither do that nor compare versions: it uses what is kept.
+        Compiled code can neither do that nor compare versions: it uses what is kept of these very tensors.
         """
         kept = self._transposed
+        if kept is not None and not (kept.weight_int8 is weight_int8 and kept.absmax is absmax):
+            kept = None  # functional_call, Accelerate and parametrizations put others in their place
         if torch.compiler.is_compiling():
-            return None if kept is None else kept[1]
-        if not isinstance(x, Tensor) or self.weight_int8.is_inference():
+            return kept.transposed if kept is not None and kept.transposed[0].device == weight_int8.device else None
+        if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
             return None
-        if kept is not None and kept[0] == self._int8_version():
-            return kept[1]
-        is_captured = self.weight_int8.is_cuda and torch.cuda.is_current_stream_capturing()
-        return self._keep_transpose() if x.requires_grad and torch.is_grad_enabled() and not is_captured else None
+        if weight_int8.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # the graph would read the memory after the transpose is renewed
+        if kept is not None and kept.version == _version_of(weight_int8, absmax):
+            return kept.transposed
+        return self._keep_transpose() if x.requires_grad and torch.is_grad_enabled() else None
 
     def _keep_transpose(self) -> Transposed | None:
         """Compute, keep and return the transpose. Return None for inference tensors, which have no version."""
         self._transposed = None  # its memory serves the next
-        if self.weight_int8.is_inference():
+        weight_int8, absmax = self.weight_int8, self.weight_absmax
+        if weight_int8.is_inference() or absmax.is_inference():
             return None
-        version, weight_int8, absmax = self._int8_version(), self.weight_int8, self.weight_absmax
+        version = _version_of(weight_int8, absmax)
         with torch.inference_mode(False), torch.no_grad():
             qdata, own_absmax = scaling_for(self.config, weight_int8, absmax).transpose_prepared(weight_int8, absmax)
         # Dynamo refuses a tensor that comes twice.
         transposed = qdata, None if own_absmax is absmax else own_absmax
         if type(qdata) is Tensor:  # not one of a FakeTensorMode
-            self._transposed = version, transposed
+            memory = weight_int8.detach(), absmax.detach()
+            self._transposed = _KeptTranspose(transposed, weight_int8, absmax, version, memory)
         return transposed
-
-    def _int8_version(self) -> tuple[Any, ...]:
-        """Return a key of the int8 values and of the stream: on another stream the transpose may not be ready."""
-        weight_int8, absmax = self.weight_int8, self.weight_absmax
-        stream = torch.cuda.current_stream(weight_int8.device) if weight_int8.is_cuda else None
-        return weight_int8.data_ptr(), weight_int8._version, absmax.data_ptr(), absmax._version, stream
 
     def _prepared_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the names of what takes the place of the weight, with shapes and dtypes."""
@@ -337,6 +348,12 @@ class PreparedWeight(nn.Module):
                 "weight is freed: prepare_for_training() of the model that shares it, and was prepared, brings it back"
             )
         return ""
+
+
+def _version_of(weight_int8: Tensor, absmax: Tensor) -> tuple[Any, ...]:
+    """Return a key of the int8 values and of the stream: on another stream the transpose may not be ready."""
+    stream = torch.cuda.current_stream(weight_int8.device) if weight_int8.is_cuda else None
+    return weight_int8.data_ptr(), weight_int8._version, absmax.data_ptr(), absmax._version, stream
 
 
 def prepare_for_eval(model: Model) -> Model:
