@@ -88,7 +88,7 @@ class PreparedWeight(nn.Module):
     _former_weight: Callable[[], Tensor | None] | None = None  # returns it while something holds it
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
-    _transposed: "_KeptTranspose | None" = None
+    _transposed: _KeptTranspose | None = None
     """Copies, pickles and state_dicts do not have it. It is no buffer, because torch.export would save it."""
 
     @property
