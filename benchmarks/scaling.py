@@ -50,10 +50,10 @@ class Bytes(NamedTuple):
     reduce_scatter: int
 
 
-def bytes_of(model: Model, *, weight_bytes: int, other_bytes: int, grad_bytes: int, reshard: bool = True) -> Bytes:
+def bytes_of(model: Model, *, weight_bytes: int, other_bytes: int, grad_bytes: int) -> Bytes:
     blocks = weight_bytes * model.weights + other_bytes * model.others
     gather = blocks + other_bytes * model.root
-    return Bytes(gather, blocks if reshard else 0, grad_bytes * model.elements)
+    return Bytes(gather, blocks, grad_bytes * model.elements)
 
 
 class Machine(NamedTuple):

@@ -100,12 +100,14 @@ def test_compiled_code_uses_what_is_kept(config, device):
 
 @pytest.mark.parametrize("assign", [False, True])
 @configs
-def test_compiled_code_sees_a_state_dict_that_is_loaded(config, assign, device):
+def test_a_state_dict_that_is_loaded_is_seen(config, assign, device):
     layer, other = kept(config, device), prepared(config, device, seed=2)
     call, transposes = compiled(layer)
     step(call, device)
+    step(layer, device)
     layer.load_state_dict(other.state_dict(), assign=assign)
     assert_same_steps(call, other, device)
+    assert_same_steps(layer, other, device)
     assert transposes and not any(transposes)
 
 

@@ -236,9 +236,11 @@ def random_call(name, rng):
     if name == "dequantize_rowwise":
         return random_int8(rows, cols), torch.empty(rows), dtype
     if name == "prepared_grad_input":
-        rowwise, width = rng.random() < 0.5, rng.choice(WIDTHS[1:])
-        transposed = torch.empty(width, cols, dtype=torch.int8) if rng.random() < 0.5 else None
-        return x, random_int8(cols, width), torch.empty(cols if rowwise else 1), transposed, rowwise, x.dtype
+        rowwise, weight, transposed = rng.random() < 0.5, random_int8(cols, rng.choice(WIDTHS)), None
+        if rng.random() < 0.5:  # as a layer keeps it, and then the weight is not read
+            transposed = torch.empty(WIDTHS[-1], cols, dtype=torch.int8)
+            weight = torch.empty(cols, WIDTHS[-1], dtype=torch.int8)
+        return x, weight, torch.empty(cols if rowwise else 1), transposed, rowwise, x.dtype
     if name == "transpose_int8":
         return (random_int8(rows, cols),)
     if name == "quantize_folded_rowwise":

@@ -69,3 +69,23 @@ def test_a_scheme_of_ones_own_quantizes_the_weight(parent, weight):
     call = Call(SwitchBackConfig(), None, Logged(dispatched), False)
     SwitchBackFunction.apply(x, weight.requires_grad_(), None, None, None, None, call).sum().backward()
     assert asked == ["weight", "transpose"]
+
+
+@pytest.mark.parametrize(("parent", "config"), [(GlobalScaling, "global"), (RowwiseScaling, "rowwise")])
+def test_a_scheme_of_ones_own_serves_prepared_layers(parent, config, weight):
+    """As its parent does in one operation, with a transpose that is kept and without."""
+
+    class Own(parent):
+        pass
+
+    config, own = SCHEMES[config], Own(dispatched)
+    qdata, absmax = own.quantize_weight(weight)
+    x = torch.randn(5, 64, device=weight.device, requires_grad=True)
+
+    def grad_input(scheme, transposed):
+        call = Call(config, None, scheme, False)
+        return torch.autograd.grad(SwitchBackFunction.apply(x, qdata, absmax, transposed, None, None, call).sum(), x)[0]
+
+    expected = grad_input(scaling_for(config, weight), None)
+    for transposed in (None, qdata.t().contiguous()):
+        assert torch.equal(grad_input(own, transposed), expected)

@@ -34,6 +34,9 @@ always true there, in torch.compile as well."""
 
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
+Transposed = tuple[torch.Tensor, torch.Tensor | None]
+"""The transpose of an int8 weight, int8 [in, out], and its absmax, or None if that is the weight's."""
+
 
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """Quantize a weight for good, for a layer that keeps no other.
@@ -96,16 +99,15 @@ def linear(
     bias: torch.Tensor | None,
     config: SwitchBackConfig,
     weight_absmax: torch.Tensor | None = None,
-    transposed: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    transposed: Transposed | None = None,
     weight_cache: WeightCache | None = None,
 ) -> torch.Tensor:
     """Apply :func:`switchback_linear` with the state that a layer has besides its parameters.
 
     Args:
         weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
-        transposed: the kept transpose of an int8 weight: int8 [in_features, out_features] and its absmax, or None if
-            that is weight_absmax.
-        weight_cache: holds the int8 values of a float weight until it changes.
+        transposed: of such a weight, if it is kept.
+        weight_cache: holds the int8 values of a float weight until that changes.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")

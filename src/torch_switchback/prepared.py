@@ -11,15 +11,15 @@ from torch.utils.weak import TensorWeakRef
 
 from . import extensions
 from .config import SwitchBackConfig
-from .functional import quantize_weight
+from .functional import Transposed, quantize_weight
 from .ops import dequantize_rowwise
 from .ops._validation import check_float
 from .ops.prepared_weight import dequantize_rotated
 from .scaling import scaling_for
+from .weight_cache import version_of
 from .weight_readers import leave_read_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-Transposed = tuple[Tensor, Tensor | None]  # int8 [in, out] and its absmax, or None if that is the weight's
 
 _PREPARED = "weight_int8", "weight_absmax", "weight_rotation"
 _OF_BITSANDBYTES = "W_int8", "state_W"
@@ -89,7 +89,7 @@ class PreparedWeight(nn.Module):
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
     _transposed: _KeptTranspose | None = None
-    """Copies, pickles and state_dicts do not have it. It is no buffer, because torch.export would save it."""
+    """What cache_quantized_weight keeps. Not in copies, pickles or state_dicts. No buffer: torch.export saves those."""
 
     @property
     def is_prepared(self) -> bool:
@@ -178,7 +178,7 @@ class PreparedWeight(nn.Module):
             return None
         if weight_int8.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # the graph would read the memory after the transpose is renewed
-        if kept is not None and kept.version == _version_of(weight_int8, absmax):
+        if kept is not None and kept.version == version_of(weight_int8, absmax):
             return kept.transposed
         return self._keep_transpose() if x.requires_grad and torch.is_grad_enabled() else None
 
@@ -188,7 +188,7 @@ class PreparedWeight(nn.Module):
         weight_int8, absmax = self.weight_int8, self.weight_absmax
         if weight_int8.is_inference() or absmax.is_inference():
             return None
-        version = _version_of(weight_int8, absmax)
+        version = version_of(weight_int8, absmax)
         with torch.inference_mode(False), torch.no_grad():
             qdata, own_absmax = scaling_for(self.config, weight_int8, absmax).transpose_prepared(weight_int8, absmax)
         # Dynamo refuses a tensor that comes twice.
@@ -348,12 +348,6 @@ class PreparedWeight(nn.Module):
                 "weight is freed: prepare_for_training() of the model that shares it, and was prepared, brings it back"
             )
         return ""
-
-
-def _version_of(weight_int8: Tensor, absmax: Tensor) -> tuple[Any, ...]:
-    """Return a key of the int8 values and of the stream: on another stream the transpose may not be ready."""
-    stream = torch.cuda.current_stream(weight_int8.device) if weight_int8.is_cuda else None
-    return weight_int8.data_ptr(), weight_int8._version, absmax.data_ptr(), absmax._version, stream
 
 
 def prepare_for_eval(model: Model) -> Model:

@@ -23,6 +23,13 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(begin_generation)
 
 
+def version_of(*tensors: Tensor) -> tuple[Any, ...]:
+    """Return a key of the values of tensors, and of the stream: on another, what they give may not be ready."""
+    device = tensors[0].device
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return *((tensor.data_ptr(), tensor._version) for tensor in tensors), stream
+
+
 class WeightCache:
     """Cache the int8 values of one weight, and of its transpose, until the weight changes."""
 
@@ -48,8 +55,7 @@ class WeightCache:
 
     def get(self, weight: Tensor, config: SwitchBackConfig, with_transpose: bool) -> tuple[Quantized, Quantized | None]:
         """Return W quantized and, with_transpose, Wᵀ quantized. Both are kept until W changes."""
-        stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None  # another may not have them yet
-        state = (weight.data_ptr(), weight._version, weight.dtype, config, _generation, stream)
+        state = (version_of(weight), weight.dtype, config, _generation)
         kept = self._kept
         if kept is not None and kept[0] == state and not (with_transpose and kept[2][1] is None):
             return kept[2]

@@ -42,7 +42,9 @@ def test_frozen_bases_take_a_byte_and_train_as_nn_linear_does(model, mode, tmp_p
         assert expected <= record["weight_bytes"] <= expected + 4 / 64  # a float32 per row of 64 elements or more
         assert 0 < record["speed_up_p10"] <= record["speed_up"] <= record["speed_up_p90"]
     assert linear["bound"] > 1
-    *_, row = pages.lora(document).splitlines()
+    header, _, row = pages.lora(document).splitlines()
+    recipes = ("switchback", "rowwise", "rowwise_rotated_features", bench_lora.FLOAT8)
+    assert header == f"| eager/compiled/CUDA graphs | nn.Linear, ms | bound | {' | '.join(recipes)} |"
     place = ("eager", "compiled", "reduce-overhead").index(mode)
     for column, value in {1: f"{linear['median_ms']:.1f}", 2: f"{linear['bound']:.2f}", 6: "–"}.items():
         cells = row.strip("| ").split(" | ")[column].split("/")
