@@ -15,14 +15,18 @@ if workers > 1:
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
 
-if torch.version.cuda and not torch.cuda.is_available():  # a CUDA build, whose own functions raise without a driver
-    torch._C._cuda_getDevice = lambda: -1
-    torch._C._cuda_getCurrentRawStream = lambda device: 0
-
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the tests' tensors live")
     parser.addoption("--sanitizer", action="store_true", help="run the kernels under compute-sanitizer, some minutes")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":  # hide GPUs, which FSDP2 would take, and gloo does not serve
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if torch.version.cuda and not torch.cuda.is_available():  # a CUDA build, whose own functions then raise
+        torch._C._cuda_getDevice = lambda: -1
+        torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
 @pytest.fixture
