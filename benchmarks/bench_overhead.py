@@ -1,6 +1,6 @@
 """Measure the time per training step that the CPU needs, for SwitchBackLinear and nn.Linear.
 
-    python benchmarks/bench_overhead.py --label after --output benchmarks/results/h200/bench_overhead.json
+    python benchmarks/bench_overhead.py --output benchmarks/results/h200/bench_overhead.json
 
 A step sets all gradients to None and runs forward and backward. Its time is wall time over many
 steps, between two synchronizations: with few tokens the GPU waits for the CPU, so this is CPU

@@ -27,15 +27,15 @@ class SwitchBackConfig:
             broadcast of a trainable weight must be announced, as must all that writes through ``weight.data`` or raw
             memory (merging a LoRA adapter, DeepSpeed's engine, an optimizer inside a CUDA graph):
             ``torch.autograd.graph.increment_version(weight)``. A prepared layer keeps only the transpose, 1 more byte
-            per element: ``freeze_base``, ``adapters_over_int8`` or the first eager call with a backward computes it,
-            and compiled code uses it. All code sees ``load_state_dict``, and other tensors in the place of the int8
-            values. Writes to these, as by DistributedDataParallel when it wraps the model, reach compiled code once one
-            of the three has run again.
+            per element. ``freeze_base``, ``adapters_over_int8`` and eager calls with a backward compute it where it is
+            missing or outdated; compiled code only uses it. All code notices ``load_state_dict`` and other tensors in
+            the place of the int8 values. Writes into the int8 values, as DistributedDataParallel does when it wraps the
+            model, reach compiled code only after one of these three.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
             keeps the rotated int8 values of X, which are as small as mem_efficient's. Not for tensor-parallel layers.
         rotate_tokens: how many tokens (16, 32, 64 or 128) an orthogonal Hadamard matrix mixes before they are quantized
-            for an int8 weight gradient; None: no rotation, which loses 12 dB where some tokens' gradients are large.
+            for an int8 weight gradient; None: no rotation, which loses 10 dB where some tokens' gradients are large.
         all_gather: in what FSDP2 (``fully_shard``) gathers the weights. ``"high_precision"``: in the dtype of its
             policy. ``"int8"``: as the int8 values that the layer computes with, quantized from the shards by the absmax
             over all of them (docs/scaling.md). Without FSDP2 it makes no difference.

@@ -111,12 +111,12 @@ def convert_to_switchback(
     in float64 are refused when the layer is called. If a model is refused, nothing of it has been changed.
 
     A configuration without ``min_tokens`` gets one for each layer: from so many tokens on int8 is faster than nn.Linear
-    on the layer's GPU (docs/tuning.md). A layer for which int8 is never faster stays nn.Linear. A model
-    that is not on a GPU yet is taken to run on the current GPU once the process uses one, else on an H200; with a
-    CPU build of PyTorch on the CPU.
+    on the layer's GPU (docs/tuning.md). A layer for which int8 is never faster stays nn.Linear. For a
+    model on the CPU, that is the current GPU if CUDA is initialized, else an H200 (MI300 with ROCm); with a CPU build
+    of PyTorch it is the CPU.
 
     The first process logs one line, at level INFO: how many layers are converted, and the share of the parameters that
-    they have. A call that changes nothing about that says nothing again.
+    they have. A later call logs again only if these numbers have changed.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.
@@ -241,7 +241,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     ``resize_token_embeddings`` replaces the LM head, are among those that are left.
 
     Args:
-        model: what convert_to_switchback was called on, or what has that as a part: then of the first such part.
+        model: the converted model, or a module that contains it. Of several converted ones, the first counts.
 
     Returns:
         A row for every linear layer, converted or not. Printed, it is a table.
@@ -281,8 +281,8 @@ def _report(
 def revert_switchback(model: Model) -> Model:
     """Make every SwitchBackLinear of a model an nn.Linear again, in place, its parameters the same objects.
 
-    A layer that was prepared for evaluation gets a new ``weight``, dequantized. A subclass of SwitchBackLinear, such as
-    torch.nn.utils.parametrize and fully_shard make, is not reverted, and causes a warning. A subclass that sets
+    A layer that was prepared for evaluation gets its ``weight`` back, dequantized. A subclass of SwitchBackLinear, as
+    torch.nn.utils.parametrize and fully_shard make one, is not reverted, and causes a warning. A subclass that sets
     ``reverts_to`` itself is reverted.
 
     Args:

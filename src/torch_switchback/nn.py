@@ -1,4 +1,4 @@
-"""SwitchBackLinear, an nn.Linear whose forward and input-gradient products run in int8, and its named variants."""
+"""SwitchBackLinear, an nn.Linear whose forward and input-gradient matmuls run in int8, and its named variants."""
 
 import warnings
 from functools import cache, partial

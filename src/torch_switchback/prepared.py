@@ -125,7 +125,7 @@ class PreparedWeight(nn.Module):
         super().register_parameter(name, param)
 
     def prepare_for_eval(self) -> None:
-        """Quantize the weight for good: the same output bit for bit, less time and memory.
+        """Quantize the weight for good: less time and memory, and the bits of every output that was int8 before.
 
         The input still gets its gradient, the weight none. Calling it again does nothing.
         :meth:`prepare_for_training` undoes it. The weight's memory is freed unless something else, such as an
@@ -353,13 +353,13 @@ class PreparedWeight(nn.Module):
 def prepare_for_eval(model: Model) -> Model:
     """Quantize the weights of a model's SwitchBackLinear layers for good, and free them: 1 byte per element is left.
 
-    Outputs stay the same bit for bit. Layers still pass gradients to their inputs, but none to their weights, and are
-    int8 for any number of tokens. An optimizer may keep the parameters: they have no memory and no gradient until
+    Outputs that were int8 keep their bits. Layers still pass gradients to their inputs, but none to their weights, and
+    are int8 for any number of tokens. An optimizer may keep the parameters: they have no memory and no gradient until
     :func:`prepare_for_training` gives both back to the same objects.
 
     Args:
-        model: any module with SwitchBackLinear layers, and with whatever shares their weights: what is outside of it
-            would lose them. If it is refused, it is as it was.
+        model: any module with SwitchBackLinear layers. Modules outside of it that share their weights would lose them.
+            If it is refused, it is unchanged.
 
     Returns:
         The same model.

@@ -40,7 +40,7 @@ def freeze_base(model: Model) -> Model:
     ``SwitchBackConfig(cache_quantized_weight=True)`` freeze_base does so once, and keeps 2 bytes per element.
 
     Layers that train, as LoRA's own do, and those whose weight another module uses (a tied LM head) stay as they are.
-    So do all, if one is refused.
+    If one is refused, nothing changes.
 
     An adapter that is added or loaded later starts on the CPU, since PEFT places it where the base's weight is: call
     ``model.to(device)`` then.

@@ -6,9 +6,9 @@ AutoModelForCausalLM.from_pretrained(path, quantization_config=SwitchBackQuantiz
 ``save_pretrained`` writes the int8 values of layers that ``torch_switchback.prepare_for_eval(model)`` prepared.
 ``from_pretrained`` reads them where this module has been imported, and raises elsewhere.
 
-Layers that are prepared one by one, or by ``load_state_dict``, are saved so too if the model is the object on which
-convert_to_switchback was called. If it was copied, unpickled or built with SwitchBackLinear, call
-prepare_for_eval(model) as well: without that it reloads with random weights.
+Layers that are prepared one by one, or by ``load_state_dict``, are saved so too if convert_to_switchback was called on
+this object. If it was copied, unpickled or built with SwitchBackLinear, call prepare_for_eval(model) first, or what is
+saved reloads with random weights.
 """
 
 import dataclasses
