@@ -12,6 +12,7 @@ from testing import convert_all
 from torch_switchback import SwitchBackConfig, ops
 from torch_switchback._text import grouped
 from torch_switchback.analysis import explanation
+from torch_switchback.analysis.layer_calls import Call
 from torch_switchback.tuning import matmul_config
 
 
@@ -356,3 +357,21 @@ def test_a_prepared_layer_computes_in_the_dtype_of_its_weight():
 def test_tokens_are_a_positive_int(function, tokens):
     with pytest.raises(ValueError, match="tokens"):
         function(nn.Linear(8, 8), tokens=tokens)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_layers_on_the_meta_device_are_tried_elsewhere(prepared):
+    with torch.device("meta"):
+        layer = ts.SwitchBackLinear(24, 48, config=ts.RECIPES["rowwise"])
+    if prepared:
+        layer.prepare_for_eval()
+    explanation._try(layer, Call(8, "float32", True), torch.device("cpu"))
+
+
+def test_a_prepared_layer_is_said_to_be_so_without_its_min_tokens(model):
+    model.up.config = SwitchBackConfig("rowwise", min_tokens=100)
+    model.up.prepare_for_eval()
+    found = layers(ts.explain(model, torch.randn(8, 24)))["up"]
+    assert (found.strategy, found.fallback) == ("rowwise, prepared", "")
+    row = next(line for line in str(ts.conversion_report(model)).splitlines() if line.startswith("up"))
+    assert "rowwise, prepared" in row

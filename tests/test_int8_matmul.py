@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import torch_switchback as ts
 from testing import DTYPES, assert_same, random_int8
@@ -139,6 +140,13 @@ def test_the_probe_of_int_mm_may_be_the_first_call_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = int8_matmul._int_mm_is_exact.__wrapped__()
     assert under_autocast == int8_matmul._int_mm_is_exact.__wrapped__()
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_the_probe_of_int_mm_may_be_the_first_call_while_a_model_is_built_without_memory(mode):
+    with mode():
+        found = int8_matmul._int_mm_is_exact.__wrapped__()
+    assert found == int8_matmul._int_mm_is_exact.__wrapped__()
 
 
 def test_int_mm_is_not_trusted_where_it_saturates(monkeypatch):

@@ -76,8 +76,12 @@ def test_what_it_refuses(model):
         Monitor(model, every=0)
     with pytest.raises(ValueError, match=r"Monitor: layers matches no SwitchBackLinear of the model, got 'head\.\*'"):
         Monitor(model, layers="head.*")
-    with pytest.raises(ValueError, match="matches no SwitchBackLinear"):
+    with pytest.raises(ValueError, match=r"matches no SwitchBackLinear .*; call convert_to_switchback first"):
         Monitor(nn.Linear(4, 4))
+    model.mlp[0].prepare_for_eval()
+    Monitor(model, layers="mlp.*").close()
+    with pytest.raises(ValueError, match="Monitor: all layers are prepared"):
+        Monitor(model, layers="mlp.0")
 
 
 def test_no_trace_between_samples_nor_after_closing(model, device):

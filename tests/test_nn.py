@@ -56,14 +56,35 @@ def test_starts_from_the_weights_of_nn_linear():
     assert torch.equal(ours.weight, nn.Linear(6, 4).weight)
 
 
+def test_a_copy_of_a_compiled_layer_has_code_and_weights_of_its_own():
+    layer = make_layer(SwitchBackConfig())
+    x = torch.randn(4, 64)
+    layer.compile(backend="eager")
+    layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            copied.weight.zero_()
+            copied.bias.fill_(3.0)
+        assert torch.equal(copied(x), torch.full((4, 48), 3.0))
+
+
 @strategies
 def test_repr_says_the_strategy(config):
     assert f"in_features=64, out_features=48, bias=True, strategy={config.strategy}" in repr(make_layer(config))
 
 
+def test_a_prepared_layers_repr_says_that_the_number_of_tokens_does_not_count():
+    layer = make_layer(SwitchBackConfig("rowwise", cache_quantized_weight=True, min_tokens=100))
+    assert "strategy=rowwise, cached, from 100 tokens" in repr(layer)
+    layer.prepare_for_eval()
+    assert repr(layer).endswith("strategy=rowwise, cached, prepared)")
+
+
 def test_config_refuses_an_unknown_scaling():
-    with pytest.raises(ValueError, match="weight_scaling"):
+    with pytest.raises(ValueError, match=r"weight_scaling must be one of 'global', 'rowwise', got 'columnwise'$"):
         SwitchBackConfig("columnwise")
+    with pytest.raises(ValueError, match=r"got 'switchback'; RECIPES\['switchback'\] is a whole SwitchBackConfig"):
+        SwitchBackConfig("switchback")
 
 
 # State

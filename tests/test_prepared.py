@@ -178,7 +178,8 @@ def test_prepared_state_dict_reloads_into_a_fresh_layer(config, device):
 def test_training_state_dict_reloads_into_a_prepared_layer(config, device):
     layer, other = make_layer(config, device=device), make_layer(config, device=device)
     other.prepare_for_eval()
-    other.load_state_dict(layer.state_dict(), strict=True)
+    with pytest.warns(UserWarning, match="load_state_dict: a float weight takes the place of a prepared layer's int8"):
+        other.load_state_dict(layer.state_dict(), strict=True)
     assert not other.is_prepared
     assert torch.equal(other.weight, layer.weight)
     assert other.weight.requires_grad
@@ -366,7 +367,8 @@ def test_a_computed_weight_is_not_prepared(device):
 def test_a_weight_that_the_forward_refuses_is_not_prepared(config, dtype, device):
     layer = make_layer(config, device=device, bias=False).to(dtype)
     for refused in (layer.prepare_for_eval, lambda: layer(torch.zeros(2, 64, device=device))):
-        with pytest.raises(TypeError, match=f"weight must be float16, bfloat16 or float32, got {dtype}"):
+        called = "prepare_for_eval" if refused == layer.prepare_for_eval else "switchback_linear"
+        with pytest.raises(TypeError, match=f"{called}: weight must be float16, bfloat16 or float32, got {dtype}"):
             refused()
         assert list(layer.state_dict()) == ["weight"]
 

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import torch_switchback as ts
 from testing import assert_same, count_weight_quantizations, patch_scheme
@@ -280,3 +281,13 @@ def test_a_weight_that_was_frozen_meanwhile_is_quantized_anew():
     layer(x)
     layer.requires_grad_(True)
     assert torch.equal(layer(x), ts.switchback_linear(x, layer.weight, layer.bias))
+
+
+def test_nothing_fake_is_kept():
+    layer = ts.SwitchBackLinear(64, 48, config=ts.SwitchBackConfig(cache_quantized_weight=True))
+    x = torch.randn(5, 64)
+    expected = layer(x)
+    vars(layer).pop("_weight_cache")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.randn(5, 64))
+    assert torch.equal(layer(x), expected)

@@ -1,7 +1,7 @@
 """SwitchBackConfig, which says how a layer computes its three matmuls, and RECIPES, the named ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 WeightScaling = Literal["global", "rowwise"]
@@ -70,7 +70,9 @@ class SwitchBackConfig:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 one_of = ", ".join(map(repr, known))
-                raise ValueError(f"SwitchBackConfig: {name} must be one of {one_of}, got {value!r}")
+                is_recipe = isinstance(value, str) and value in RECIPES
+                hint = f"; RECIPES[{value!r}] is a whole SwitchBackConfig" if is_recipe else ""
+                raise ValueError(f"SwitchBackConfig: {name} must be one of {one_of}, got {value!r}{hint}")
         if self.min_tokens is not None and (type(self.min_tokens) is not int or self.min_tokens < 0):
             raise ValueError(f"SwitchBackConfig: min_tokens must be None or an int from 0 on, got {self.min_tokens!r}")
         if self.rotate_features is not None:
@@ -90,6 +92,8 @@ class SwitchBackConfig:
         parts: list[str] = [self.weight_scaling]
         if self.mem_efficient:
             parts.append("mem_efficient")
+        if self.cache_quantized_weight:
+            parts.append("cached")
         if self.rotate_features is not None:
             parts.append(f"features rotated by {self.rotate_features}")
         if self.grad_weight == "int8":
@@ -97,6 +101,11 @@ class SwitchBackConfig:
         if self.min_tokens:
             parts.append(f"from {self.min_tokens} tokens")
         return ", ".join(parts)
+
+
+def strategy_of(config: SwitchBackConfig, *, is_prepared: bool) -> str:
+    """Return a layer's strategy in a few words. A prepared layer is int8 for any number of tokens."""
+    return f"{replace(config, min_tokens=None).strategy}, prepared" if is_prepared else config.strategy
 
 
 RECIPES = {

@@ -15,10 +15,10 @@ from torch import nn
 
 from . import extensions
 from ._text import table
-from .config import SwitchBackConfig, config_of
+from .config import SwitchBackConfig, config_of, strategy_of
 from .filters import default_filter, look_up, with_min_tokens
 from .nn import SwitchBackLinear
-from .prepared import refuse_to_train_under_ddp
+from .prepared import INT8_STATE, refuse_to_train_wrapped
 from .weight_readers import weights_read_by_parents
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,7 +37,7 @@ _UNCALLED = "no call seen yet outside compiled code: a module that multiplies by
 _UNLISTED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.utils.parametrize.ParametrizationList)
 # What a SwitchBackLinear has beside nn.Linear's attributes.
-_OURS = {*dir(SwitchBackLinear), "config", "weight_int8", "weight_absmax"} - {*dir(nn.Linear)}
+_OURS = {*dir(SwitchBackLinear), "config", *INT8_STATE} - {*dir(nn.Linear)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class ConvertedLayer:
     out_features: int
     config: SwitchBackConfig | None
     reason: str
+    is_prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ConversionReport:
     def __str__(self) -> str:
         rows = []
         for layer in self.layers:
-            strategy = "left" if layer.config is None else layer.config.strategy
+            strategy = "left" if layer.config is None else strategy_of(layer.config, is_prepared=layer.is_prepared)
             sizes = str(layer.in_features), str(layer.out_features)
             rows.append((layer.fqn or "(the model)", *sizes, strategy, layer.reason))
         return f"{self.summary}\n{table(('layer', 'in', 'out', 'strategy', 'why left, or not called'), rows)}"
@@ -182,6 +183,7 @@ def convert_to_switchback(
             for fqn in fqns:
                 if reason := default(layer, fqn):
                     return reason
+        reason = ""
         if "forward" in vars(layer):
             reason = "its forward has been replaced on the instance, so another class would change nothing"
         elif own := sorted(name for name in _OURS if hasattr(layer, name)):
@@ -268,13 +270,15 @@ def _report(
     readers = weights_read_by_parents(owner) if is_run and compiled is not None else {}
     rows: list[ConvertedLayer] = []
     for fqn, module, sizes in listed:
-        config, reason = None, _why_never(module) or reasons.get(fqn) or _SINCE
+        known = reasons.get(fqn) or reasons.get(fqn.removesuffix(".base_layer"))  # PEFT's name for what it wraps
+        config, reason = None, _why_never(module) or known or _SINCE
         if isinstance(module, SwitchBackLinear):
             is_missed = is_run and compiled is not None and not module._was_called and module not in compiled
             config, reason = module.config, _UNCALLED if is_missed else ""
             if is_missed and module in readers:
                 reason += f" ({readers[module]} reads it)"
-        rows.append(ConvertedLayer(fqn, type(module).__name__, *sizes, config, reason))
+        is_prepared = isinstance(module, SwitchBackLinear) and module.is_prepared
+        rows.append(ConvertedLayer(fqn, type(module).__name__, *sizes, config, reason, is_prepared))
     return ConversionReport(tuple(rows))
 
 
@@ -293,11 +297,12 @@ def revert_switchback(model: Model) -> Model:
 
     Raises:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
-            the graph of a forward; or a prepared layer's weight is to train, and DistributedDataParallel holds it.
+            the graph of a forward; or a prepared layer's weight is to train, and DistributedDataParallel or
+            fully_shard holds the layer.
         TypeError: model is something else.
     """
     _check_module("revert_switchback", model)
-    refuse_to_train_under_ddp("revert_switchback", model)
+    refuse_to_train_wrapped("revert_switchback", model)
     for module in model.modules():
         if isinstance(module, SwitchBackLinear) and "reverts_to" in vars(type(module)):
             module.prepare_for_training()

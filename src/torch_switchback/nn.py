@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from .config import SwitchBackConfig, WeightScaling, config_of
+from .config import SwitchBackConfig, WeightScaling, config_of, strategy_of
 from .functional import linear
 from .prepared import PreparedWeight
 from .weight_cache import WeightCache
@@ -129,13 +129,15 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_weight_cache", "_transposed")}
+        state = super().__getstate__()  # without compiled code
+        for name in ("_weight_cache", "_transposed"):
+            state.pop(name, None)
         if isinstance(self._former_weight, TensorWeakRef):  # which is not copied
             del state["_former_weight"]
         return state
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, strategy={self.config.strategy}" + (", prepared" if self.is_prepared else "")
+        return f"{super().extra_repr()}, strategy={strategy_of(self.config, is_prepared=self.is_prepared)}"
 
 
 @cache

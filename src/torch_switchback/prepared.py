@@ -1,5 +1,6 @@
 """The prepared state of a layer: its weight replaced by int8 values, and state_dicts with either of the two."""
 
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -21,11 +22,12 @@ from .weight_readers import leave_read_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_PREPARED = "weight_int8", "weight_absmax", "weight_rotation"
+INT8_STATE = "weight_int8", "weight_absmax", "weight_rotation"
 _OF_BITSANDBYTES = "W_int8", "state_W"
 _NO_WEIGHT = (
     "{} has no weight while it is prepared, only weight_int8 and weight_absmax: prepare_for_training() gives it one "
-    "back (for PEFT, unfreeze_base(model)), and revert_switchback(model) makes it nn.Linear"
+    "back, and revert_switchback(model) makes it nn.Linear. For PEFT, unfreeze_base(model) gives it back, and inside "
+    "adapters_over_int8(model) adapters can be added without it"
 )
 
 
@@ -139,6 +141,7 @@ class PreparedWeight(nn.Module):
             return
         if reason := self._why_not_prepared():
             raise RuntimeError(f"prepare_for_eval: {reason}")
+        check_float("prepare_for_eval", "weight", self.weight)
         with torch.inference_mode(False), torch.no_grad():
             state = int8_state(self.weight, self.config)
         self._become_prepared(state)
@@ -277,7 +280,7 @@ class PreparedWeight(nn.Module):
                 hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             _drop_placeholder(state_dict, f"{prefix}weight")
             found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-            becomes_prepared = not found.keys().isdisjoint(_PREPARED)
+            becomes_prepared = not found.keys().isdisjoint(INT8_STATE)
             if problems := list(self._problems(found, prefix, becomes_prepared)):
                 error_msgs.extend(problems)
                 return
@@ -293,6 +296,11 @@ class PreparedWeight(nn.Module):
                         }
                     )
                 elif "weight" in found and self.is_prepared:
+                    warnings.warn(
+                        "load_state_dict: a float weight takes the place of a prepared layer's int8 values; call "
+                        "prepare_for_eval(model), or freeze_base(model) for PEFT, again to keep only int8",
+                        stacklevel=2,
+                    )
                     features = self.out_features, self.in_features
                     self._become_unprepared(self.weight_int8.new_empty(features, dtype=self._weight_dtype))
             super()._load_from_state_dict(
@@ -306,8 +314,12 @@ class PreparedWeight(nn.Module):
     def _problems(self, found: dict[str, Any], prefix: str, becomes_prepared: bool) -> Iterator[str]:
         """Yield why the int8 values cannot come, or go, as a state_dict asks."""
         int8, rotation = self._prepared_tensors(), self.config.rotate_features
-        if becomes_prepared and found.keys() & {"weight", *_PREPARED[:2]} != {*_PREPARED[:2]}:
-            yield f"mismatch for {prefix}weight: it comes alone, or its int8 values and their absmax do."
+        names = found.keys() & {"weight", *INT8_STATE}
+        if becomes_prepared and ("weight" in names or not {"weight_int8", "weight_absmax"} <= names):
+            yield (
+                f"mismatch for {prefix}weight: a prepared layer needs weight_int8 and weight_absmax, and no weight; "
+                f"got {', '.join(sorted(names))}."
+            )
         elif becomes_prepared and (given := _rotation_of(found)) not in (rotation, "any"):
             yield f"mismatch for {prefix}weight: it comes with rotate_features={given}, the layer has {rotation}."
         elif becomes_prepared and not self.is_prepared and (reason := self._why_not_prepared()):
@@ -392,10 +404,10 @@ def prepare_for_training(model: Model) -> Model:
         The same model.
 
     Raises:
-        RuntimeError: DistributedDataParallel holds a layer whose weight is to train, and would not average its
-            gradient.
+        RuntimeError: DistributedDataParallel or fully_shard holds a layer whose weight is to train, and would not
+            average its gradient.
     """
-    refuse_to_train_under_ddp("prepare_for_training", model)
+    refuse_to_train_wrapped("prepare_for_training", model)
     for module in model.modules():
         if isinstance(module, PreparedWeight):
             module.prepare_for_training()
@@ -403,14 +415,14 @@ def prepare_for_training(model: Model) -> Model:
     return model
 
 
-def refuse_to_train_under_ddp(caller: str, model: nn.Module) -> None:
-    """Raise if a weight would come back to train under a DistributedDataParallel that does not know it."""
-    under_ddp = _parts_under_ddp(model)
+def refuse_to_train_wrapped(caller: str, model: nn.Module) -> None:
+    """Raise if a weight would come back to train under DistributedDataParallel or FSDP, which do not know it."""
+    wrappers = _wrappers(model)
     for fqn, module in model.named_modules():
         is_to_train = isinstance(module, PreparedWeight) and module.is_prepared and module._weight_requires_grad
-        if is_to_train and module in under_ddp:
+        if is_to_train and module in wrappers:
             raise RuntimeError(
-                f"{caller}: {fqn}: call it before DistributedDataParallel wraps the model, which averages no "
+                f"{caller}: {fqn or 'the layer'}: call it before {wrappers[module]} wraps the model, which averages no "
                 "gradient of a weight that comes later"
             )
 
@@ -418,23 +430,29 @@ def refuse_to_train_under_ddp(caller: str, model: nn.Module) -> None:
 def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
     """Raise if the weight of one of these layers, by name, cannot be freed."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    under_ddp = _parts_under_ddp(model)
+    wrappers = _wrappers(model)
     for fqn, layer in layers.items():
         if layer.is_prepared:
             continue
         reason = layer._why_not_prepared()
         if not reason and owners[id(layer.weight)] > 1:
             reason = "weight is shared with another module, which would lose it"
-        elif layer in under_ddp:
-            reason = "call it before DistributedDataParallel wraps the model"
+        elif layer in wrappers:
+            reason = f"call it before {wrappers[layer]} wraps the model"
         if reason:
             raise RuntimeError(f"{caller}: {fqn or 'the layer'}: {reason}")
         check_float(caller, f"{fqn}.weight".lstrip("."), layer.weight)
 
 
-def _parts_under_ddp(model: nn.Module) -> set[nn.Module]:
-    wrappers = (module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel))
-    return {part for wrapper in wrappers for part in wrapper.modules()}
+def _wrappers(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the parts of a model whose gradients a wrapper averages, with what wrapped them."""
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            found |= dict.fromkeys(module.modules(), "DistributedDataParallel")
+        elif extensions.distributed.is_sharded(module):
+            found |= dict.fromkeys(module.modules(), "fully_shard")
+    return found
 
 
 def keep_transposes(model: nn.Module) -> None:

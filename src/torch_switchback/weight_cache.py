@@ -67,5 +67,6 @@ class WeightCache:
                 quantized = scaling.quantize_weight_with_transpose(weight)
             else:
                 quantized = scaling.quantize_weight(weight), None
-        self._kept = state, weight.detach(), quantized
+        if type(quantized[0][0]) is Tensor:  # not one of a FakeTensorMode
+            self._kept = state, weight.detach(), quantized
         return quantized

@@ -101,3 +101,18 @@ def test_fsdp_with_a_policy_computes_in_its_dtype(config):
     assert torch.equal(y, frozen(config).to(torch.bfloat16)(x.to(torch.bfloat16)))
     loss_of(y).backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("restore", [ts.prepare_for_training, ts.revert_switchback])
+@in_processes(2)
+def test_a_weight_does_not_come_back_to_train_under_fully_shard(restore):
+    model = ts.prepare_for_eval(converted(mlp()))
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match="0: call it before fully_shard wraps the model"):
+        restore(model)
+    assert model[0].is_prepared
+    model = frozen({})
+    for block in (model[0], model[2]):
+        fully_shard(block)
+    ts.prepare_for_training(model)
+    assert type(model[0].base.weight) is nn.Parameter and not model[0].base.weight.requires_grad

@@ -172,7 +172,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="model has no adapter layers; call get_peft_model first"):
         freeze_base(ts.convert_to_switchback(Regressor(), module_filter_fn=all_but_the_head))
     lora = LoraConfig(r=4, target_modules=TARGETS)
-    with pytest.raises(ValueError, match=r"no frozen SwitchBackLinear .* call convert_to_switchback"):
+    with pytest.raises(ValueError, match=r"no frozen SwitchBackLinear .* conversion_report\(model\) says why"):
         freeze_base(get_peft_model(Regressor(), lora))
     with pytest.raises(ValueError, match="no frozen SwitchBackLinear"):
         freeze_base(make_model().requires_grad_(True))
@@ -412,3 +412,18 @@ def test_a_layer_whose_weight_its_model_reads_stays():
         freeze_base(model)
     assert prepared(model) == [True, False]
     assert torch.equal(model(x), expected)
+
+
+def test_a_base_that_is_unfrozen_inside_adapters_over_int8_stays_so():
+    base = ts.prepare_for_eval(ts.convert_to_switchback(Square(), config="rowwise", module_filter_fn=lambda *_: True))
+    with adapters_over_int8(base):
+        model = unfreeze_base(get_peft_model(base, lora()))
+    assert prepared(model) == [False, False]
+    model(torch.randn(16, 32)).sum().backward()
+
+
+def test_the_report_says_why_a_layer_under_an_adapter_was_left():
+    base = ts.convert_to_switchback(Square(), config={"up": "rowwise", "*": None})
+    report = ts.conversion_report(get_peft_model(base, lora()))
+    reasons = {layer.fqn: layer.reason for layer in report.layers if layer.fqn.endswith(".base_layer")}
+    assert reasons == {"up.base_layer": "", "down.base_layer": "config asks for nn.Linear"}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._text import grouped, table
+from ..config import strategy_of
 from ..convert import _REPORT, ConvertedLayer
 from ..filters import never_faster
 from ..functional import linear
@@ -158,7 +159,7 @@ def explain(
         strategy, fallback, reason = type(layer).__name__, "", ""
         products: tuple[Product, ...] = ()
         if isinstance(layer, SwitchBackLinear):
-            strategy = layer.config.strategy
+            strategy = strategy_of(layer.config, is_prepared=layer.is_prepared)
             if call is None:
                 fallback = "not called: the model uses its weight directly, or not for this input"
             elif not call.in_int8:
@@ -249,10 +250,11 @@ def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
     """Run a layer forward and backward, on random inputs of the call's shape."""
     dtype = getattr(torch, call.dtype)
     x = torch.randn(call.tokens, layer.in_features, device=device, dtype=dtype, requires_grad=True)
+    # Random as well: the layer's own may be on the meta device, or be cut up by fully_shard.
     if layer.is_prepared:
-        weight, absmax = layer.weight_int8, layer.weight_absmax
+        weight = torch.randint(-127, 128, layer.weight_int8.shape, device=device, dtype=torch.int8)
+        absmax = torch.rand(layer.weight_absmax.shape, device=device)
     else:
-        # Random as well: the layer's own may be on the meta device, or be cut up by fully_shard.
         sizes, dtype, trains = (layer.out_features, layer.in_features), layer.weight.dtype, layer.weight.requires_grad
         weight, absmax = torch.randn(sizes, device=device, dtype=dtype, requires_grad=trains), None
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):

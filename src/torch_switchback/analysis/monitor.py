@@ -79,7 +79,7 @@ class Monitor:
             :func:`measure` if it is 1.
 
     Raises:
-        ValueError: every is not positive, or no layer matches.
+        ValueError: every is not positive, no layer matches, or all that do are prepared.
         NotImplementedError: in a sampled forward, a layer is tensor-parallel.
     """
 
@@ -93,7 +93,13 @@ class Monitor:
         linears = {name: module for name, module in named if isinstance(module, SwitchBackLinear)}
         self._layers = {name: linears[name] for name in linears if any(fnmatchcase(name, each) for each in patterns)}
         if not self._layers:
-            raise ValueError(f"Monitor: layers matches no SwitchBackLinear of the model, got {layers!r}")
+            hint = "" if linears else "; call convert_to_switchback first"
+            raise ValueError(f"Monitor: layers matches no SwitchBackLinear of the model, got {layers!r}{hint}")
+        if all(layer.is_prepared for layer in self._layers.values()):
+            raise ValueError(
+                "Monitor: all layers are prepared, and have no weight to compare with; monitor the model before it is "
+                "prepared or frozen"
+            )
         self._every, self._writer = every, writer
         self._step, self._closed = 0, False
         self._sample: dict[str, Record] = {}

@@ -12,7 +12,7 @@ from typer import Argument, BadParameter, Option
 from ..config import config_of
 from ..filters import look_up
 from ..ops._validation import FLOAT_DTYPES
-from ..prepared import float_weight, int8_state
+from ..prepared import INT8_STATE, float_weight, int8_state
 from .common import ConfigFlag, JsonFlag, check_output, needs, read_json, to_json
 
 NOTE = "torch_switchback"  # the entry of the file's metadata: which layers are prepared, and from what weight
@@ -104,8 +104,7 @@ def restored(state: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> tup
     result = dict(state)
     layers = [name.removesuffix("weight_int8") for name in state if name.rpartition(".")[2] == "weight_int8"]
     for prefix in layers:
-        names = ("weight_int8", "weight_absmax", "weight_rotation")
-        int8 = {name: result.pop(f"{prefix}{name}") for name in names if f"{prefix}{name}" in result}
+        int8 = {name: result.pop(f"{prefix}{name}") for name in INT8_STATE if f"{prefix}{name}" in result}
         if "weight_absmax" not in int8:
             raise ValueError(f"{prefix}weight_int8 has no {prefix}weight_absmax beside it")
         note = {"dtype": "bfloat16"} | notes.get(prefix.removesuffix("."), {})

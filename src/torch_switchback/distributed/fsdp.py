@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,6 +51,12 @@ def _shard_of(weight: Any) -> WeightShard | None:
     return WeightShard(local._data, local._absmax, mesh, mesh_dim) if mesh_dim >= 0 else None
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether ``fully_shard`` or FSDP1 has wrapped a module, without importing them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)
+
+
 def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig]) -> None:
     """Wrap the weights of layers that are configured so, or are going to be; if refused, none.
 
@@ -57,9 +64,7 @@ def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBack
         RuntimeError: fully_shard has been called already, or something besides modules holds such a weight.
         ValueError: such a layer shares its weight with a module that needs it in full.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if any(map(is_sharded, model.modules())):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
     names: dict[nn.Parameter, list[str]] = defaultdict(list)  # several where it is shared
     for fqn, parameter in model.named_parameters(remove_duplicate=False):

@@ -75,7 +75,7 @@ def freeze_base(model: Model) -> Model:
     if not layers and not any(getattr(module, "is_prepared", False) for module in model.modules()):
         raise ValueError(
             "freeze_base: model has no frozen SwitchBackLinear with a weight of its own; call convert_to_switchback "
-            "before get_peft_model"
+            "first, and conversion_report(model) says why it leaves a layer"
         )
     layers = leave_read_layers("freeze_base", model, layers)
     refuse_weights("freeze_base", model, layers)
@@ -120,11 +120,12 @@ def adapters_over_int8(base: nn.Module) -> Iterator[None]:
     try:
         yield
         for layer in layers:
-            layer._freeze_former_weight()
+            if layer.is_prepared:  # still
+                layer._freeze_former_weight()
         keep_transposes(base)
     finally:
         for layer in layers:
-            del vars(layer)["weight"]
+            vars(layer).pop("weight", None)
 
 
 def _reads_weight(adapter: BaseTunerLayer, base: SwitchBackLinear) -> bool:

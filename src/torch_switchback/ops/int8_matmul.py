@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels.device import empty
 from ._library import define
@@ -152,12 +153,13 @@ def _exact_product_in_float(a: Tensor, b: Tensor) -> Tensor:
 @functools.cache
 def _int_mm_is_exact() -> bool:
     """Return whether this CPU's torch._int_mm can be trusted: without VNNI instructions it saturates or worse."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randint(-127, 128, (32, 192), generator=generator, dtype=torch.int8)
-    b = torch.randint(-127, 128, (48, 192), generator=generator, dtype=torch.int8).t()
-    a[0], b[:, 0] = 127, 127
-    a[1], b[:, 1] = -127, 127
-    return torch.equal(torch._int_mm(a, b), _exact_product_in_float(a, b))
+    with _disable_current_modes(), torch.device("cpu"):  # a model may be built on meta, or of FakeTensors
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randint(-127, 128, (32, 192), generator=generator, dtype=torch.int8)
+        b = torch.randint(-127, 128, (48, 192), generator=generator, dtype=torch.int8).t()
+        a[0], b[:, 0] = 127, 127
+        a[1], b[:, 1] = -127, 127
+        return torch.equal(torch._int_mm(a, b), _exact_product_in_float(a, b))
 
 
 int8_matmul_mixed_dequantize_op, int8_matmul_rowwise_dequantize_op = (
