@@ -270,7 +270,7 @@ class SwitchBackFunction(torch.autograd.Function):
                 saved_x, x_absmax = _int8_to_keep(x_2d, x_int8, row_absmax), row_absmax
 
         if weight_cache is None and _fuses(scheme, weight):
-            y, absmax = scheme.ops.int8_linear(x_int8, row_absmax, weight, bias, scheme.fused_rowwise, x.dtype)
+            y, absmax = scheme.ops.int8_linear(x_int8, row_absmax, weight, bias, scheme.rowwise, x.dtype)
         else:
             if weight_absmax is not None:
                 weight_int8, absmax = weight, weight_absmax
@@ -357,20 +357,12 @@ def _gradients(
     elif needs_input and not is_prepared:
         grad_int8, row_absmax = scheme.quantize_grad(grad)
 
-    if is_prepared and scheme.fused_rowwise is not None:
-        grad_input = scheme.ops.prepared_grad_input(
-            grad, weight, absmax, transposed_int8, scheme.fused_rowwise, input_dtype
-        )
-    elif is_prepared:
-        if transposed_int8 is None:
-            transposed_int8, absmax = scheme.transpose_prepared(weight, absmax)
+    if is_prepared:
         in_features = ctx.input_shape[-1]
-        if transposed_int8.shape[0] != in_features:  # of whole rotated blocks
-            transposed_int8, absmax = transposed_int8[:in_features], absmax[:in_features]
-        grad_input = scheme.prepared_grad_input(grad, transposed_int8, absmax, input_dtype)
+        grad_input = scheme.prepared_grad_input(grad, weight, absmax, transposed_int8, in_features, input_dtype)
     elif needs_input and transposed_int8 is None and _fuses(scheme, weight):
         grad_input = scheme.ops.int8_linear_grad_input(
-            grad_int8, row_absmax, weight, absmax, scheme.fused_rowwise, input_dtype
+            grad_int8, row_absmax, weight, absmax, scheme.rowwise, input_dtype
         )
     elif needs_input:
         if transposed_int8 is None:
@@ -418,7 +410,7 @@ def _engine_runs(node: Any) -> bool:
 
 def _fuses(scheme: Scaling, weight: torch.Tensor) -> bool:
     """Return whether the weight is quantized within the matmul's operation."""
-    return scheme.fused_rowwise is not None and weight.dtype != torch.int8 and type(weight) in _PLAIN
+    return scheme.is_fused and weight.dtype != torch.int8 and type(weight) in _PLAIN
 
 
 def _int8_to_keep(x: torch.Tensor, x_int8: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

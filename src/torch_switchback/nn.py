@@ -36,8 +36,9 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
     Shape:
         input (*, in_features), output (*, out_features) in the input's dtype, or in autocast's.
 
-    Its state_dict is nn.Linear's until :meth:`prepare_for_eval` replaces ``weight`` by ``weight_int8``
-    (int8 [out, in]) and ``weight_absmax`` (float32, (1,) or (out,)).
+    Its state_dict is nn.Linear's until :meth:`prepare_for_eval` replaces ``weight`` by ``weight_int8`` (int8 [out, in])
+    and ``weight_absmax`` (float32, (1,) or (out,)). With ``rotate_features``, in is rounded up to whole blocks, and
+    ``weight_rotation`` says of how many features.
     """
 
     reverts_to: ClassVar[type[nn.Linear]] = nn.Linear

@@ -32,11 +32,13 @@ class Scaling:
     quantize_grad: Callable[[Tensor], Quantized]  # G [tokens, out] -> int8 [tokens, out]
     quantize_weight: Callable[[Tensor], Quantized]  # W [out, in] -> int8 [out, in], for the output
     matmul: Callable[..., Tensor]  # multiplies the rows of X or G with W or Wᵀ, and dequantizes
-    fused_rowwise: bool | None = None
-    """The argument ``rowwise`` of ``int8_linear``, or None if it cannot compute this scheme.
+    rowwise: bool = True
+    """Whether W has one absmax per row, or one in all."""
+    is_fused: bool = False
+    """Whether the layer calls ``int8_linear`` and ``int8_linear_grad_input`` for a plain weight that is not cached.
 
-    Unless it is None, ``int8_linear`` and ``int8_linear_grad_input`` quantize a plain weight, and quantize_weight and
-    quantize_weight_transpose are not called for it. Only :func:`_schemes` sets it, so that no subclass inherits it.
+    It then calls neither quantize_weight and quantize_weight_transpose nor matmul. Only :func:`_schemes` sets it, so
+    that no subclass inherits it.
     """
 
     def __init__(self, ops: SimpleNamespace) -> None:
@@ -54,16 +56,25 @@ class Scaling:
         return quantized, self.quantize_weight_transpose(weight, quantized[1])
 
     def transpose_prepared(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
-        """Return what :meth:`prepared_grad_input` takes for Wᵀ, given W quantized: int8 [in, out] and an absmax."""
+        """Return what a prepared layer keeps of Wᵀ, given W quantized: int8 [in, out] and its absmax."""
         return self.ops.transpose_int8(weight_int8), absmax
 
-    def prepared_grad_input(self, grad: Tensor, transposed: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """Compute grad_input [tokens, in] of a prepared layer from G [tokens, out].
+    def prepared_grad_input(
+        self,
+        grad: Tensor,
+        weight_int8: Tensor,
+        absmax: Tensor,
+        transposed: Tensor | None,
+        in_features: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Compute grad_input [tokens, in_features] of a prepared layer from G [tokens, out].
 
-        Where fused_rowwise is not None, the operation of this name does both.
+        Args:
+            absmax: of what transpose_prepared returned if transposed is given, else of weight_int8.
+            transposed: the int8 values that transpose_prepared returned, if they were kept.
         """
-        grad_int8, row_absmax = self.quantize_grad(grad)
-        return self.matmul(grad_int8, transposed.t(), row_absmax, absmax, None, out_dtype)
+        return self.ops.prepared_grad_input(grad, weight_int8, absmax, transposed, self.rowwise, out_dtype)
 
     def quantize_columns(self, x: Tensor, rotate_tokens: int | None) -> Quantized:
         """Quantize the columns of X or G for an int8 grad_weight, rotated along the tokens: int8 [features, tokens]."""
@@ -80,6 +91,8 @@ class Scaling:
 
 class GlobalScaling(Scaling):
     """One absmax for all of W (algorithm 1)."""
+
+    rowwise = False
 
     def __init__(self, ops: SimpleNamespace) -> None:
         super().__init__(ops)
@@ -102,10 +115,6 @@ class RowwiseScaling(Scaling):
 
     def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)
-
-    def prepared_grad_input(self, grad: Tensor, transposed: Tensor, absmax: Tensor, out_dtype: torch.dtype) -> Tensor:
-        grad_int8, row_absmax, one = self.ops.quantize_folded_rowwise(grad, absmax)
-        return self.ops.int8_matmul_mixed_dequantize(grad_int8, transposed.t(), row_absmax, one, None, out_dtype)
 
 
 class RotatedScaling(Scaling):
@@ -131,13 +140,29 @@ class RotatedScaling(Scaling):
         """Quantize Wᵀ rotated along the out features: W's own int8 values are rotated along the in features."""
         return self.ops.requantize_rotated(weight_int8, absmax, self.block)
 
+    def prepared_grad_input(
+        self,
+        grad: Tensor,
+        weight_int8: Tensor,
+        absmax: Tensor,
+        transposed: Tensor | None,
+        in_features: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        if transposed is None:
+            transposed, absmax = self.transpose_prepared(weight_int8, absmax)
+        if transposed.shape[0] != in_features:  # of whole rotated blocks
+            transposed, absmax = transposed[:in_features], absmax[:in_features]
+        grad_int8, row_absmax = self.quantize_grad(grad)
+        return self.matmul(grad_int8, transposed.t(), row_absmax, absmax, None, out_dtype)
+
     def quantize_rows_and_columns(self, x: Tensor, rotate_tokens: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *self.quantize_rows(x), *self.quantize_columns(x, rotate_tokens)
 
 
 def _schemes(ops: SimpleNamespace) -> dict[tuple[str, int | None], Scaling]:
     by_layer, by_row = GlobalScaling(ops), RowwiseScaling(ops)
-    by_layer.fused_rowwise, by_row.fused_rowwise = False, True
+    by_layer.is_fused = by_row.is_fused = True
     schemes: dict[tuple[str, int | None], Scaling] = {("global", None): by_layer, ("rowwise", None): by_row}
     return schemes | {("rowwise", block): RotatedScaling(ops, block) for block in ROTATIONS}
 

@@ -89,11 +89,11 @@ def quantize_transpose_kernel(
         qdata = quantize(x, inverse_scale(absmax))
 
     if STORE_PLAIN:
-        code_rows = qdata_ptr + start_row * cols + start_col + row[:, None].to(tl.int64) * cols
-        tl.store(code_rows + col[None, :], qdata, mask=in_x, eviction_policy="evict_last")
-    code_cols = qdata_t_ptr + start_col * rows + start_row + col[:, None].to(tl.int64) * rows
+        qdata_rows = qdata_ptr + start_row * cols + start_col + row[:, None].to(tl.int64) * cols
+        tl.store(qdata_rows + col[None, :], qdata, mask=in_x, eviction_policy="evict_last")
+    qdata_cols = qdata_t_ptr + start_col * rows + start_row + col[:, None].to(tl.int64) * rows
     in_qdata_t = in_cols[:, None] & in_rows[None, :]
-    tl.store(code_cols + row[None, :], tl.trans(qdata), mask=in_qdata_t, eviction_policy="evict_last")
+    tl.store(qdata_cols + row[None, :], tl.trans(qdata), mask=in_qdata_t, eviction_policy="evict_last")
     if STORE_ABSMAX:
         if COLUMNWISE:
             if row_block == 0:

@@ -46,7 +46,7 @@ def quantize_folded_rowwise_kernel(
     for start_row in range(0, BLOCKS * BLOCK_ROWS, BLOCK_ROWS):
         row = first + start_row
         x_rows = x_ptr + row * stride_row
-        code_rows = qdata_ptr + row * cols
+        qdata_rows = qdata_ptr + row * cols
         in_rows = row < rows
 
         held = ()
@@ -67,13 +67,13 @@ def quantize_folded_rowwise_kernel(
         for chunk in tl.static_range(CHUNKS):
             col = chunk * BLOCK_COLS + block
             qdata = quantize(held[chunk].to(tl.float32) * scales[chunk], inverse)
-            tl.store(code_rows + col, qdata, mask=in_rows & (col < cols))
+            tl.store(qdata_rows + col, qdata, mask=in_rows & (col < cols))
         if CHUNKS == 0:
             for start in range(0, cols, BLOCK_COLS):
                 col = start + block
                 x = load_chunk(x_rows, in_rows, col, cols, stride_col)
                 scale = load_scale_chunk(scale_ptr, col, cols, stride_scale)
-                tl.store(code_rows + col, quantize(x.to(tl.float32) * scale, inverse), mask=in_rows & (col < cols))
+                tl.store(qdata_rows + col, quantize(x.to(tl.float32) * scale, inverse), mask=in_rows & (col < cols))
 
 
 def plan_quantize_folded_rowwise(

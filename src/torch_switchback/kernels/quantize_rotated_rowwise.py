@@ -42,7 +42,7 @@ def quantize_rotated_rowwise_kernel(
     row = (first + tile_row // ACROSS)[:, None]
     place = (tile_row % ACROSS).to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x_rows = x_ptr + row * stride_row
-    code_rows = qdata_ptr + row * padded_cols
+    qdata_rows = qdata_ptr + row * padded_cols
     in_rows = row < rows
     matrix = hadamard_matrix(x_ptr.dtype.element_ty, BLOCK, SIZE)
 
@@ -66,13 +66,13 @@ def quantize_rotated_rowwise_kernel(
     tl.store(absmax_ptr + own_row, absmax, mask=own_row < rows)
     for tile in tl.static_range(TILES):
         col = tile * WIDTH + place
-        tl.store(code_rows + col, unshuffle(quantize(rotated[tile], inverse)), mask=in_rows & (col < padded_cols))
+        tl.store(qdata_rows + col, unshuffle(quantize(rotated[tile], inverse)), mask=in_rows & (col < padded_cols))
     if TILES == 0:
         for start in range(0, cols, WIDTH):
             col = start + place
             x = load_chunk(x_rows, in_rows, col, cols, stride_col)
             qdata = unshuffle(quantize(rotate_transposed(tl.trans(x), matrix), inverse))
-            tl.store(code_rows + col, qdata, mask=in_rows & (col < padded_cols))
+            tl.store(qdata_rows + col, qdata, mask=in_rows & (col < padded_cols))
 
 
 class Tile(NamedTuple):

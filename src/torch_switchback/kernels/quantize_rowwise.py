@@ -48,7 +48,7 @@ def quantize_rowwise_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     block = tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :]
     x_rows = x_ptr + row * stride_row
-    code_rows = qdata_ptr + row * cols
+    qdata_rows = qdata_ptr + row * cols
     in_rows = row < rows
 
     held = ()
@@ -66,12 +66,12 @@ def quantize_rowwise_kernel(
     tl.store(absmax_ptr + row, absmax, mask=in_rows)
     for chunk in tl.static_range(CHUNKS):
         col = chunk * BLOCK_COLS + block
-        tl.store(code_rows + col, quantize(held[chunk], inverse), mask=in_rows & (col < cols))
+        tl.store(qdata_rows + col, quantize(held[chunk], inverse), mask=in_rows & (col < cols))
     if CHUNKS == 0:
         for start in range(0, cols, BLOCK_COLS):
             col = start + block
             x = load_chunk(x_rows, in_rows, col, cols, stride_col)
-            tl.store(code_rows + col, quantize(x, inverse), mask=in_rows & (col < cols))
+            tl.store(qdata_rows + col, quantize(x, inverse), mask=in_rows & (col < cols))
 
 
 class RowTile(NamedTuple):

@@ -1,4 +1,4 @@
-"""A weight's quantization and its matmul in one operation: for compiled code, where every operation costs CPU time.
+"""A weight's quantization and its matmul in one operation, because every operation costs CPU time.
 
 The functions here are the references. The layer calls the operations of the same names.
 
