@@ -22,7 +22,7 @@ QUANTIZERS = {
     "quantize_rotated_columnwise_and_transpose": (32,),
     "quantize_rotated_rowwise": (16,),
 }
-PRODUCTS = [(1, 1, 1), (17, 83, 5), (33, 48, 80), (33, 48, 83), (70, 65, 129), (150, 64, 112)]
+MATMULS = [(1, 1, 1), (17, 83, 5), (33, 48, 80), (33, 48, 83), (70, 65, 129), (150, 64, 112)]
 
 
 class Band:
@@ -115,7 +115,7 @@ def check_prepared_weight(shape, dtype, band):
         check(launcher_of(name), args, expected, band, rotates="rotated" in name)
 
 
-def check_product(config, shape, dtype, band):
+def check_matmul(config, shape, dtype, band):
     m, n, k = shape
     for absmaxes, op in ((1, ops.int8_matmul_mixed_dequantize), (n, ops.int8_matmul_rowwise_dequantize)):
         for bias in (None, torch.randn(n)):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_int8_matmul import expected as dequantized_product
+from test_int8_matmul import expected as dequantized_matmul
 from test_quantize import expected_qdata
 from testing import assert_same, dtypes, gradients, make_layer, unrotated
 
@@ -32,8 +32,8 @@ def test_a_step_is_the_stated_arithmetic(shape, dtype, config, device):
     (x_int8, x_absmax), (grad_int8, grad_absmax) = rowwise(x), rowwise(grad)
     qdata, absmax = quantized_weight(weight, config.weight_scaling)
     qdata_t, absmax_t = quantized_weight(weight.t(), config.weight_scaling)
-    output = dequantized_product(x_int8, qdata.t(), x_absmax, absmax, layer.bias.detach(), dtype)
-    grad_input = dequantized_product(grad_int8, qdata_t.t(), grad_absmax, absmax_t, None, dtype)
+    output = dequantized_matmul(x_int8, qdata.t(), x_absmax, absmax, layer.bias.detach(), dtype)
+    grad_input = dequantized_matmul(grad_int8, qdata_t.t(), grad_absmax, absmax_t, None, dtype)
     for _ in range(3):
         y, grad_x, *_ = gradients(layer, x, grad)
         assert_same(y, output)

@@ -222,7 +222,7 @@ def test_the_written_configuration_is_for_convert_and_explain(folder, monkeypatc
     layer = ts.convert_to_switchback(nn.Linear(32, 32), config={"": config["0.q"]})
     assert asdict(layer.config) == config["0.q"]
     rows = loaded("explain", *arguments, "--config", "chosen.json")["layers"]
-    assert {row["fqn"] for row in rows if row["products"]} == {fqn for fqn, fields in config.items() if fields}
+    assert {row["fqn"] for row in rows if row["matmuls"]} == {fqn for fqn, fields in config.items() if fields}
 
 
 def test_recommend_for_a_model_on_the_meta_device():

@@ -45,13 +45,13 @@ def test_a_row_a_layer(model):
     up, down, unused = found.values()
     assert (up.strategy, up.tokens, up.in_features, up.out_features, up.dtype) == ("rowwise", 8, 24, 48, "float32")
     assert (up.calls, down.calls, down.tokens) == (1, 2, 8)
-    assert [(p.name, p.m, p.n, p.k) for p in up.products] == [
+    assert [(p.name, p.m, p.n, p.k) for p in up.matmuls] == [
         ("output", 8, 48, 24),
         ("grad_input", 8, 24, 48),
         ("grad_weight", 48, 24, 8),
     ]
-    assert up.products[2].kernel == "torch.mm float32"
-    assert (unused.strategy, unused.tokens, unused.products, unused.fallback) == ("Linear", None, (), "")
+    assert up.matmuls[2].kernel == "torch.mm float32"
+    assert (unused.strategy, unused.tokens, unused.matmuls, unused.fallback) == ("Linear", None, (), "")
 
 
 def test_running_the_model_changes_nothing(model):
@@ -135,15 +135,15 @@ def test_tokens_instead_of_a_sample():
 def test_int8_grad_weight_has_tokens_in_whole_blocks_of_the_rotation():
     model = ts.convert_to_switchback(nn.Linear(24, 48), config=SwitchBackConfig(grad_weight="int8"))
     (layer,) = ts.explain(model, torch.randn(70, 24)).layers
-    product = layer.products[2]
-    assert (product.m, product.n, product.k) == (48, 24, 128)
+    matmul = layer.matmuls[2]
+    assert (matmul.m, matmul.n, matmul.k) == (48, 24, 128)
     assert layer.fallback == ""
 
 
 def test_a_layer_with_too_few_tokens_says_that_it_computes_as_nn_linear():
     model = ts.convert_to_switchback(nn.Linear(24, 48), config=SwitchBackConfig(min_tokens=71))
     (layer,) = ts.explain(model, torch.randn(70, 24), strict=True).layers
-    assert layer.products == () and layer.fallback == ""
+    assert layer.matmuls == () and layer.fallback == ""
     assert layer.reason == "computes as nn.Linear: fewer tokens than its min_tokens=71"
     explained = ts.explain(model, torch.randn(71, 24))
     assert explained.layers[0].reason == "" and explained.int8_share == 1
@@ -179,13 +179,13 @@ def test_a_layer_that_is_not_called_is_a_fallback(model):
 def test_frozen_and_prepared_layers_have_no_grad_weight():
     layer = ts.SwitchBackLinear(24, 48)
     layer.weight.requires_grad_(False)
-    assert len(ts.explain(layer, torch.randn(8, 24)).layers[0].products) == 2
+    assert len(ts.explain(layer, torch.randn(8, 24)).layers[0].matmuls) == 2
     layer.prepare_for_eval()
-    assert len(ts.explain(layer, torch.randn(8, 24)).layers[0].products) == 2
+    assert len(ts.explain(layer, torch.randn(8, 24)).layers[0].matmuls) == 2
 
 
 def test_a_cpu_without_exact_int_mm(model, monkeypatch):
-    assert ops.int8_matmul.cpu_path(1) == ("float32 products", "torch._int_mm is wrong at inner dimension 1")
+    assert ops.int8_matmul.cpu_path(1) == ("float32 matmuls", "torch._int_mm is wrong at inner dimension 1")
     monkeypatch.setattr(ops.int8_matmul, "_int_mm_is_exact", lambda: False)
     fallback = layers(ts.explain(model, torch.randn(8, 24)))["up"].fallback
     assert fallback == (
@@ -203,10 +203,10 @@ def on_a_gpu(monkeypatch):
     return lambda architecture: monkeypatch.setattr(name, lambda device: architecture)
 
 
-def test_the_tuned_kernel_of_each_product(on_a_gpu):
+def test_the_tuned_kernel_of_each_matmul(on_a_gpu):
     on_a_gpu("sm_90")
     layer = ts.SwitchBackLinear(4096, 14336, device="meta", dtype=torch.bfloat16)
-    output, grad_input, _ = ts.explain(layer, tokens=16384).layers[0].products
+    output, grad_input, _ = ts.explain(layer, tokens=16384).layers[0].matmuls
     assert output.tile == matmul_config("sm_90", 16384, 14336, 4096)
     assert grad_input.tile == matmul_config("sm_90", 16384, 4096, 14336)
     assert output.kernel == output.tile.kernel == "warp_specialized"
@@ -228,7 +228,7 @@ def test_an_output_that_tma_cannot_store(on_a_gpu, architecture, falls_back):
     on_a_gpu(architecture)
     layer = ts.SwitchBackLinear(4096, 4095, device="meta", dtype=torch.bfloat16)
     (row,) = ts.explain(layer, tokens=4096).layers
-    assert row.products[0].kernel == "pointer"
+    assert row.matmuls[0].kernel == "pointer"
     assert row.fallback.startswith("output: TMA stores rows in units of 16 bytes, not of 8190") == falls_back
 
 
@@ -237,7 +237,7 @@ def test_operands_that_are_copied(on_a_gpu, architecture):
     on_a_gpu(architecture)
     layer = ts.SwitchBackLinear(4095, 4096, device="meta", dtype=torch.bfloat16)
     (row,) = ts.explain(layer, tokens=4096).layers
-    assert row.products[0].tile == matmul_config(architecture, 4096, 4096, 4096)
+    assert row.matmuls[0].tile == matmul_config(architecture, 4096, 4096, 4096)
     assert row.fallback.startswith("output: operands are copied, as their rows of 4095 bytes are no multiples of 16")
 
 
@@ -249,14 +249,14 @@ def test_a_kernel_that_was_replaced(on_a_gpu, monkeypatch):
     monkeypatch.setattr(int8_matmul, "_replaced", {tuned: (int8_matmul._LAST_RESORT, "no such instruction")})
     layer = ts.SwitchBackLinear(4096, 4096, device="meta", dtype=torch.bfloat16)
     (row,) = ts.explain(layer, tokens=4096).layers
-    assert row.products[0].tile == int8_matmul._LAST_RESORT
+    assert row.matmuls[0].tile == int8_matmul._LAST_RESORT
     assert row.fallback == "output: no such instruction; grad_input: no such instruction"
 
 
 def test_long_sums_are_folded_by_another_kernel(on_a_gpu):
     on_a_gpu("sm_90")
     layer = ts.SwitchBackLinear(4096, 2**18, device="meta", dtype=torch.bfloat16)
-    grad_input = ts.explain(layer, tokens=16384).layers[0].products[1]
+    grad_input = ts.explain(layer, tokens=16384).layers[0].matmuls[1]
     assert grad_input.kernel == "tma" and "above 131072" in grad_input.fallback
 
 
@@ -265,7 +265,7 @@ def test_as_text_and_as_json(model):
     assert str(found).splitlines()[1].split()[:6] == ["layer", "strategy", "tokens", "in", "out", "dtype"]
     assert len(str(found).splitlines()) == 6
     rows = json.loads(found.to_json())["layers"]
-    assert rows[0]["products"][0] == {
+    assert rows[0]["matmuls"][0] == {
         "name": "output",
         "m": 8,
         "n": 48,

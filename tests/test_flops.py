@@ -1,4 +1,4 @@
-"""torch.utils.flop_counter counts a SwitchBack layer's products as those of nn.Linear."""
+"""torch.utils.flop_counter counts the matmuls of a SwitchBack layer as those of nn.Linear."""
 
 import pytest
 import torch

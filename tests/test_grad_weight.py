@@ -58,7 +58,7 @@ def test_the_rotation_is_what_makes_it_accurate(device):
     assert signal_to_noise(plain, reference) < 28
 
 
-def test_of_the_same_operands_it_is_the_exact_product(device):
+def test_of_the_same_operands_it_is_the_exact_matmul(device):
     x, grad = torch.randn(150, 24, device=device), torch.randn(150, 40, device=device)
     (x_int8, x_absmax), (grad_int8, grad_absmax) = (
         ts.ops.quantize_columnwise_and_transpose(operand, rotate_tokens=64) for operand in (x, grad)

@@ -1,4 +1,4 @@
-"""The INT8 products against int64 sums and a float32 epilogue written out."""
+"""The INT8 matmuls against int64 sums and a float32 epilogue written out."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def expected(a, b, state_x, state_w, bias, dtype):
 @dtypes
 @pytest.mark.parametrize("bias", [None, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
-def test_product(rowwise, bias, dtype, shape, device):
+def test_matmul(rowwise, bias, dtype, shape, device):
     m, n, k = shape
     a, b = random_int8(m, k, device), random_int8(n, k, device).t()
     state_x, state_w = torch.rand(m, device=device), torch.rand(n if rowwise else 1, device=device)
@@ -117,14 +117,14 @@ def test_refuses_what_does_not_fit(device):
 
 
 @shapes
-def test_both_ways_to_an_exact_product_on_the_cpu(shape):
+def test_both_ways_to_an_exact_matmul_on_the_cpu(shape):
     m, n, k = shape
     for a, b in (
         (random_int8(m, k), random_int8(k, n)),
         (torch.full((m, k), -127, dtype=torch.int8), random_int8(k, n)),
     ):
-        assert torch.equal(int8_matmul._exact_product(a, b).long(), exact(a, b))
-        assert torch.equal(int8_matmul._exact_product_in_float(a, b).long(), exact(a, b))
+        assert torch.equal(int8_matmul._exact_matmul(a, b).long(), exact(a, b))
+        assert torch.equal(int8_matmul._exact_matmul_in_float(a, b).long(), exact(a, b))
 
 
 @pytest.mark.parametrize("inner", [1, 512])
@@ -133,7 +133,7 @@ def test_autocast_does_not_reach_the_integers(inner, monkeypatch):
     for trusted in (True, False):
         monkeypatch.setattr(int8_matmul, "_int_mm_is_exact", lambda trusted=trusted: trusted)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(int8_matmul._exact_product(a, b).long(), exact(a, b))
+            assert torch.equal(int8_matmul._exact_matmul(a, b).long(), exact(a, b))
 
 
 def test_the_probe_of_int_mm_may_be_the_first_call_under_autocast():

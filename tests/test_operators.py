@@ -73,7 +73,7 @@ def test_prepared_grad_input(rowwise, dtype, device):
 @dtypes
 @pytest.mark.parametrize("rowwise", [False, True], ids=["mixed", "rowwise"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
-def test_products(has_bias, rowwise, dtype, device):
+def test_matmuls(has_bias, rowwise, dtype, device):
     op = OPS.int8_matmul_rowwise_dequantize if rowwise else OPS.int8_matmul_mixed_dequantize
     state_x, state_w = torch.rand(17, device=device), torch.rand(32 if rowwise else 1, device=device)
     bias = torch.randn(32, device=device) if has_bias else None

@@ -1,4 +1,4 @@
-"""rotate_features: row-wise int8 values of rows rotated along their columns, and the layer whose products they feed."""
+"""rotate_features: row-wise int8 values of rows rotated along their columns, and the layer whose matmuls they feed."""
 
 import copy
 
@@ -110,7 +110,7 @@ def test_opcheck(dtype, block, device):
 
 @pytest.mark.parametrize("grad_weight", ["high_precision", "int8"])
 @blocks
-def test_of_the_same_operands_it_is_the_exact_product(block, grad_weight, device):
+def test_of_the_same_operands_it_is_the_exact_matmul(block, grad_weight, device):
     """Features that the block does not divide, too."""
     layer = make_layer(SwitchBackConfig("rowwise", rotate_features=block, grad_weight=grad_weight), 83, 70, device)
     x, grad = torch.randn(37, 83, device=device), torch.randn(37, 70, device=device)
@@ -176,10 +176,10 @@ def test_the_monitor_sees_the_rotated_operands(device):
     assert records[1]["x_crest"] == pytest.approx(crest.max().item(), rel=1e-5)
 
 
-def test_explain_says_the_padded_products(device):
+def test_explain_says_the_padded_matmuls(device):
     (layer,) = ts.explain(nn.Sequential(make_layer(ROTATED, 83, 70, device)), tokens=5).layers
     assert layer.strategy == "rowwise, features rotated by 16"
-    assert [(product.m, product.n, product.k) for product in layer.products[:2]] == [(5, 70, 96), (5, 83, 80)]
+    assert [(matmul.m, matmul.n, matmul.k) for matmul in layer.matmuls[:2]] == [(5, 70, 96), (5, 83, 80)]
 
 
 # What it does not go with
@@ -202,7 +202,7 @@ def test_config_refuses(arguments, message):
 # Prepared
 
 
-def test_a_prepared_layer_keeps_both_products_accurate(device):
+def test_a_prepared_layer_keeps_both_matmuls_accurate(device):
     """X has large channels, W large rows: the first spoil the output without the rotation, the second grad_input."""
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(256, 512, generator=generator) for _ in range(2))

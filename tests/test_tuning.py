@@ -1,4 +1,4 @@
-"""Tuning tables: which row a product gets, whose table wins, and what is worth measuring."""
+"""Tuning tables: which row a matmul gets, whose table wins, and what is worth measuring."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def test_the_nearest_row_is_counted_in_octaves():
     assert isinstance(matmul_config("sm_80", 0, 0, 0), MatmulConfig)
 
 
-def test_an_inner_dimension_counts_as_products_run_it():
+def test_an_inner_dimension_counts_as_matmuls_run_it():
     write_rows("sm_80", m512_n512_k1008=config(16), m512_n512_k1000=config(32))
     assert {matmul_config("sm_80", 512, 512, k) for k in (993, 1000, 1008)} == {config(16)}
 

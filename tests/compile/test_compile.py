@@ -163,7 +163,7 @@ HOPPER = {
 }
 
 
-def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
+def matmul_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
     a, b = torch.empty(m, k, dtype=torch.int8), torch.empty(n, k, dtype=torch.int8)
     return record(
         int8_matmul.plan_int8_matmul,
@@ -180,22 +180,22 @@ def product_launches(config, m, n, k, *, bias, out_dtype, per_col=False):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_of_the_tuning_table(architecture):
+def test_matmuls_of_the_tuning_table(architecture):
     configs = [config for _, config in matmul_table(architecture)]
     for config in configs:  # float32 takes most shared memory
-        compile_all(product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.float32), architecture)
+        compile_all(matmul_launches(config, 256, 256, 256, bias=True, out_dtype=torch.float32), architecture)
     for config in {config.kernel: config for config in configs}.values():
-        compile_all(product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16), architecture)
+        compile_all(matmul_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16), architecture)
         # Odd sizes, of which TMA cannot store the output, and an inner dimension that int32 cannot hold.
-        compile_all(product_launches(config, 17, 83, 257, bias=False, out_dtype=torch.float16), architecture)
-        compile_all(product_launches(config, 16, 16, 133_152, bias=False, out_dtype=torch.float16), architecture)
+        compile_all(matmul_launches(config, 17, 83, 257, bias=False, out_dtype=torch.float16), architecture)
+        compile_all(matmul_launches(config, 16, 16, 133_152, bias=False, out_dtype=torch.float16), architecture)
 
 
 @pytest.mark.parametrize("per_col", [False, True], ids=["global", "rowwise"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hopper_products_run_on_int8_wgmma(kernel, per_col):
     config = HOPPER[kernel]
-    launches = product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
+    launches = matmul_launches(config, 256, 256, 256, bias=True, out_dtype=torch.bfloat16, per_col=per_col)
     (compiled,) = compile_all(launches, "sm_90")
     assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == config.tma
     assert ("setmaxnreg" in compiled.asm["ptx"]) == (kernel == "warp_specialized")
@@ -205,10 +205,10 @@ def test_hopper_products_run_on_int8_wgmma(kernel, per_col):
 
 
 @pytest.mark.parametrize("kernel", ["pointer", "tma"])
-def test_products_that_begin_early_wait_before_they_read(kernel, monkeypatch):
+def test_matmuls_that_begin_early_wait_before_they_read(kernel, monkeypatch):
     for module in (int8_matmul_pointer, int8_matmul_tma, quantize_rowwise):
         monkeypatch.setattr(module, "supports_pdl", lambda device: True)
-    (product,) = product_launches(HOPPER[kernel], 256, 256, 256, bias=True, out_dtype=torch.bfloat16)
+    (product,) = matmul_launches(HOPPER[kernel], 256, 256, 256, bias=True, out_dtype=torch.bfloat16)
     assert product.options["launch_pdl"]
     before, wait, _ = product.compile(TARGETS["sm_90"]).asm["ptx"].partition("griddepcontrol.wait")
     assert wait
@@ -219,7 +219,7 @@ def test_products_that_begin_early_wait_before_they_read(kernel, monkeypatch):
 
 def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
     for config in (HOPPER["tma"], HOPPER["warp_specialized"]):
-        launches = product_launches(config, 256, 256, 262_144, bias=True, out_dtype=torch.float32)
+        launches = matmul_launches(config, 256, 256, 262_144, bias=True, out_dtype=torch.float32)
         (compiled,) = compile_all(launches, "sm_90")
         assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
         assert ".s32.s8.s8" in compiled.asm["ptx"]
@@ -235,7 +235,7 @@ def test_hopper_sums_that_int32_cannot_hold_run_on_tma_and_do_not_spill():
     ],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice"])
-def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
+def test_matmuls_read_whole_vectors(layout, tokens, inner, cols, kernel):
     """Operands of another layout or width are copied, and zeros stand behind them."""
     operands = {
         "contiguous": lambda rows: torch.ones(rows, inner, dtype=torch.int8),
@@ -259,7 +259,7 @@ def test_products_read_whole_vectors(layout, tokens, inner, cols, kernel):
 
 
 def odd_step_launches(tokens, in_features, out_features):
-    """The launches of a step that take longest to compile: the quantizer that transposes and the two products."""
+    """The launches of a step that take longest to compile: the quantizer that transposes and the two matmuls."""
     weight, qdata_t = torch.empty(out_features, in_features, dtype=torch.bfloat16), (in_features, out_features)
     launches = record(
         quantize_global.plan_quantize_transpose_by_absmax,
@@ -333,7 +333,7 @@ def test_constants_come_last():
 def test_no_sum_is_contracted_with_a_product(allowed):
     """A fused multiply-add rounds once where the CPU meaning rounds twice; only the option keeps it away."""
     config = matmul_table("sm_80")[0][1]
-    (product,) = product_launches(config, 256, 256, 256, bias=True, out_dtype=torch.float32)
+    (product,) = matmul_launches(config, 256, 256, 256, bias=True, out_dtype=torch.float32)
     assert product.kwargs["enable_fp_fusion"] is False
     product.kwargs["enable_fp_fusion"] = allowed
     assert ("fma.rn" in product.compile(TARGETS["sm_80"]).asm["ptx"]) == allowed
@@ -352,8 +352,8 @@ def step_launches(tokens, in_features=256, out_features=384):
             quantize_folded_rowwise.plan_quantize_folded_rowwise,
             *(grad, torch.empty(out_features), grad.to(torch.int8), absmax, torch.empty(1)),
         ),
-        *product_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
-        *product_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
+        *matmul_launches(config, tokens, out_features, in_features, bias=True, out_dtype=x.dtype),
+        *matmul_launches(config, tokens, in_features, out_features, bias=False, out_dtype=x.dtype),
     ]
 
 

@@ -578,7 +578,7 @@ def test_a_weight_that_is_held_otherwise_is_refused():
 def test_explain_knows_that_gathered_int8_values_ignore_min_tokens(all_gather, reason):
     model = sharded(converted(mlp(), all_gather=all_gather, min_tokens=10**6))
     for layer in ts.explain(model, own(batch())).layers:
-        assert layer.reason.startswith(reason) and bool(layer.products) == (not reason)
+        assert layer.reason.startswith(reason) and bool(layer.matmuls) == (not reason)
 
 
 @in_processes(2)

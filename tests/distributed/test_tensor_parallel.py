@@ -49,7 +49,7 @@ def check_gradients(model, alone):
 @pytest.mark.parametrize(("scaling", "mem_efficient"), STRATEGIES)
 @in_processes(2)
 def test_column_parallel(scaling, mem_efficient, features):
-    """The output is one process's bit for bit: its int8 values are, and a product's terms are not spread over ranks."""
+    """The output is one process's bit for bit: its int8 values are, and no sum is spread over ranks."""
     config = {"weight_scaling": scaling, "mem_efficient": mem_efficient}
     alone, layer = (converted(nn.Linear(20, features), **config) for _ in range(2))
     layer.load_state_dict(alone.state_dict())

@@ -27,7 +27,7 @@ MATRICES = [
     *((1, 1), (1, 2), (2, 1), (3, 5), (5, 3), (7, 129), (129, 7), (15, 16), (16, 15), (17, 83), (31, 33), (64, 64)),
     *((65, 127), (70, 257), (127, 65), (1, 1100), (3, 1281), (2, 4097), (1, 16_385), (130, 131), (257, 66), (300, 20)),
 ]
-PRODUCTS = [
+MATMULS = [
     *((1, 1, 1), (1, 16, 16), (3, 5, 7), (17, 83, 31), (33, 48, 80), (64, 130, 64), (65, 129, 257), (129, 8, 144)),
     *((128, 264, 272), (150, 64, 112), (200, 136, 528), (2, 8, 131_104)),
 ]
@@ -54,7 +54,7 @@ class Written(Alone):
 
 
 def cases():
-    """Calls, each of one kernel or two: quantizers in one pass and forced to two, products tuned and by force."""
+    """Calls, each of one kernel or two: quantizers in one pass and forced to two, matmuls tuned and by force."""
     forced = itertools.cycle(
         {config.kernel: config for _, config in matmul_table(architecture(torch.device("cuda", 0)))}.values()
     )
@@ -66,9 +66,9 @@ def cases():
         yield lambda s=shape, d=dtype: guard_bands.check_by_absmax(s, d, Alone())
         yield lambda s=shape, d=dtype: guard_bands.check_dequantizer(s, d, Alone())
         yield lambda s=shape, d=dtype: guard_bands.check_prepared_weight(s, d, Alone())
-    for shape, dtype in zip(PRODUCTS, itertools.cycle(DTYPES), strict=False):
+    for shape, dtype in zip(MATMULS, itertools.cycle(DTYPES), strict=False):
         for config in (None, next(forced)):
-            yield lambda s=shape, d=dtype, c=config: guard_bands.check_product(c, s, d, Written())
+            yield lambda s=shape, d=dtype, c=config: guard_bands.check_matmul(c, s, d, Written())
 
 
 def quantize(name, shape, dtype, max_small):

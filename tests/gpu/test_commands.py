@@ -22,7 +22,7 @@ def test_explain_knows_the_tuned_tiles():
     x = torch.randn(2, 1024, 4096, device="cuda", dtype=torch.bfloat16)
     first, last = ts.explain(model, x, strict=True).layers
     config = matmul_config(architecture(x.device), 2048, 4096, 4096)
-    assert [product.tile for product in first.products[:2]] == [config, config]
+    assert [matmul.tile for matmul in first.matmuls[:2]] == [config, config]
     assert (first.tokens, first.dtype, last.strategy) == (2048, "bfloat16", "Linear")
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -41,7 +41,7 @@ def test_explain_finds_a_kernel_that_does_not_run(monkeypatch):
     layer = ts.SwitchBackLinear(4096, 4096, device="cuda", dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="runs .* instead of"):
         (row,) = ts.explain(layer, tokens=4096).layers
-    assert {product.kernel for product in row.products[:2]} == {"pointer"}
+    assert {matmul.kernel for matmul in row.matmuls[:2]} == {"pointer"}
     assert "output: not today" in row.fallback
 
 

@@ -1,4 +1,4 @@
-"""Compiled kernels between guard bands, products by the tuned tiles and by one of each kernel in the table."""
+"""Compiled kernels between guard bands, matmuls by the tuned tiles and by one of each kernel in the table."""
 
 import torch
 
@@ -28,7 +28,7 @@ def test_given_absmax_between_bands(shape, dtype, shift):
     dtype=DTYPES,
     shift=SHIFTS,
     kernel=["tuned", *CONFIGS],
-    shape=[*guard_bands.PRODUCTS, (129, 264, 528), (300, 1000, 144)],
+    shape=[*guard_bands.MATMULS, (129, 264, 528), (300, 1000, 144)],
 )
-def test_products_between_bands(shape, kernel, dtype, shift):
-    guard_bands.check_product(CONFIGS.get(kernel), shape, dtype, guard_bands.Band("cuda", shift))
+def test_matmuls_between_bands(shape, kernel, dtype, shift):
+    guard_bands.check_matmul(CONFIGS.get(kernel), shape, dtype, guard_bands.Band("cuda", shift))

@@ -1,4 +1,4 @@
-"""The same bits on the GPU as on the CPU: int8 values, products, and a layer's output and input gradient.
+"""The same bits on the GPU as on the CPU: int8 values, matmuls, and a layer's output and input gradient.
 
 All but the rotated int8 values, whose sums are in the hardware's order.
 """
@@ -141,7 +141,7 @@ def test_dequantize_rowwise(dtype):
     assert_same(ts.ops.dequantize_rowwise(x.cuda(), absmax.cuda(), dtype), ts.ops.dequantize_rowwise(x, absmax, dtype))
 
 
-def product_of(m, n, k, scales, bias):
+def matmul_of(m, n, k, scales, bias):
     bias = torch.randn(n) if bias else None
     return random_int8(m, k), random_int8(n, k).t(), torch.rand(m), torch.rand(scales), bias, torch.bfloat16
 
@@ -161,8 +161,8 @@ OPERATIONS = {
         *(torch.randn(300, 200), random_int8(200, 83), torch.rand(200)),
         *(None, True, torch.float32),
     ),
-    "int8_matmul_mixed_dequantize": lambda: product_of(640, 384, 1024, 1, True),
-    "int8_matmul_rowwise_dequantize": lambda: product_of(300, 200, 83, 200, False),
+    "int8_matmul_mixed_dequantize": lambda: matmul_of(640, 384, 1024, 1, True),
+    "int8_matmul_rowwise_dequantize": lambda: matmul_of(300, 200, 83, 200, False),
 }
 
 
@@ -204,7 +204,7 @@ CONFIGS = {
     shape=[(1, 16, 16), (640, 384, 1024), (300, 1000, 528), (129, 257, 1000), (1000, 1000, 83), (17, 83, 1)],
     config=CONFIGS,
 )
-def test_products_of_every_configuration(dtype, rowwise, shape, config):
+def test_matmuls_of_every_configuration(dtype, rowwise, shape, config):
     m, n, k = shape
     a, b = random_int8(m, k), random_int8(n, k).t()
     absmax_a, absmax_b, bias = torch.rand(m), torch.rand(n if rowwise else 1), torch.randn(n)

@@ -24,9 +24,9 @@ def test_given_absmax_between_bands(shape):
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("shape", guard_bands.PRODUCTS[1:3], ids=str)
-def test_products_between_bands(shape, config, shift):
-    guard_bands.check_product(config, shape, torch.float32, guard_bands.Band("cpu", shift))
+@pytest.mark.parametrize("shape", guard_bands.MATMULS[1:3], ids=str)
+def test_matmuls_between_bands(shape, config, shift):
+    guard_bands.check_matmul(config, shape, torch.float32, guard_bands.Band("cpu", shift))
 
 
 def test_a_read_or_a_write_beyond_is_seen():

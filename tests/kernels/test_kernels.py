@@ -194,14 +194,14 @@ CONFIGS = {
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 # The outputs of the first five fit TMA, of which two have their operands copied.
-PRODUCTS = [
+MATMULS = [
     *[(64, 96, 64), (33, 48, 80), (150, 64, 112), (33, 48, 83), (1, 16, 5)],
     *[(1, 1, 1), (17, 83, 5), (70, 65, 129), (0, 4, 4), (4, 4, 0)],
 ]
 
 
-@pairwise(dtype=DTYPES, has_bias=[False, True], rowwise=[False, True], shape=PRODUCTS, config=CONFIGS)
-def test_products(dtype, has_bias, rowwise, shape, config):
+@pairwise(dtype=DTYPES, has_bias=[False, True], rowwise=[False, True], shape=MATMULS, config=CONFIGS)
+def test_matmuls(dtype, has_bias, rowwise, shape, config):
     m, n, k = shape
     a, b = random_int8(m, k), random_int8(n, k).t()
     absmax_a, absmax_b = torch.rand(m), torch.rand(n if rowwise else 1)
@@ -233,7 +233,7 @@ def test_a_negative_zero_keeps_its_sign_where_there_is_no_bias(has_bias, config)
 
 
 @pytest.mark.parametrize("inner", [133_144, 133_145, 133_152, 262_144])
-def test_products_that_int32_cannot_hold(inner):
+def test_matmuls_that_int32_cannot_hold(inner):
     config = MatmulConfig("tma", 16, 16, 8192, group_m=1, num_stages=2, num_warps=4)
     a = torch.full((2, inner), 127, dtype=torch.int8)
     a[1] = -127
@@ -246,7 +246,7 @@ def test_products_that_int32_cannot_hold(inner):
     assert_same(out, (a.long() @ b.long()).float())
 
 
-def test_the_launchers_of_both_products_pass_their_arguments_on():
+def test_the_launchers_of_both_matmuls_pass_their_arguments_on():
     a, b, out = random_int8(5, 64), random_int8(7, 64).t(), poisoned(5, 7, dtype=torch.float32)
     absmax_a, absmax_b = torch.rand(5), torch.rand(7)
     planned(int8_matmul.plan_int8_matmul_rowwise_dequantize)(a, b, absmax_a, absmax_b, None, torch.float32, out)

@@ -15,7 +15,7 @@ from ..convert import _REPORT, ConvertedLayer
 from ..filters import never_faster
 from ..functional import linear
 from ..nn import SwitchBackLinear
-from ..tuning import MatmulConfig, ProductShape
+from ..tuning import MatmulConfig, MatmulShape
 from .layer_calls import Call, architecture_of, describe, device_of, every_layer_called, layer_calls
 
 HEADERS = ("layer", "strategy", "tokens", "in", "out", "dtype", "output", "grad_input", "grad_weight", "remarks")
@@ -26,7 +26,7 @@ class FallbackError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Product:
+class Matmul:
     """Holds one of a layer's three matmuls, [m, k] × [k, n]."""
 
     name: str
@@ -59,7 +59,7 @@ class ExplainedLayer:
     """Tokens of the largest call; None if the layer was not called."""
     dtype: str
     """Dtype of the computation, such as "bfloat16"."""
-    products: tuple[Product, ...]
+    matmuls: tuple[Matmul, ...]
     """Matmuls of a SwitchBackLinear that was called and runs in int8; empty for any other layer."""
     fallback: str
     """Why the layer, or some of its matmuls, takes a slower way; empty if none does."""
@@ -87,7 +87,7 @@ class Explanation:
     @property
     def int8_share(self) -> float:
         """Return the share of the layers' weight elements that are multiplied in int8."""
-        sizes = [(layer.in_features * layer.out_features, bool(layer.products)) for layer in self.layers]
+        sizes = [(layer.in_features * layer.out_features, bool(layer.matmuls)) for layer in self.layers]
         return sum(size for size, in_int8 in sizes if in_int8) / max(1, sum(size for size, _ in sizes))
 
     @property
@@ -102,10 +102,10 @@ class Explanation:
         rows = []
         for layer in self.layers:
             sizes = (layer.tokens, layer.in_features, layer.out_features)
-            products = [*layer.products, "", "", ""][:3]
+            matmuls = [*layer.matmuls, "", "", ""][:3]
             remarks = layer.fallback or layer.reason
-            rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *products, remarks))
-        in_int8 = sum(bool(layer.products) for layer in self.layers)
+            rows.append((layer.fqn or "(the model)", layer.strategy, *sizes, layer.dtype, *matmuls, remarks))
+        in_int8 = sum(bool(layer.matmuls) for layer in self.layers)
         shares = f"{self.int8_share:.0%} of their weights, {self.int8_flop_share:.0%} of their FLOPs"
         summary = f"{in_int8} of {len(self.layers)} layers run in int8, {shares}"
         header = f"{self.device}: {self.never_faster}" if self.never_faster else self.device
@@ -157,7 +157,7 @@ def explain(
     for fqn, (layer, calls) in layer_calls(model, sample_input, tokens).items():
         call = max(calls, key=lambda call: call.tokens, default=None)
         strategy, fallback, reason = type(layer).__name__, "", ""
-        products: tuple[Product, ...] = ()
+        matmuls: tuple[Matmul, ...] = ()
         if isinstance(layer, SwitchBackLinear):
             strategy = strategy_of(layer.config, is_prepared=layer.is_prepared)
             if call is None:
@@ -170,8 +170,8 @@ def explain(
                     if where.type == "cuda" and key not in tried:
                         _try(layer, call, where)
                         tried.add(key)
-                    products = tuple(_products(layer, call, where))
-                fallback = "; ".join(f"{product.name}: {product.fallback}" for product in products if product.fallback)
+                    matmuls = tuple(_matmuls(layer, call, where))
+                fallback = "; ".join(f"{matmul.name}: {matmul.fallback}" for matmul in matmuls if matmul.fallback)
         else:
             reason = (fqn in converted and converted[fqn].reason) or "not converted"
         seen, dtype = (None, "") if call is None else call[:2]
@@ -180,7 +180,7 @@ def explain(
             2 * layer.in_features * layer.out_features * sum(call.tokens for call in some)
             for some in (calls, [call for call in calls if call.in_int8])
         )
-        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, products, fallback, reason, flop, int8_flop))
+        rows.append(ExplainedLayer(fqn, strategy, *sizes, seen, dtype, matmuls, fallback, reason, flop, int8_flop))
     linear = {row.fqn for row in rows}
     for fqn, other in converted.items():
         if fqn not in linear and other.config is None:
@@ -203,19 +203,19 @@ def _converted(model: nn.Module) -> dict[str, ConvertedLayer]:
     }
 
 
-def _products(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iterator[Product]:
+def _matmuls(layer: SwitchBackLinear, call: Call, device: torch.device) -> Iterator[Matmul]:
     tokens, inputs, outputs, config = call.tokens, layer.in_features, layer.out_features, layer.config
     padded_inputs, padded_outputs = (_padded(features, config.rotate_features) for features in (inputs, outputs))
     dtype = getattr(torch, call.dtype)
-    yield _int8_product("output", ProductShape(tokens, outputs, padded_inputs), dtype, device)
-    yield _int8_product("grad_input", ProductShape(tokens, inputs, padded_outputs), dtype, device)
+    yield _int8_matmul("output", MatmulShape(tokens, outputs, padded_inputs), dtype, device)
+    yield _int8_matmul("grad_input", MatmulShape(tokens, inputs, padded_outputs), dtype, device)
     if layer.is_prepared or not layer.weight.requires_grad:
         return
     if config.grad_weight == "int8":
-        shape = ProductShape(outputs, inputs, _padded(tokens, config.rotate_tokens))
-        yield _int8_product("grad_weight", shape, layer.weight.dtype, device)
+        shape = MatmulShape(outputs, inputs, _padded(tokens, config.rotate_tokens))
+        yield _int8_matmul("grad_weight", shape, layer.weight.dtype, device)
     else:
-        yield Product("grad_weight", outputs, inputs, tokens, f"torch.mm {call.dtype}", None, "")
+        yield Matmul("grad_weight", outputs, inputs, tokens, f"torch.mm {call.dtype}", None, "")
 
 
 def _padded(inner: int, rotation: int | None) -> int:
@@ -223,13 +223,13 @@ def _padded(inner: int, rotation: int | None) -> int:
     return -(-inner // (rotation or 1)) * (rotation or 1)
 
 
-def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device: torch.device) -> Product:
+def _int8_matmul(name: str, shape: MatmulShape, out_dtype: torch.dtype, device: torch.device) -> Matmul:
     m, n, k = shape
     if device.type != "cuda":
         from ..ops.int8_matmul import cpu_path
 
         kernel, reason = cpu_path(k)
-        return Product(name, m, n, k, kernel, None, reason)
+        return Matmul(name, m, n, k, kernel, None, reason)
     from ..kernels.device import architecture
     from ..kernels.int8_matmul import chosen
     from ..kernels.launch import VECTOR
@@ -243,7 +243,7 @@ def _int8_product(name: str, shape: ProductShape, out_dtype: torch.dtype, device
         reasons.append(f"TMA stores rows in units of {VECTOR} bytes, not of {row_bytes}")
     if k % VECTOR:
         reasons.append(f"operands are copied, as their rows of {k} bytes are no multiples of {VECTOR}")
-    return Product(name, m, n, k, config.kernel, config, ", and ".join(reasons))
+    return Matmul(name, m, n, k, config.kernel, config, ", and ".join(reasons))
 
 
 def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:

@@ -203,13 +203,13 @@ def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
 
     Args:
         layer: not prepared for evaluation. It is measured in int8, however few tokens x has. Of a weight that FSDP2 has
-            gathered as int8 a rank knows only int8 values: products are compared with theirs, so the noise of
+            gathered as int8 a rank knows only int8 values: outputs are compared with theirs, so the noise of
             quantizing the weight itself is not counted.
         x: (*, in_features), in the dtype that the layer computes in.
         grad_output: (*, out_features).
 
     Returns:
-        For each product P of ``output``, ``grad_input`` and ``grad_weight``, against nn.Linear in x's dtype:
+        For each matmul P of ``output``, ``grad_input`` and ``grad_weight``, against nn.Linear in x's dtype:
 
         - ``P_snr``: signal to noise in dB over the whole tensor;
         - ``P_snr_worst_rows``: what 99 % of its rows are above.
@@ -229,10 +229,10 @@ def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    ours, theirs = _products(quantized, x, weight, grad_output), _products(exact, x, known, grad_output)
+    ours, theirs = _matmuls(quantized, x, weight, grad_output), _matmuls(exact, x, known, grad_output)
     quantities = {}
-    for product, actual, reference in zip(("output", "grad_input", "grad_weight"), ours, theirs, strict=True):
-        quantities[f"{product}_snr"], quantities[f"{product}_snr_worst_rows"] = _signal_to_noise(actual, reference)
+    for matmul, actual, reference in zip(("output", "grad_input", "grad_weight"), ours, theirs, strict=True):
+        quantities[f"{matmul}_snr"], quantities[f"{matmul}_snr_worst_rows"] = _signal_to_noise(actual, reference)
     x, grad = x.detach().reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
     covered = known.reshape(1, -1) if layer.config.weight_scaling == "global" else known
     scaling = scaling_for(layer.config, x, weight, grad)
@@ -247,7 +247,7 @@ def measure(layer: SwitchBackLinear, x: Tensor, grad_output: Tensor) -> Record:
     return dict(zip(quantities, values, strict=True))
 
 
-def _products(
+def _matmuls(
     forward: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad():

@@ -15,7 +15,7 @@ from typer import Option
 from .. import __version__
 from .._text import table as text_table
 from .._timing import reason_of
-from ..tuning import MatmulConfig, ProductShape, allows_tma, padded, user_table_path
+from ..tuning import MatmulConfig, MatmulShape, allows_tma, padded, user_table_path
 from ..tuning._tables import Table, read, served, shipped_table, write
 from ..tuning.candidates import candidates
 from ..tuning.search import FINALISTS, Clock, Tuned, is_measured, tune_shape
@@ -69,9 +69,7 @@ def tune(
         pass
     except ValueError as error:
         console.print(f"{path} will be replaced: {error}")
-    as_run = (
-        ProductShape(each.tokens, each.out_features, padded(each.in_features)) for each in shape or DEFAULT_SHAPES
-    )
+    as_run = (MatmulShape(each.tokens, each.out_features, padded(each.in_features)) for each in shape or DEFAULT_SHAPES)
     shapes = list(dict.fromkeys(as_run))
     measured = set() if fresh else {row.shape for row in table.rows if is_measured(row, provenance)}
     pending = [each for each in shapes if each not in measured]

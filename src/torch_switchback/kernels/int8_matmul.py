@@ -41,7 +41,7 @@ def plan_int8_matmul(
     absmax_per_col: bool,
     config: MatmulConfig | None = None,
 ) -> Plan:
-    """Return the plan that fills out [M, N] with the dequantized product of a [M, K] and b [K, N].
+    """Return the plan that fills out [M, N] with the dequantized matmul of a [M, K] with b [K, N].
 
     Args:
         config: the configuration to run; the tuned one if None. Warns (once per configuration) if the tuned one cannot

@@ -102,26 +102,26 @@ def _check(
     check_same_device(op, a, b=b, state_x=state_x, state_w=state_w, bias=bias)
 
 
-def _dequantized_product_reference(
+def _int8_matmul_reference(
     a: Tensor, b: Tensor, state_x: Tensor, state_w: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    product = _exact_product(a, b)
+    total = _exact_matmul(a, b)
     scale_x, scale_w = (state_x * ONE_OVER_127)[:, None], state_w * ONE_OVER_127
     # float32 results take the place of the sums: a new buffer of that size costs more than the arithmetic.
-    in_place = out_dtype == torch.float32 and product.dtype == torch.int32
-    out = product.view(torch.float32) if in_place else a.new_empty(product.shape, dtype=out_dtype)
-    for block in row_blocks(product):
-        scaled = product[block].to(torch.float32).mul_(scale_x[block] * scale_w)
+    in_place = out_dtype == torch.float32 and total.dtype == torch.int32
+    out = total.view(torch.float32) if in_place else a.new_empty(total.shape, dtype=out_dtype)
+    for block in row_blocks(total):
+        scaled = total[block].to(torch.float32).mul_(scale_x[block] * scale_w)
         out[block] = scaled if bias is None else scaled.add_(bias.float())
     return out
 
 
-def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+def _exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b of int8 matrices, exact: int32, or int64 where int32 could overflow."""
     inner = a.shape[1]
     if inner > MAX_INT32_INNER:
         half = inner // 2
-        return _exact_product(a[:, :half], b[:half]).long() + _exact_product(a[:, half:], b[half:]).long()
+        return _exact_matmul(a[:, :half], b[:half]).long() + _exact_matmul(a[:, half:], b[half:]).long()
     # torch._int_mm (2.13) leaves the output unwritten at inner dimension 1. It misreads an expanded operand, and a
     # single row with another stride than a row's, which .contiguous() leaves as it is.
     if inner > 1 and not a.is_cuda and _int_mm_is_exact():
@@ -129,19 +129,19 @@ def _exact_product(a: Tensor, b: Tensor) -> Tensor:
             a = a.clone(memory_format=torch.contiguous_format)
         is_transposed = b.stride(0) == 1 and b.stride(1) >= inner
         return torch._int_mm(a, b if is_transposed else b.contiguous())
-    return _exact_product_in_float(a, b)
+    return _exact_matmul_in_float(a, b)
 
 
 def cpu_path(inner: int) -> tuple[str, str]:
-    """Return how a product over an inner dimension runs on this CPU, and why not faster; "" if that is fast."""
+    """Return how a matmul over an inner dimension runs on this CPU, and why not faster; "" if that is fast."""
     if inner > 1 and _int_mm_is_exact():
         return "torch._int_mm", ""
     reason = "is not exact on this CPU" if inner > 1 else "is wrong at inner dimension 1"
-    return "float32 products", f"torch._int_mm {reason}"
+    return "float32 matmuls", f"torch._int_mm {reason}"
 
 
-def _exact_product_in_float(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b by float32 products over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
+def _exact_matmul_in_float(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b by float32 matmuls over chunks of 1024: |sums| <= 1024 * 128² = 2**24, where float32 is exact."""
     total = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):  # it would round the sums to 16 bit
         for start in range(0, a.shape[1], 1024):
@@ -159,14 +159,14 @@ def _int_mm_is_exact() -> bool:
         b = torch.randint(-127, 128, (48, 192), generator=generator, dtype=torch.int8).t()
         a[0], b[:, 0] = 127, 127
         a[1], b[:, 1] = -127, 127
-        return torch.equal(torch._int_mm(a, b), _exact_product_in_float(a, b))
+        return torch.equal(torch._int_mm(a, b), _exact_matmul_in_float(a, b))
 
 
 int8_matmul_mixed_dequantize_op, int8_matmul_rowwise_dequantize_op = (
     define(
         f"{name}(Tensor a, Tensor b, Tensor state_x, Tensor state_w, Tensor? bias, ScalarType out_dtype) -> Tensor",
         fake=lambda a, b, state_x, state_w, bias, out_dtype: empty(a, (a.shape[0], b.shape[1]), out_dtype),
-        reference=_dequantized_product_reference,
+        reference=_int8_matmul_reference,
         kernels="int8_matmul",
     )
     for name in ("int8_matmul_mixed_dequantize", "int8_matmul_rowwise_dequantize")

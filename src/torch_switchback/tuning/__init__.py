@@ -4,11 +4,11 @@ import functools
 import math
 import warnings
 
-from ._tables import MatmulConfig, ProductShape, Row, read, served, shipped_table, user_table_path
+from ._tables import MatmulConfig, MatmulShape, Row, read, served, shipped_table, user_table_path
 
 __all__ = [
     "MatmulConfig",
-    "ProductShape",
+    "MatmulShape",
     "allows_tma",
     "matmul_config",
     "matmul_table",

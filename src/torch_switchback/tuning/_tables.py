@@ -55,7 +55,7 @@ class MatmulConfig:
             )
 
 
-class ProductShape(NamedTuple):
+class MatmulShape(NamedTuple):
     """[m, k] × [k, n]."""
 
     m: int
@@ -84,8 +84,8 @@ class Row:
             raise ValueError(f"provenance must be a text or an object, got {self.provenance!r}")
 
     @property
-    def shape(self) -> ProductShape:
-        return ProductShape(self.m, self.n, self.k)
+    def shape(self) -> MatmulShape:
+        return MatmulShape(self.m, self.n, self.k)
 
 
 @dataclass(frozen=True)

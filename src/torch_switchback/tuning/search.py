@@ -9,7 +9,7 @@ from typing import Any
 
 from .._timing import WORTH_CHANGING, interleaved, reason_of
 from . import allows_tma, matmul_config
-from ._tables import MatmulConfig, ProductShape, Row
+from ._tables import MatmulConfig, MatmulShape, Row
 
 FINALISTS = 6
 
@@ -88,7 +88,7 @@ class Tuned:
 
 def tune_shape(
     architecture: str,
-    shape: ProductShape,
+    shape: MatmulShape,
     tries: Iterable[MatmulConfig],
     clock: Clock,
     provenance: Mapping[str, Any],
