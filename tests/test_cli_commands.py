@@ -328,7 +328,8 @@ def test_progress_shows_before_anything_is_measured(folder, arguments, line):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert "Stopped" in process.stderr.read()
-    assert process.returncode == 130
+    # A shell shows both as 130. Python dies of the signal itself if it came while exec() ran a string, as in imports.
+    assert process.returncode in (130, -signal.SIGINT)
 
 
 # export
