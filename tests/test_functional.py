@@ -22,7 +22,7 @@ from testing import (
     unrotated,
 )
 from torch_switchback import SwitchBackConfig, SwitchBackLinear
-from torch_switchback.functional import linear
+from torch_switchback.functional import Prepared, linear
 
 # Shapes, dtypes and values
 
@@ -374,13 +374,17 @@ def test_refuses_int8_values_that_do_not_fit(device):
     qdata, absmax = ts.ops.quantize_global(weight)
     rowwise = SwitchBackConfig("rowwise")
     for error, message, arguments in [
-        (TypeError, "weight must be int8, got torch.float32", {"weight": weight, "weight_absmax": absmax}),
-        (TypeError, "weight_absmax must be float32", {"weight": qdata, "weight_absmax": absmax.double()}),
-        (ValueError, r"weight_absmax must have shape \(1,\)", {"weight": qdata, "weight_absmax": absmax.expand(4)}),
+        (TypeError, "weight must be int8, got torch.float32", {"weight": weight, "prepared": Prepared(absmax)}),
+        (TypeError, "weight_absmax must be float32", {"weight": qdata, "prepared": Prepared(absmax.double())}),
+        (
+            ValueError,
+            r"weight_absmax must have shape \(1,\)",
+            {"weight": qdata, "prepared": Prepared(absmax.expand(4))},
+        ),
         (
             ValueError,
             r"weight_absmax must have shape \(4,\)",
-            {"weight": qdata, "weight_absmax": absmax, "config": rowwise},
+            {"weight": qdata, "prepared": Prepared(absmax), "config": rowwise},
         ),
         (TypeError, "weight must be float16, bfloat16 or float32, got torch.int8", {"weight": qdata}),
     ]:

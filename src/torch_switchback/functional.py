@@ -38,6 +38,15 @@ Transposed = tuple[torch.Tensor, torch.Tensor | None]
 """The transpose of an int8 weight, int8 [in, out], and its absmax, or None if that is the weight's."""
 
 
+class Prepared(NamedTuple):
+    """What a prepared layer has besides the int8 values of its weight."""
+
+    absmax: torch.Tensor
+    """Of the weight: float32, (1,) or (out_features,)."""
+    transposed: Transposed | None = None
+    """None if it is not kept."""
+
+
 def quantize_weight(weight: torch.Tensor, config: SwitchBackConfig) -> Quantized:
     """Quantize a weight for good, for a layer that keeps no other.
 
@@ -98,17 +107,16 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     config: SwitchBackConfig,
-    weight_absmax: torch.Tensor | None = None,
-    transposed: Transposed | None = None,
+    prepared: Prepared | None = None,
     weight_cache: WeightCache | None = None,
 ) -> torch.Tensor:
     """Apply :func:`switchback_linear` with the state that a layer has besides its parameters.
 
     Args:
-        weight_absmax: of a weight that is int8 itself: float32, (1,) or (out_features,).
-        transposed: of such a weight, if it is kept.
+        prepared: of a weight that is int8 itself.
         weight_cache: holds the int8 values of a float weight until that changes.
     """
+    weight_absmax, transposed = (None, None) if prepared is None else prepared
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"switchback_linear: x must be a tensor, got {type(x).__name__}")
     tracing = torch._C._get_tracing_state()  # of torch.jit.trace, which cannot save an autograd Function

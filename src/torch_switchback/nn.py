@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from .config import SwitchBackConfig, WeightScaling, config_of, strategy_of
-from .functional import linear
+from .functional import Prepared, linear
 from .prepared import PreparedWeight
 from .weight_cache import WeightCache
 
@@ -79,11 +79,11 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
             self.__dict__["_was_called"] = True  # conversion_report says which layers never were
         if self._weight_dtype is None and not config.cache_quantized_weight:
             return linear(input, self.weight, self.bias, config)
-        absmax = transposed = cache = None
+        prepared = cache = None
         if self.is_prepared:
             weight, absmax = self.weight_int8, self.weight_absmax
-            if config.cache_quantized_weight:
-                transposed = self._transposed_for(input, weight, absmax)
+            transposed = self._transposed_for(input, weight, absmax) if config.cache_quantized_weight else None
+            prepared = Prepared(absmax, transposed)
             if config.rotate_features is not None:
                 self._check_width_of(input)
             if self.training and self._weight_requires_grad and torch.is_grad_enabled():
@@ -96,7 +96,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
                     cache = self.__dict__.setdefault("_weight_cache", WeightCache())
                 else:  # it may be written to while it is frozen
                     self.__dict__.pop("_weight_cache", None)
-        return linear(input, weight, self.bias, config, absmax, transposed, cache)
+        return linear(input, weight, self.bias, config, prepared, cache)
 
     def _check_width_of(self, input: torch.Tensor) -> None:
         """Raise ValueError if input's width is another: zeros fill up W's last rotated block, so the matmul fits many.

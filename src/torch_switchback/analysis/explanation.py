@@ -13,7 +13,7 @@ from .._text import grouped, table
 from ..config import strategy_of
 from ..convert import _REPORT, ConvertedLayer
 from ..filters import never_faster
-from ..functional import linear
+from ..functional import Prepared, linear
 from ..nn import SwitchBackLinear
 from ..tuning import MatmulConfig, MatmulShape
 from .layer_calls import Call, architecture_of, describe, device_of, every_layer_called, layer_calls
@@ -253,10 +253,10 @@ def _try(layer: SwitchBackLinear, call: Call, device: torch.device) -> None:
     # Random as well: the layer's own may be on the meta device, or be cut up by fully_shard.
     if layer.is_prepared:
         weight = torch.randint(-127, 128, layer.weight_int8.shape, device=device, dtype=torch.int8)
-        absmax = torch.rand(layer.weight_absmax.shape, device=device)
+        prepared = Prepared(torch.rand(layer.weight_absmax.shape, device=device))
     else:
         sizes, dtype, trains = (layer.out_features, layer.in_features), layer.weight.dtype, layer.weight.requires_grad
-        weight, absmax = torch.randn(sizes, device=device, dtype=dtype, requires_grad=trains), None
+        weight, prepared = torch.randn(sizes, device=device, dtype=dtype, requires_grad=trains), None
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        y = linear(x, weight, None, layer.config, absmax)
+        y = linear(x, weight, None, layer.config, prepared)
         torch.autograd.grad(y, [tensor for tensor in (x, weight) if tensor.requires_grad], torch.ones_like(y))
