@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..functional import has_few_tokens
+from ..functional import autocast_input, has_few_tokens
 from ..nn import SwitchBackLinear
-from ..ops._validation import FLOAT_DTYPES
 
 
 class Call(NamedTuple):
@@ -67,9 +66,7 @@ def _record(calls: list[Call], layer: nn.Linear, args: tuple[Any, ...], kwargs: 
     x = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)), None)
     if x is None:  # a subclass of nn.Linear takes what it likes
         return
-    where = x.device.type
-    autocast = where != "meta" and torch.is_autocast_enabled(where) and x.dtype in FLOAT_DTYPES
-    dtype = torch.get_autocast_dtype(where) if autocast else x.dtype
+    dtype = autocast_input(x.new_empty(0)).dtype
     calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype), takes_int8(layer, x)))
 
 
