@@ -18,7 +18,7 @@ from ._text import table
 from .config import SwitchBackConfig, config_of, strategy_of
 from .filters import default_filter, look_up, with_min_tokens
 from .nn import SwitchBackLinear
-from .prepared import INT8_STATE, refuse_to_train_wrapped
+from .prepared import CACHES, INT8_STATE, refuse_to_train_wrapped
 from .weight_readers import weights_read_by_parents
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -317,7 +317,7 @@ def revert_switchback(model: Model) -> Model:
             warnings.warn(f"revert_switchback leaves {fqn!r} as it is: {reason}", stacklevel=2)
             continue
         del module.config
-        for name in ("_weight_cache", "_transposed", "_was_called"):
+        for name in (*CACHES, "_was_called"):
             vars(module).pop(name, None)
         module.__class__ = reverts_to
     extensions.layers_changed(model)

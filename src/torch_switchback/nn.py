@@ -10,7 +10,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .config import SwitchBackConfig, WeightScaling, config_of, strategy_of
 from .functional import Prepared, linear
-from .prepared import PreparedWeight
+from .prepared import CACHES, PreparedWeight
 from .weight_cache import WeightCache
 
 torch.fx.wrap("linear")  # a node of its own in torch.fx's graphs where the layer is none
@@ -131,7 +131,7 @@ class SwitchBackLinear(PreparedWeight, nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # without compiled code
-        for name in ("_weight_cache", "_transposed"):
+        for name in CACHES:
             state.pop(name, None)
         if isinstance(self._former_weight, TensorWeakRef):  # which is not copied
             del state["_former_weight"]

@@ -23,6 +23,7 @@ from .weight_readers import leave_read_layers
 Model = TypeVar("Model", bound=nn.Module)
 
 INT8_STATE = "weight_int8", "weight_absmax", "weight_rotation"
+CACHES = "_weight_cache", "_transposed"  # attributes of a layer that no copy, pickle or reverted layer has
 _OF_BITSANDBYTES = "W_int8", "state_W"
 _NO_WEIGHT = (
     "{} has no weight while it is prepared, only weight_int8 and weight_absmax: prepare_for_training() gives it one "
