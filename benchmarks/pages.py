@@ -98,7 +98,8 @@ def headline(*documents: Record) -> str:
         stars = ["*" if one and one.get("int8_layers") == 0 else "" for one in of]
         cells = (f"{field(one)} ×{star}" if one else "–" for one, star in zip(of, stars, strict=True))
         rows.append((label, "1.00 ×", *cells))
-    return markdown(("training step, compiled", "nn.Linear bf16", *names), rows) + "\n\\* No layer in INT8.\n"
+    table = markdown(("training step, compiled", "nn.Linear bf16", *names), rows)
+    return table + "\n\\* No layer in INT8.\n" if "×*" in table else table
 
 
 def real_models(document: Record) -> str:

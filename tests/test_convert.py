@@ -560,7 +560,7 @@ def test_convert_leaves_a_replaced_forward_alone_and_says_so():
     assert type(model[2]) is SwitchBackLinear
 
 
-@pytest.mark.parametrize("name", ["config", "weight_absmax", "weight_rotation", "is_prepared"])
+@pytest.mark.parametrize("name", ["config", "weight_absmax", "weight_rotation", "is_prepared", "_weight_cache"])
 def test_convert_leaves_a_layer_with_an_attribute_of_that_name_alone(name):
     model = make_model()
     setattr(model[0], name, "mine")

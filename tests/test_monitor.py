@@ -80,7 +80,7 @@ def test_what_it_refuses(model):
         Monitor(nn.Linear(4, 4))
     model.mlp[0].prepare_for_eval()
     Monitor(model, layers="mlp.*").close()
-    with pytest.raises(ValueError, match="Monitor: all layers are prepared"):
+    with pytest.raises(ValueError, match=r"Monitor: all layers that 'mlp\.0' matches are prepared"):
         Monitor(model, layers="mlp.0")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch_switchback import SwitchBackConfig, ops
 from torch_switchback.functional import Call, SwitchBackFunction
 from torch_switchback.ops._library import dispatched
-from torch_switchback.scaling import GlobalScaling, RowwiseScaling, scaling_for
+from torch_switchback.scaling import GlobalScaling, RowwiseScaling, Scaling, scaling_for
 
 SCHEMES = {"global": SwitchBackConfig(), "rowwise": SwitchBackConfig("rowwise")}
 schemes = pytest.mark.parametrize("config", SCHEMES.values(), ids=SCHEMES)
@@ -89,3 +89,20 @@ def test_a_scheme_of_ones_own_serves_prepared_layers(parent, config, weight):
     expected = grad_input(scaling_for(config, weight), None)
     for transposed in (None, qdata.t().contiguous()):
         assert torch.equal(grad_input(own, transposed), expected)
+
+
+def test_a_scheme_with_arithmetic_of_its_own_serves_prepared_layers(weight):
+    """It inherits from Scaling, whose prepared_grad_input calls what the scheme sets."""
+
+    class Doubled(Scaling):
+        def __init__(self, ops):
+            super().__init__(ops)
+            self.quantize_weight = ops.quantize_global
+            self.matmul = lambda *args: 2 * ops.int8_matmul_mixed_dequantize(*args)
+
+    own, paper = Doubled(dispatched), SCHEMES["global"]
+    qdata, absmax = own.quantize_weight(weight)
+    grad = torch.randn(5, weight.shape[0], device=weight.device)
+    arguments = grad, qdata, absmax, None, weight.shape[1], torch.float32
+    expected = scaling_for(paper, grad).prepared_grad_input(*arguments)
+    assert torch.equal(own.prepared_grad_input(*arguments), 2 * expected)

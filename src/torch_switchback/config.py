@@ -105,7 +105,10 @@ class SwitchBackConfig:
 
 def strategy_of(config: SwitchBackConfig, *, is_prepared: bool) -> str:
     """Return a layer's strategy in a few words. A prepared layer is int8 for any number of tokens."""
-    return f"{replace(config, min_tokens=None).strategy}, prepared" if is_prepared else config.strategy
+    if not is_prepared:
+        return config.strategy
+    left = replace(config, min_tokens=None, mem_efficient=False, grad_weight="high_precision")  # it trains nothing
+    return f"{left.strategy}, prepared"
 
 
 RECIPES = {

@@ -37,7 +37,7 @@ _UNCALLED = "no call seen yet outside compiled code: a module that multiplies by
 _UNLISTED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.utils.parametrize.ParametrizationList)
 # What a SwitchBackLinear has beside nn.Linear's attributes.
-_OURS = {*dir(SwitchBackLinear), "config", *INT8_STATE} - {*dir(nn.Linear)}
+_OURS = {*dir(SwitchBackLinear), "config", "_weight_requires_grad", *INT8_STATE, *CACHES} - {*dir(nn.Linear)}
 
 
 @dataclass(frozen=True)
@@ -297,15 +297,18 @@ def revert_switchback(model: Model) -> Model:
 
     Raises:
         RuntimeError: fully_shard has cut up weights that are gathered as int8, or one of those is held by a view or by
-            the graph of a forward; or a prepared layer's weight is to train, and DistributedDataParallel or
-            fully_shard holds the layer.
+            the graph of a forward; or a prepared layer's weight is to train, and in the model DistributedDataParallel
+            or FSDP holds the layer.
         TypeError: model is something else.
     """
     _check_module("revert_switchback", model)
-    refuse_to_train_wrapped("revert_switchback", model)
-    for module in model.modules():
-        if isinstance(module, SwitchBackLinear) and "reverts_to" in vars(type(module)):
-            module.prepare_for_training()
+    layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, SwitchBackLinear)}
+    layers = {
+        fqn: layer for fqn, layer in layers.items() if "reverts_to" in vars(type(layer))
+    }  # no subclass inherits it
+    refuse_to_train_wrapped("revert_switchback", model, layers)
+    for layer in layers.values():
+        layer.prepare_for_training()
     extensions.distributed.undo_int8_all_gather(model)  # of the weights that are back as well
     for fqn, module in model.named_modules():
         vars(module).pop(_REPORT, None)

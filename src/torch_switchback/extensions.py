@@ -27,8 +27,8 @@ class DistributedTensors:
     """Have FSDP2 gather the weights of a model's layers as int8, where their config asks for it."""
     undo_int8_all_gather: Callable[[nn.Module], None]
     """Undo use_int8_all_gather."""
-    is_sharded: Callable[[nn.Module], bool]
-    """Return whether FSDP has wrapped a module."""
+    sharded_by: Callable[[nn.Module], str]
+    """Return the name of what shards a module's parameters, or ""."""
 
 
 distributed: DistributedTensors

@@ -405,25 +405,31 @@ def prepare_for_training(model: Model) -> Model:
         The same model.
 
     Raises:
-        RuntimeError: DistributedDataParallel or fully_shard holds a layer whose weight is to train, and would not
-            average its gradient.
+        RuntimeError: in the model, DistributedDataParallel or FSDP holds a layer whose weight is to train, and would
+            not average its gradient.
     """
-    refuse_to_train_wrapped("prepare_for_training", model)
-    for module in model.modules():
-        if isinstance(module, PreparedWeight):
-            module.prepare_for_training()
+    layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, PreparedWeight)}
+    refuse_to_train_wrapped("prepare_for_training", model, layers)
+    for layer in layers.values():
+        layer.prepare_for_training()
     extensions.layers_changed(model)
     return model
 
 
-def refuse_to_train_wrapped(caller: str, model: nn.Module) -> None:
-    """Raise if a weight would come back to train under DistributedDataParallel or FSDP, which do not know it."""
-    wrappers = _wrappers(model)
-    for fqn, module in model.named_modules():
-        is_to_train = isinstance(module, PreparedWeight) and module.is_prepared and module._weight_requires_grad
-        if is_to_train and module in wrappers:
+def refuse_to_train_wrapped(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
+    """Raise if a layer's weight would come back to train under a wrapper that averages gradients and does not know it.
+
+    Only wrappers in the model are found.
+    """
+    wrapped: dict[nn.Module, str] = {}
+    for module in model.modules():
+        is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+        if name := "DistributedDataParallel" if is_ddp else extensions.distributed.sharded_by(module):
+            wrapped |= dict.fromkeys(module.modules(), name)
+    for fqn, layer in layers.items():
+        if layer in wrapped and layer.is_prepared and layer._weight_requires_grad:
             raise RuntimeError(
-                f"{caller}: {fqn or 'the layer'}: call it before {wrappers[module]} wraps the model, which averages no "
+                f"{caller}: {fqn or 'the layer'}: call it before {wrapped[layer]} wraps the model, which averages no "
                 "gradient of a weight that comes later"
             )
 
@@ -431,29 +437,19 @@ def refuse_to_train_wrapped(caller: str, model: nn.Module) -> None:
 def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
     """Raise if the weight of one of these layers, by name, cannot be freed."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    wrappers = _wrappers(model)
+    wrappers = (module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel))
+    under_ddp = {part for wrapper in wrappers for part in wrapper.modules()}
     for fqn, layer in layers.items():
         if layer.is_prepared:
             continue
         reason = layer._why_not_prepared()
         if not reason and owners[id(layer.weight)] > 1:
             reason = "weight is shared with another module, which would lose it"
-        elif layer in wrappers:
-            reason = f"call it before {wrappers[layer]} wraps the model"
+        elif layer in under_ddp:
+            reason = "call it before DistributedDataParallel wraps the model"
         if reason:
             raise RuntimeError(f"{caller}: {fqn or 'the layer'}: {reason}")
         check_float(caller, f"{fqn}.weight".lstrip("."), layer.weight)
-
-
-def _wrappers(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the parts of a model whose gradients a wrapper averages, with what wrapped them."""
-    found: dict[nn.Module, str] = {}
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            found |= dict.fromkeys(module.modules(), "DistributedDataParallel")
-        elif extensions.distributed.is_sharded(module):
-            found |= dict.fromkeys(module.modules(), "fully_shard")
-    return found
 
 
 def keep_transposes(model: nn.Module) -> None:

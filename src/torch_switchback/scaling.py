@@ -33,7 +33,7 @@ class Scaling:
     quantize_weight: Callable[[Tensor], Quantized]  # W [out, in] -> int8 [out, in], for the output
     matmul: Callable[..., Tensor]  # multiplies the rows of X or G with W or Wᵀ, and dequantizes
     rowwise: bool = True
-    """Whether W has one absmax per row, or one in all."""
+    """The argument of ``int8_linear``, where is_fused is true: whether W has one absmax per row."""
     is_fused: bool = False
     """Whether the layer calls ``int8_linear`` and ``int8_linear_grad_input`` for a plain weight that is not cached.
 
@@ -74,7 +74,12 @@ class Scaling:
             absmax: of what transpose_prepared returned if transposed is given, else of weight_int8.
             transposed: the int8 values that transpose_prepared returned, if they were kept.
         """
-        return self.ops.prepared_grad_input(grad, weight_int8, absmax, transposed, self.rowwise, out_dtype)
+        if transposed is None:
+            transposed, absmax = self.transpose_prepared(weight_int8, absmax)
+        if transposed.shape[0] != in_features:  # of whole rotated blocks
+            transposed, absmax = transposed[:in_features], absmax[:in_features]
+        grad_int8, row_absmax = self.quantize_grad(grad)
+        return self.matmul(grad_int8, transposed.t(), row_absmax, absmax, None, out_dtype)
 
     def quantize_columns(self, x: Tensor, rotate_tokens: int | None) -> Quantized:
         """Quantize the columns of X or G for an int8 grad_weight, rotated along the tokens: int8 [features, tokens]."""
@@ -89,7 +94,22 @@ class Scaling:
         return self.ops.quantize_rowwise_and_rotated_columnwise(x, rotate_tokens)
 
 
-class GlobalScaling(Scaling):
+class PaperScaling(Scaling):
+    """A scheme of the paper, whose prepared layers compute grad_input in one operation."""
+
+    def prepared_grad_input(
+        self,
+        grad: Tensor,
+        weight_int8: Tensor,
+        absmax: Tensor,
+        transposed: Tensor | None,
+        in_features: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return self.ops.prepared_grad_input(grad, weight_int8, absmax, transposed, self.rowwise, out_dtype)
+
+
+class GlobalScaling(PaperScaling):
     """One absmax for all of W (algorithm 1)."""
 
     rowwise = False
@@ -107,11 +127,13 @@ class GlobalScaling(Scaling):
         return (weight_int8, absmax), (transposed_int8, absmax)
 
 
-class RowwiseScaling(Scaling):
+class RowwiseScaling(PaperScaling):
     """One absmax per row of W (out feature), and one per column (in feature) for grad_input (algorithm 3).
 
     A prepared layer has the first alone, and quantizes G times it (:mod:`.ops.prepared_weight`).
     """
+
+    rowwise = True
 
     def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)
@@ -139,22 +161,6 @@ class RotatedScaling(Scaling):
     def transpose_prepared(self, weight_int8: Tensor, absmax: Tensor) -> Quantized:
         """Quantize Wᵀ rotated along the out features: W's own int8 values are rotated along the in features."""
         return self.ops.requantize_rotated(weight_int8, absmax, self.block)
-
-    def prepared_grad_input(
-        self,
-        grad: Tensor,
-        weight_int8: Tensor,
-        absmax: Tensor,
-        transposed: Tensor | None,
-        in_features: int,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        if transposed is None:
-            transposed, absmax = self.transpose_prepared(weight_int8, absmax)
-        if transposed.shape[0] != in_features:  # of whole rotated blocks
-            transposed, absmax = transposed[:in_features], absmax[:in_features]
-        grad_int8, row_absmax = self.quantize_grad(grad)
-        return self.matmul(grad_int8, transposed.t(), row_absmax, absmax, None, out_dtype)
 
     def quantize_rows_and_columns(self, x: Tensor, rotate_tokens: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *self.quantize_rows(x), *self.quantize_columns(x, rotate_tokens)

@@ -5,7 +5,7 @@ import torch
 from dist_utils import in_processes
 from models import assert_close, batch, converted, loss_of, mlp, own, sgd
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,8 +111,24 @@ def test_a_weight_does_not_come_back_to_train_under_fully_shard(restore):
     with pytest.raises(RuntimeError, match="0: call it before fully_shard wraps the model"):
         restore(model)
     assert model[0].is_prepared
+    model = ts.prepare_for_eval(converted(mlp()))
+    with pytest.raises(RuntimeError, match=r"\.0: call it before FullyShardedDataParallel wraps the model"):
+        restore(FullyShardedDataParallel(model, device_id=torch.device("cpu")))
     model = frozen({})
     for block in (model[0], model[2]):
         fully_shard(block)
     ts.prepare_for_training(model)
     assert type(model[0].base.weight) is nn.Parameter and not model[0].base.weight.requires_grad
+
+
+@in_processes(2)
+def test_what_fully_shard_leaves_to_other_layers_is_put_back_and_prepared():
+    model = ts.prepare_for_eval(converted(mlp()))
+    fully_shard(model[2])  # becomes a subclass, which is not reverted
+    with pytest.warns(UserWarning, match="leaves '2' as it is"):
+        ts.revert_switchback(model)
+    assert type(model[0]) is nn.Linear
+    model = converted(mlp()).requires_grad_(False)
+    model.append(nn.Linear(model[2].out_features, 4))
+    fully_shard(model, ignored_params={*model[0].parameters(), *model[2].parameters()})
+    assert ts.prepare_for_eval(model)[0].is_prepared

@@ -66,7 +66,7 @@ def _record(calls: list[Call], layer: nn.Linear, args: tuple[Any, ...], kwargs: 
     x = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)), None)
     if x is None:  # a subclass of nn.Linear takes what it likes
         return
-    dtype = autocast_input(x.new_empty(0)).dtype
+    dtype = autocast_input(torch.empty(0, dtype=x.dtype, device=x.device)).dtype
     calls.append(Call(x.shape[:-1].numel(), dtype_name(dtype), takes_int8(layer, x)))
 
 

@@ -97,8 +97,8 @@ class Monitor:
             raise ValueError(f"Monitor: layers matches no SwitchBackLinear of the model, got {layers!r}{hint}")
         if all(layer.is_prepared for layer in self._layers.values()):
             raise ValueError(
-                "Monitor: all layers are prepared, and have no weight to compare with; monitor the model before it is "
-                "prepared or frozen"
+                f"Monitor: all layers that {layers!r} matches are prepared, and have no weight to compare with; use it "
+                "before the model is prepared or frozen"
             )
         self._every, self._writer = every, writer
         self._step, self._closed = 0, False

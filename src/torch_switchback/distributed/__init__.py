@@ -9,7 +9,7 @@ import torch
 
 from .. import extensions
 from ..config import SwitchBackConfig
-from .fsdp import is_sharded, precompute_absmax_for_fsdp, undo_int8_all_gather, use_int8_all_gather
+from .fsdp import precompute_absmax_for_fsdp, sharded_by, undo_int8_all_gather, use_int8_all_gather
 from .fsdp_weights import unwrap, wrap_like
 
 __all__ = ["precompute_absmax_for_fsdp"]
@@ -27,5 +27,5 @@ extensions.distributed = extensions.DistributedTensors(
     wrap_like=wrap_like,
     use_int8_all_gather=use_int8_all_gather,
     undo_int8_all_gather=undo_int8_all_gather,
-    is_sharded=is_sharded,
+    sharded_by=sharded_by,
 )

@@ -51,10 +51,14 @@ def _shard_of(weight: Any) -> WeightShard | None:
     return WeightShard(local._data, local._absmax, mesh, mesh_dim) if mesh_dim >= 0 else None
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Return whether ``fully_shard`` or FSDP1 has wrapped a module, without importing them."""
+def sharded_by(module: nn.Module) -> str:
+    """Return the name of what shards a module's parameters, or "". It imports neither version of FSDP."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        return "fully_shard"
+    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        return "FullyShardedDataParallel"
+    return ""
 
 
 def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBackConfig]) -> None:
@@ -64,7 +68,7 @@ def use_int8_all_gather(model: nn.Module, configs: Mapping[nn.Module, SwitchBack
         RuntimeError: fully_shard has been called already, or something besides modules holds such a weight.
         ValueError: such a layer shares its weight with a module that needs it in full.
     """
-    if any(map(is_sharded, model.modules())):
+    if any(sharded_by(module) == "fully_shard" for module in model.modules()):
         raise RuntimeError("all_gather='int8': convert_to_switchback goes before fully_shard")
     names: dict[nn.Parameter, list[str]] = defaultdict(list)  # several where it is shared
     for fqn, parameter in model.named_parameters(remove_duplicate=False):

@@ -73,10 +73,10 @@ def freeze_base(model: Model) -> Model:
         and owners[id(module.weight)] <= 1
     }
     if not layers and not any(getattr(module, "is_prepared", False) for module in model.modules()):
-        raise ValueError(
-            "freeze_base: model has no frozen SwitchBackLinear with a weight of its own; call convert_to_switchback "
-            "first, and conversion_report(model) says why it leaves a layer"
-        )
+        reason = "all of its SwitchBack layers train, or share their weights"
+        if not any(isinstance(module, SwitchBackLinear) for module in model.modules()):
+            reason = "convert_to_switchback was not called, or left all layers (conversion_report says why)"
+        raise ValueError(f"freeze_base: model has no frozen SwitchBackLinear with a weight of its own: {reason}")
     layers = leave_read_layers("freeze_base", model, layers)
     refuse_weights("freeze_base", model, layers)
     bases = {*layers.values()}
@@ -120,8 +120,10 @@ def adapters_over_int8(base: nn.Module) -> Iterator[None]:
     try:
         yield
         for layer in layers:
-            if layer.is_prepared:  # still
+            if layer.is_prepared:
                 layer._freeze_former_weight()
+            else:  # unfreeze_base has been called
+                layer.weight.requires_grad_(False)
         keep_transposes(base)
     finally:
         for layer in layers:

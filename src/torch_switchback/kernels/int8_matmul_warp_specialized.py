@@ -1,6 +1,6 @@
 """The matmul for Hopper in Gluon: one warp loads tiles by TMA, two warp groups multiply and store.
 
-Plain Triton gives every warp the same program, so that the loads, products and epilogue of a tile wait for one another.
+Plain Triton gives every warp the same program, so that the loads, MMAs and epilogue of a tile wait for one another.
 Here the loading warp runs ahead, also into the next tile. Each warp group owns half of a tile's rows and does not wait
 for the other. Both share one tile of b, which takes three quarters of the L2 traffic of 128 × 128 tiles.
 """
@@ -111,7 +111,7 @@ def multiply(
         block_m, block_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         start_m = block_m * BLOCK_M + group * HALF
 
-        # What the epilogue needs is asked for first and arrives during the product.
+        # What the epilogue needs is asked for first and arrives during the MMAs.
         scale_a = load_scale(absmax_a_ptr, start_m + gl.arange(0, HALF, row_layout), M)
         col = block_n * BLOCK_N + gl.arange(0, BLOCK_N, flat_layout)
         if ABSMAX_PER_COL:
@@ -121,7 +121,7 @@ def multiply(
         if HAS_BIAS:
             bias = load_bias(bias_ptr, col, N)
 
-        # One product is in flight while the next is issued; its stage is free when the one after it is waited for.
+        # One MMA is in flight while the next is issued; its stage is free when the one after it is waited for.
         mbarrier.wait(full.index(stage), phase)
         acc = gl.zeros((HALF, BLOCK_N), gl.int32, acc_layout)
         a, b = a_tiles.index(GROUPS * stage + group), b_tiles.index(stage).permute((1, 0))
