@@ -29,8 +29,8 @@ class SwitchBackConfig:
             ``torch.autograd.graph.increment_version(weight)``. A prepared layer keeps only the transpose, 1 more byte
             per element. ``freeze_base``, ``adapters_over_int8`` and eager calls with a backward compute it where it is
             missing or outdated; compiled code only uses it. All code notices ``load_state_dict`` and other tensors in
-            the place of the int8 values. Writes into the int8 values, as DistributedDataParallel does when it wraps the
-            model, reach compiled code only after one of these three.
+            the place of the int8 values. What writes into the int8 values, as torch.distributed.checkpoint's load and
+            DistributedDataParallel's wrapping do, reaches compiled code only after one of these three.
         grad_weight: the dtype of the weight gradient's operands. ``"high_precision"``: the input's (the paper's
             choice). ``"int8"``: one absmax per column of X and of G, both rotated along the tokens. The layer then
             keeps the rotated int8 values of X, which are as small as mem_efficient's. Not for tensor-parallel layers.

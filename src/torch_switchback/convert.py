@@ -302,10 +302,11 @@ def revert_switchback(model: Model) -> Model:
         TypeError: model is something else.
     """
     _check_module("revert_switchback", model)
-    layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, SwitchBackLinear)}
     layers = {
-        fqn: layer for fqn, layer in layers.items() if "reverts_to" in vars(type(layer))
-    }  # no subclass inherits it
+        fqn: module
+        for fqn, module in model.named_modules()
+        if isinstance(module, SwitchBackLinear) and "reverts_to" in vars(type(module))  # which no subclass inherits
+    }
     refuse_to_train_wrapped("revert_switchback", model, layers)
     for layer in layers.values():
         layer.prepare_for_training()
