@@ -332,6 +332,9 @@ class PreparedWeight(nn.Module):
             )
         if not becomes_prepared and not (self.is_prepared and "weight" in found):
             return
+        is_sharded = any(hasattr(parameter, "device_mesh") for parameter in self._parameters.values())
+        if not becomes_prepared and is_sharded and self._weight_requires_grad:
+            yield f"mismatch for {prefix}weight: it would train, and fully_shard does not know it; load it before that."
         shapes = {"weight": (self.out_features, self.in_features)} | {name: shape for name, (shape, _) in int8.items()}
         for name, tensor in (*self._parameters.items(), *self._buffers.items()):
             if tensor is not None and name not in self._non_persistent_buffers_set:

@@ -122,6 +122,16 @@ def test_a_weight_does_not_come_back_to_train_under_fully_shard(restore):
 
 
 @in_processes(2)
+def test_a_float_state_that_would_train_is_not_loaded_under_fully_shard():
+    state = converted(mlp()).state_dict()
+    model = ts.prepare_for_eval(converted(mlp()))
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match=r"mismatch for 0\.weight: it would train, and fully_shard does not know it"):
+        model.load_state_dict(state)
+    assert model[0].is_prepared and model[2].is_prepared
+
+
+@in_processes(2)
 def test_what_fully_shard_leaves_to_other_layers_is_put_back_and_prepared():
     model = ts.prepare_for_eval(converted(mlp()))
     fully_shard(model[2])  # becomes a subclass, which is not reverted
