@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -149,69 +149,28 @@ def convert_to_switchback(
     _check_module("convert_to_switchback", model)
     if module_filter_fn is not None and not callable(module_filter_fn):
         raise TypeError(f"convert_to_switchback: module_filter_fn must be a function, got {module_filter_fn!r}")
-    by_pattern = config if isinstance(config, Mapping) else {"*": SwitchBackConfig() if config is None else config}
-    for pattern in by_pattern:
-        if not isinstance(pattern, str):
-            raise TypeError(f"convert_to_switchback: config must map layers' names, which are strings, got {pattern!r}")
-    patterns = {pattern: None if asked is None else config_of(asked) for pattern, asked in by_pattern.items()}
-    # Looked up only where it decides: it asks the model for its output embeddings.
-    default = default_filter(model) if module_filter_fn is None else lambda layer, fqn: ""
+    patterns = _patterns_of(config)
     names = module_names(model)
-    kept: list[str] = []  # layers that have another configuration than config asks for
-
-    def choose(layer: nn.Module, fqns: list[str]) -> SwitchBackConfig | str:
-        """Return a layer's configuration, or why it is left alone."""
-        if isinstance(layer, SwitchBackLinear):
-            wanted = {look_up(patterns, fqn, layer.config) for fqn in fqns}
-            if config is not None and not wanted <= {layer.config, replace(layer.config, min_tokens=None)}:
-                if module_filter_fn is None or all(module_filter_fn(layer, fqn) for fqn in fqns):
-                    kept.append(fqns[0])
-            return layer.config
-        if reason := _why_never(layer):
-            return reason
-        assert isinstance(layer, nn.Linear)
-        found = {look_up(patterns, fqn) for fqn in fqns}
-        asked = found.pop()
-        if asked is None or None in found:
-            return "config asks for nn.Linear"
-        if found:
-            raise ValueError(f"config: {' and '.join(fqns)} are one layer and get different configurations")
-        if module_filter_fn is not None:
-            if not all(module_filter_fn(layer, fqn) for fqn in fqns):
-                return "module_filter_fn leaves it out"
-        elif layer is not model and not any(fqn in patterns for fqn in fqns):
-            for fqn in fqns:
-                if reason := default(layer, fqn):
-                    return reason
-        reason = ""
-        if "forward" in vars(layer):
-            reason = "its forward has been replaced on the instance, so another class would change nothing"
-        elif own := sorted(name for name in _OURS if hasattr(layer, name)):
-            reason = f"it has an attribute {own[0]!r} of its own, and SwitchBackLinear needs that name"
-        if reason:
-            warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=3)
-            return reason
-        return with_min_tokens(asked, layer)
-
+    rule = _Rule(model, patterns, config is not None, module_filter_fn)
     reasons: dict[str, str] = {}
     chosen: dict[nn.Module, SwitchBackConfig] = {}
-    for module, (fqn, *others) in names.items():
+    for module, fqns in names.items():
         if _sizes(module) is None:
             continue
-        choice = choose(module, [fqn, *others])
-        reasons[fqn] = choice if isinstance(choice, str) else ""
+        choice = rule.choose(module, fqns)
+        reasons[fqns[0]] = choice if isinstance(choice, str) else ""
         if not isinstance(choice, str) and not isinstance(module, SwitchBackLinear):
             chosen[module] = choice
     refuse_compiled("convert_to_switchback", model, chosen)
-    linear_fqns = {fqn for module, fqns in names.items() if isinstance(module, nn.Linear) for fqn in fqns}
-    unmatched = [p for p in patterns if p not in linear_fqns and not any(fnmatchcase(fqn, p) for fqn in linear_fqns)]
-    if unmatched and isinstance(config, Mapping):
-        called = " or ".join(map(repr, unmatched))
-        warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=2)
-    if kept:
+    if isinstance(config, Mapping):
+        _warn_of_unmatched(
+            patterns, {fqn for module in names if isinstance(module, nn.Linear) for fqn in names[module]}
+        )
+    if rule.kept:
+        some = " and ".join(map(repr, rule.kept[:3])) + " and others" * (len(rule.kept) > 3)
         warnings.warn(
-            f"convert_to_switchback: config: {' and '.join(map(repr, kept[:3]))}{' and others' * (len(kept) > 3)} "
-            "are converted already and keep their configuration; revert_switchback(model) before gives them another",
+            f"convert_to_switchback: config: {some} are converted already and keep their configuration; "
+            "revert_switchback(model) before gives them another",
             stacklevel=2,
         )
     before = vars(model).get(_REPORT)
@@ -234,6 +193,88 @@ def convert_to_switchback(
     if is_news and _is_first_process():
         _log.info("SwitchBack: %s", report.summary)
     return model
+
+
+def _patterns_of(config: ConfigOrMap | None) -> dict[str, SwitchBackConfig | None]:
+    """Return what convert_to_switchback's config asks for, by name or pattern."""
+    by_pattern = config if isinstance(config, Mapping) else {"*": SwitchBackConfig() if config is None else config}
+    for pattern in by_pattern:
+        if not isinstance(pattern, str):
+            raise TypeError(f"convert_to_switchback: config must map layers' names, which are strings, got {pattern!r}")
+    return {pattern: None if asked is None else config_of(asked) for pattern, asked in by_pattern.items()}
+
+
+def _warn_of_unmatched(patterns: Iterable[str], linear_fqns: Collection[str]) -> None:
+    """Warn of the names and patterns that no linear layer has."""
+    unmatched = [
+        pattern
+        for pattern in patterns
+        if pattern not in linear_fqns and not any(fnmatchcase(fqn, pattern) for fqn in linear_fqns)
+    ]
+    if unmatched:
+        called = " or ".join(map(repr, unmatched))
+        warnings.warn(f"convert_to_switchback: config: no linear layer is called {called}", stacklevel=3)
+
+
+class _Rule:
+    """Decides which layers of a model are converted, and how."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        patterns: Mapping[str, SwitchBackConfig | None],
+        has_config: bool,
+        module_filter_fn: Callable[[nn.Module, str], bool] | None,
+    ) -> None:
+        self._model, self._patterns, self._has_config, self._filter = model, patterns, has_config, module_filter_fn
+        # Only where it decides: it asks the model for its output embeddings.
+        self._default = default_filter(model) if module_filter_fn is None else None
+        self.kept: list[str] = []
+        """Names of converted layers that have another configuration than config asks for."""
+
+    def choose(self, layer: nn.Module, fqns: list[str]) -> SwitchBackConfig | str:
+        """Return a layer's configuration, or why it is left alone."""
+        if isinstance(layer, SwitchBackLinear):
+            wanted = {look_up(self._patterns, fqn, layer.config) for fqn in fqns}
+            is_another = self._has_config and not wanted <= {layer.config, replace(layer.config, min_tokens=None)}
+            if is_another and self._passes_filter(layer, fqns):
+                self.kept.append(fqns[0])
+            return layer.config
+        if reason := _why_never(layer):
+            return reason
+        assert isinstance(layer, nn.Linear)
+        found = {look_up(self._patterns, fqn) for fqn in fqns}
+        asked = found.pop()
+        if asked is None or None in found:
+            return "config asks for nn.Linear"
+        if found:
+            raise ValueError(f"config: {' and '.join(fqns)} are one layer and get different configurations")
+        if not self._passes_filter(layer, fqns):
+            return "module_filter_fn leaves it out"
+        if reason := self._default_reason(layer, fqns):
+            return reason
+        if reason := _why_it_cannot_change(layer):
+            warnings.warn(f"convert_to_switchback leaves {fqns[0]!r} alone: {reason}", stacklevel=3)
+            return reason
+        return with_min_tokens(asked, layer)
+
+    def _passes_filter(self, layer: nn.Module, fqns: list[str]) -> bool:
+        return self._filter is None or all(self._filter(layer, fqn) for fqn in fqns)
+
+    def _default_reason(self, layer: nn.Linear, fqns: list[str]) -> str:
+        """Return why a layer is left unless the caller chooses it: by a filter, by its very name, or as the model."""
+        if self._default is None or layer is self._model or any(fqn in self._patterns for fqn in fqns):
+            return ""
+        return next(filter(None, (self._default(layer, fqn) for fqn in fqns)), "")
+
+
+def _why_it_cannot_change(layer: nn.Linear) -> str:
+    """Return why another class would change nothing of a layer, or break it; or ""."""
+    if "forward" in vars(layer):
+        return "its forward has been replaced on the instance, so another class would change nothing"
+    if own := sorted(name for name in _OURS if hasattr(layer, name)):
+        return f"it has an attribute {own[0]!r} of its own, and SwitchBackLinear needs that name"
+    return ""
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
