@@ -4,6 +4,7 @@
     python examples/finetune_lora.py --model dit      # image and text tokens, adaptive norms; on a GPU FLUX's width
     python examples/finetune_lora.py --base path/to/llama --recipe rowwise_rotated_features
     python examples/finetune_lora.py --recipe linear  # the base in 16 bit, to compare with
+    python examples/finetune_lora.py --cuda-graphs    # as fast as the GPU, also where a step has few tokens
 
 The base has random weights, unless --base names a Llama of from_pretrained.
 Needs pip install 'transformers>=5,<6' peft.
@@ -119,6 +120,7 @@ def main(
     recipe: Annotated[str, typer.Option(help=f"linear, {', '.join(RECIPES)}")] = "rowwise",
     steps: Annotated[int, typer.Option(min=1)] = 60,
     compile: Annotated[bool, typer.Option(help="compile the blocks")] = False,
+    cuda_graphs: Annotated[bool, typer.Option(help="compile the whole model, and run it as CUDA graphs")] = False,
     seed: Annotated[int, typer.Option(help="of the weights and the data")] = 0,
     out: Annotated[Path, typer.Option(file_okay=False, help="the adapters")] = Path("runs/lora"),
 ) -> None:
@@ -137,7 +139,9 @@ def main(
     before = base_bytes(adapted)
     adapted = with_adapters(adapted, recipe)
     print(f"base: {before / 2**20:,.1f} -> {base_bytes(adapted) / 2**20:,.1f} MiB with {recipe}")
-    if compile:
+    if cuda_graphs:
+        adapted.compile(mode="reduce-overhead", dynamic=False)
+    elif compile:
         for name, block in adapted.named_modules():
             if re.search(r"\b(layers|blocks)\.\d+$", name):
                 block.compile()

@@ -28,11 +28,11 @@ def test_finetune_llama(tmp_path):
     assert (tmp_path / "runs" / "llama" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("model", ["llama", "dit"])
-def test_finetune_lora(model, tmp_path):
+@pytest.mark.parametrize("arguments", [("llama",), ("dit",), ("llama", "--cuda-graphs")], ids=" ".join)
+def test_finetune_lora(arguments, tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    output = run("finetune_lora.py", "--model", model, "--steps", "20", cwd=tmp_path)
+    output = run("finetune_lora.py", "--model", *arguments, "--steps", "20", cwd=tmp_path)
     before, after = map(float, re.search(r"base: ([\d.]+) -> ([\d.]+) MiB with rowwise", output).groups())
     assert after < 0.4 * before  # float32 layers take 4 bytes, and what is not in a block stays
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+), [\d.,]+ (?:tokens|images)/s", output).groups())
