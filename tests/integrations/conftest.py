@@ -17,6 +17,15 @@ _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 
 @pytest.fixture(autouse=True)
+def _own_environment():
+    """Undo what a library sets: PEFT's BOFT leaves CXX=gcc, by which Inductor's libraries miss libstdc++."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _small_processes(monkeypatch):
     """Tensors this small lose more to a second thread than it computes; and what tests start is as this process."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH")))))
