@@ -94,9 +94,11 @@ def headline(*documents: Record) -> str:
     results = [record for document in documents for record in document["results"]]
     rows = []
     for model, label in HEADLINE.items():
-        of = [find(results, model=model, name=name, mode="compiled") for name in names]
-        stars = ["*" if one and one.get("int8_layers") == 0 else "" for one in of]
-        cells = (f"{field(one)} ×{star}" if one else "–" for one, star in zip(of, stars, strict=True))
+        cells = []
+        for name in names:
+            record = find(results, model=model, name=name, mode="compiled")
+            star = "*" if record and record.get("int8_layers") == 0 else ""
+            cells.append(f"{field(record)} ×{star}" if record else "–")
         rows.append((label, "1.00 ×", *cells))
     table = markdown(("training step, compiled", "nn.Linear bf16", *names), rows)
     return table + "\n\\* No layer in INT8.\n" if "×*" in table else table

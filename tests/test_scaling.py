@@ -73,7 +73,7 @@ def test_a_scheme_of_ones_own_quantizes_the_weight(parent, weight):
 
 @pytest.mark.parametrize(("parent", "config"), [(GlobalScaling, "global"), (RowwiseScaling, "rowwise")])
 def test_a_scheme_of_ones_own_serves_prepared_layers(parent, config, weight):
-    """As its parent does in one operation, with a transpose that is kept and without."""
+    """Compare it with its parent, with a transpose that is kept and without."""
 
     class Own(parent):
         pass

@@ -112,12 +112,12 @@ def convert_to_switchback(
     in float64 are refused when the layer is called. If a model is refused, nothing of it has been changed.
 
     A configuration without ``min_tokens`` gets one for each layer: from so many tokens on int8 is faster than nn.Linear
-    on the layer's GPU (docs/tuning.md). A layer for which int8 is never faster stays nn.Linear. For a
-    model on the CPU, that is the current GPU if CUDA is initialized, else an H200 (MI300 with ROCm); with a CPU build
-    of PyTorch it is the CPU.
+    on the layer's GPU (docs/tuning.md). A layer for which int8 is never faster stays nn.Linear. For a model on the CPU,
+    that GPU is the current one if CUDA is initialized, else an H200 (MI300 with ROCm). With a CPU build of PyTorch the
+    CPU counts.
 
     The first process logs one line, at level INFO: how many layers are converted, and the share of the parameters that
-    they have. A later call logs again only if these numbers have changed.
+    they have. A later call logs again only if it leaves other layers, or for other reasons.
 
     Args:
         model: any module, on any device; a bare nn.Linear becomes a SwitchBackLinear itself.

@@ -39,10 +39,10 @@ Transposed = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Prepared(NamedTuple):
-    """What a prepared layer has besides the int8 values of its weight."""
+    """Hold what a prepared layer has besides the int8 values of its weight."""
 
     absmax: torch.Tensor
-    """Of the weight: float32, (1,) or (out_features,)."""
+    """Absmax of the weight: float32, (1,) or (out_features,)."""
     transposed: Transposed | None = None
     """None if it is not kept."""
 

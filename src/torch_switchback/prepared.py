@@ -1,7 +1,7 @@
 """The prepared state of a layer: its weight replaced by int8 values, and state_dicts with either of the two."""
 
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -92,7 +92,7 @@ class PreparedWeight(nn.Module):
     _weight_dtype: torch.dtype | None = None
     """The dtype of the weight that has been replaced; None while there is one. It alone says which of the two holds."""
     _transposed: _KeptTranspose | None = None
-    """What cache_quantized_weight keeps. Not in copies, pickles or state_dicts. No buffer: torch.export saves those."""
+    """Transpose that cache_quantized_weight keeps. No buffer: copies, state_dicts and exported programs have none."""
 
     @property
     def is_prepared(self) -> bool:
@@ -424,24 +424,20 @@ def refuse_to_train_wrapped(caller: str, model: nn.Module, layers: Mapping[str, 
 
     Only wrappers in the model are found.
     """
-    wrapped: dict[nn.Module, str] = {}
-    for module in model.modules():
-        is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
-        if name := "DistributedDataParallel" if is_ddp else extensions.distributed.sharded_by(module):
-            wrapped |= dict.fromkeys(module.modules(), name)
+    parts = _parts_by_wrapper(model)
     for fqn, layer in layers.items():
-        if layer in wrapped and layer.is_prepared and layer._weight_requires_grad:
+        wrapper = next((name for name in parts if layer in parts[name]), None)
+        if wrapper is not None and layer.is_prepared and layer._weight_requires_grad:
             raise RuntimeError(
-                f"{caller}: {fqn or 'the layer'}: call it before {wrapped[layer]} wraps the model, which averages no "
-                "gradient of a weight that comes later"
+                f"{caller}: {fqn or 'the layer'}: call it before {wrapper} wraps the model, which averages no gradient "
+                "of a weight that comes later"
             )
 
 
 def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedWeight]) -> None:
     """Raise if the weight of one of these layers, by name, cannot be freed."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    wrappers = (module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel))
-    under_ddp = {part for wrapper in wrappers for part in wrapper.modules()}
+    under_ddp = _parts_by_wrapper(model)["DistributedDataParallel"]
     for fqn, layer in layers.items():
         if layer.is_prepared:
             continue
@@ -453,6 +449,16 @@ def refuse_weights(caller: str, model: nn.Module, layers: Mapping[str, PreparedW
         if reason:
             raise RuntimeError(f"{caller}: {fqn or 'the layer'}: {reason}")
         check_float(caller, f"{fqn}.weight".lstrip("."), layer.weight)
+
+
+def _parts_by_wrapper(model: nn.Module) -> defaultdict[str, set[nn.Module]]:
+    """Return the modules in the wrappers of a model that average gradients, by what wrapped them."""
+    parts: defaultdict[str, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+        if wrapper := "DistributedDataParallel" if is_ddp else extensions.distributed.sharded_by(module):
+            parts[wrapper].update(module.modules())
+    return parts
 
 
 def keep_transposes(model: nn.Module) -> None:

@@ -33,9 +33,9 @@ class Scaling:
     quantize_weight: Callable[[Tensor], Quantized]  # W [out, in] -> int8 [out, in], for the output
     matmul: Callable[..., Tensor]  # multiplies the rows of X or G with W or Wᵀ, and dequantizes
     rowwise: bool = True
-    """The argument of ``int8_linear``, where is_fused is true: whether W has one absmax per row."""
+    """True if W has one absmax per row, False if it has one in all. Operations that quantize or fold W take it."""
     is_fused: bool = False
-    """Whether the layer calls ``int8_linear`` and ``int8_linear_grad_input`` for a plain weight that is not cached.
+    """True if the layer calls ``int8_linear`` and ``int8_linear_grad_input`` for a plain weight that is not cached.
 
     It then calls neither quantize_weight and quantize_weight_transpose nor matmul. Only :func:`_schemes` sets it, so
     that no subclass inherits it.
@@ -132,8 +132,6 @@ class RowwiseScaling(PaperScaling):
 
     A prepared layer has the first alone, and quantizes G times it (:mod:`.ops.prepared_weight`).
     """
-
-    rowwise = True
 
     def quantize_weight_transpose(self, weight: Tensor, absmax: Tensor) -> Quantized:
         return self.ops.quantize_columnwise_and_transpose(weight)
